@@ -1,0 +1,1 @@
+//! One queue, one owner of the machine.

@@ -1,0 +1,1 @@
+//! etcd: keys, fenced transactions, the lease, the watch.

@@ -1,0 +1,343 @@
+//! The records under `PREFIX/CLUSTER/` in etcd, and the view of all of them at one revision.
+//!
+//! Fields are only ever added, and unknown ones are ignored, so that daemons of two versions can share a cluster (SAFETY row 65).
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::{Epoch, EtcdClusterId, Incarnation, LeaseId, Lsn, MemberName, Revision, SystemId, TimelineId};
+
+/// All keys of the cluster as of one revision.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ClusterView {
+    /// The etcd cluster that answered. None before the first answer.
+    pub etcd_cluster: Option<EtcdClusterId>,
+    /// The revision this view is of.
+    pub revision: Revision,
+    /// The spec as applied.
+    pub spec: Option<SpecRecord>,
+    /// The leader lock; None means that it was seen to be absent at `revision`.
+    pub leader: Option<LeaderKey>,
+    /// Present member keys.
+    pub members: BTreeMap<MemberName, MemberKey>,
+    /// The release record, if the last leader left in good order.
+    pub release: Option<ReleaseRecord>,
+    /// The leader's last published position.
+    pub status: Option<StatusRecord>,
+    /// Mod revision of `sync`; 0 when absent.
+    pub sync_revision: Revision,
+    /// The system identifier, or who is initializing.
+    pub initialize: Option<Initialize>,
+    /// Timeline history, oldest first.
+    pub history: Vec<HistoryEntry>,
+    /// Mod revision of `history`; 0 when absent. Every acquisition of the lock writes `history`, and only a leader does, so while the
+    /// lock is absent this number names the vacancy for all members alike.
+    pub history_revision: Revision,
+    /// Set by pause, removed by resume.
+    pub maintenance: Option<MaintenanceRecord>,
+    /// What operators asked for.
+    pub requests: BTreeMap<String, RequestKey>,
+}
+
+/// `spec`: what was applied, as typed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpecRecord {
+    /// Counts applies, from 1.
+    pub generation: u64,
+    /// The YAML document as typed.
+    pub document: String,
+    /// Who applied it (`user@host`).
+    pub by: String,
+    /// When, in wall-clock RFC 3339: for people only.
+    pub at: String,
+}
+
+/// `leader`: the member's name as plain text, on the member's lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeaderKey {
+    /// The value as found. A name that no member can have is kept: it is somebody's lock all the same.
+    pub holder: String,
+    /// The key's create revision.
+    pub epoch: Epoch,
+    /// The lease it hangs on; 0 when it was written without one.
+    pub lease: LeaseId,
+}
+
+/// A member key and what etcd knows about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemberKey {
+    /// What the member says of itself.
+    pub record: MemberRecord,
+    /// The lease it hangs on.
+    pub lease: LeaseId,
+    /// When it was last written.
+    pub mod_revision: Revision,
+}
+
+/// `members/NAME`: what a member says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberRecord {
+    /// Which run of the daemon wrote this.
+    pub incarnation: Incarnation,
+    /// What its PostgreSQL is.
+    pub role: MemberRole,
+    /// Patroni's word for the state: `running`, `streaming`, `starting`, `stopping`, `stopped`, `creating replica`, `crashed` …
+    pub state: String,
+    /// The leaf state of the member's machine: `following`, `primary` …
+    pub machine_state: String,
+    /// The timeline its PostgreSQL is on.
+    pub timeline: Option<TimelineId>,
+    /// WAL received and flushed to disk (standby), or written (primary).
+    pub receive_lsn: Option<Lsn>,
+    /// WAL replayed (standby).
+    pub replay_lsn: Option<Lsn>,
+    /// From its control file.
+    pub system_id: Option<SystemId>,
+    /// Whether its data directory holds anything.
+    pub data_directory: DataDirectoryReport,
+    /// Its final position for the present vacancy of the lock.
+    pub vote: Option<Vote>,
+    /// Base address of its HTTP API: `http://10.0.12.9:8008`.
+    pub api_url: String,
+    /// Host that others reach its PostgreSQL at.
+    pub host: String,
+    /// Port of its PostgreSQL.
+    pub port: u16,
+    /// Versions in play.
+    pub versions: Versions,
+    /// The spec generation it has taken up.
+    pub observed_generation: u64,
+    /// Names of parameters that wait for a restart.
+    #[serde(default)]
+    pub pending_restart: Vec<String>,
+    /// Tags that are set, Patroni's names.
+    #[serde(default)]
+    pub tags: BTreeMap<String, serde_json::Value>,
+    /// What is in the way of the spec on this member.
+    #[serde(default)]
+    pub conditions: Vec<Condition>,
+}
+
+/// What a member's PostgreSQL is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemberRole {
+    /// Out of recovery under the lock.
+    Primary,
+    /// In recovery.
+    Replica,
+    /// No data directory yet, or nothing running.
+    Uninitialized,
+}
+
+/// Whether a data directory holds anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DataDirectoryReport {
+    /// Absent, or present with no entry in it.
+    Empty,
+    /// Holds something.
+    Full,
+    /// Could not be read.
+    Unknown,
+}
+
+/// A member's last word on how far its WAL reaches, given once it saw the lock absent and has stopped receiving.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vote {
+    /// [`ClusterView::history_revision`] of the vacancy this is for.
+    pub vacancy: Revision,
+    /// Timeline of the position.
+    pub timeline: TimelineId,
+    /// The farther of received and replayed.
+    pub lsn: Lsn,
+}
+
+/// Versions of what a member runs.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Versions {
+    /// The daemon.
+    pub pgherd: String,
+    /// PostgreSQL's `server_version_num` (150018, 170010), of the running server or of the binaries.
+    pub postgres: Option<u32>,
+    /// The guard protocol the daemon speaks.
+    pub guard_protocol: u32,
+}
+
+/// Something that keeps the world from being what the spec says, or that a person should know.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Condition {
+    /// Stable, for programs: `clone_failed`.
+    pub kind: String,
+    /// `info` never makes `status --check` fail; `warning` and `error` do.
+    pub severity: Severity,
+    /// A sentence: what is wrong, and what to do.
+    pub message: String,
+}
+
+/// How bad a condition is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    /// Nothing is in danger.
+    Info,
+    /// Needs a look.
+    Warning,
+    /// The member cannot do its work.
+    Error,
+}
+
+/// `release`: written in the transaction that deletes the lock, deleted by the one that takes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReleaseRecord {
+    /// The leadership that ended.
+    pub epoch: Epoch,
+    /// Its timeline.
+    pub timeline: TimelineId,
+    /// The shutdown checkpoint's position.
+    pub lsn: Lsn,
+    /// Who is expected to take over.
+    pub to: Option<MemberName>,
+}
+
+/// `status`: the leader's last position, written under its epoch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatusRecord {
+    /// The leadership that wrote this.
+    pub epoch: Epoch,
+    /// The leader's timeline.
+    pub timeline: TimelineId,
+    /// The leader's write position.
+    pub lsn: Lsn,
+    /// Cluster-wide conditions.
+    #[serde(default)]
+    pub conditions: Vec<Condition>,
+}
+
+/// `initialize`: first a claim on a lease, then the system identifier for good.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Initialize {
+    /// This member runs initdb; on its lease.
+    Claimed {
+        /// Who.
+        by: String,
+        /// On which lease.
+        lease: LeaseId,
+    },
+    /// The cluster's identity.
+    Done(SystemId),
+    /// The value makes no sense: nobody initializes and nobody leads.
+    Unreadable(String),
+}
+
+/// One entry of `history`: a timeline id that was reserved in the transaction that took the lock. An id is in here once, ever.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HistoryEntry {
+    /// The reserved id.
+    pub timeline: TimelineId,
+    /// Who took the lock.
+    pub member: MemberName,
+    /// The lease the lock was taken on.
+    pub lease: LeaseId,
+    /// The leadership. None until its leader recorded it: then the id may or may not have been used.
+    pub epoch: Option<Epoch>,
+    /// The timeline it left. None until recorded.
+    pub parent: Option<TimelineId>,
+    /// Where it left it. None until recorded.
+    pub switch_lsn: Option<Lsn>,
+    /// Why there was an election: `switchover`, `the lock expired` …
+    pub why: String,
+    /// Wall-clock RFC 3339: for people only.
+    pub at: String,
+}
+
+/// `maintenance`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MaintenanceRecord {
+    /// Who paused.
+    pub by: String,
+    /// Why.
+    pub why: String,
+    /// Until when, RFC 3339; None = until resume.
+    pub until: Option<String>,
+}
+
+/// A request and its revision, for answering by compare-and-swap.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RequestKey {
+    /// What was asked and how far it got.
+    pub record: RequestRecord,
+    /// Mod revision.
+    pub mod_revision: Revision,
+}
+
+/// `requests/ID`. Hangs on a lease of its own (its expiry), so that nothing is carried out long after its requester gave up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RequestRecord {
+    /// What is asked.
+    pub ask: Ask,
+    /// Who asks.
+    pub by: String,
+    /// Wall-clock RFC 3339: for people only.
+    pub at: String,
+    /// How far it got.
+    pub progress: RequestProgress,
+}
+
+/// What an operator can ask.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Ask {
+    /// Initialize the cluster on this member although not every member has reported an empty data directory.
+    Bootstrap {
+        /// Where.
+        on: MemberName,
+    },
+    /// Hand the lock over.
+    Switchover {
+        /// To whom.
+        to: MemberName,
+    },
+}
+
+/// How far a request got.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum RequestProgress {
+    /// Nobody has taken it up.
+    Created,
+    /// Being carried out.
+    Claimed {
+        /// By whom.
+        by: MemberName,
+        /// What happens now.
+        stage: String,
+    },
+    /// Carried out.
+    Done {
+        /// What was achieved.
+        message: String,
+    },
+    /// Not carried out.
+    Refused {
+        /// Why, and what to do.
+        reason: String,
+    },
+}
+
+/// One decision, for `events/`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DecisionRecord {
+    /// Wall-clock RFC 3339: for people only.
+    pub at: String,
+    /// Who decided.
+    pub member: MemberName,
+    /// Stable, for programs: `promoted`, `lock_lost`, `edge`.
+    pub kind: String,
+    /// A sentence.
+    pub message: String,
+    /// The facts it was decided on.
+    #[serde(default)]
+    pub facts: BTreeMap<String, String>,
+}

@@ -1,0 +1,8 @@
+//! What is known, as plain data: what etcd holds, what PostgreSQL and the guard said. Facts travel from the edges to the machine and
+//! decide nothing.
+//!
+//! What could not be read is absent or `Unknown`, never the value it had before.
+
+pub mod cluster;
+pub mod guard;
+pub mod postgres;

@@ -1,0 +1,167 @@
+//! What was seen of this host's PostgreSQL: the data directory at rest, and the server through SQL.
+
+use serde::{Deserialize, Serialize};
+
+use crate::clock::BootTime;
+use crate::types::{Lsn, SystemId, TimelineId};
+
+/// The data directory as last looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum DataDirectory {
+    /// Not looked at, or the look failed.
+    #[default]
+    Unknown,
+    /// Absent, or there with no entry in it.
+    Empty,
+    /// A PostgreSQL data directory whose control file could be read and whose checksum is right.
+    Full(ControlFacts),
+    /// Something is in it that pgherd cannot call a data directory, or it must not be used: a sentence says what.
+    Unusable(String),
+}
+
+/// What pg_control says (server not running, or its last checkpoint).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ControlFacts {
+    /// Database system identifier.
+    pub system_id: SystemId,
+    /// Major version, from PG_VERSION.
+    pub major_version: u32,
+    /// Cluster state.
+    pub state: DatabaseState,
+    /// Location of the latest checkpoint record.
+    pub checkpoint: Lsn,
+    /// Timeline of the latest checkpoint.
+    pub timeline: TimelineId,
+    /// Least position recovery must reach, and its timeline; zero when not in recovery.
+    pub min_recovery_end: Lsn,
+    /// Timeline of `min_recovery_end`.
+    pub min_recovery_timeline: TimelineId,
+    /// Whether data checksums are on.
+    pub data_checksums: bool,
+    /// wal_log_hints at the last start.
+    pub wal_log_hints: bool,
+    /// Settings a standby must not be below.
+    pub floor: StandbyFloor,
+    /// Whether `standby.signal` is there.
+    pub standby_signal: bool,
+    /// Whether `backup_label` is there.
+    pub backup_label: bool,
+}
+
+/// Settings that must never be lower on a standby than on its primary (PostgreSQL manual, "Hot Standby: Administrator's Overview").
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct StandbyFloor {
+    /// max_connections.
+    pub max_connections: u32,
+    /// max_worker_processes.
+    pub max_worker_processes: u32,
+    /// max_wal_senders.
+    pub max_wal_senders: u32,
+    /// max_prepared_transactions.
+    pub max_prepared_transactions: u32,
+    /// max_locks_per_transaction.
+    pub max_locks_per_transaction: u32,
+}
+
+/// `Database cluster state` in pg_control.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DatabaseState {
+    /// "starting up".
+    StartingUp,
+    /// "shut down": in good order, as a primary.
+    ShutDown,
+    /// "shut down in recovery".
+    ShutDownInRecovery,
+    /// "shutting down".
+    ShuttingDown,
+    /// "in crash recovery".
+    InCrashRecovery,
+    /// "in archive recovery": a standby, running or not stopped in good order.
+    InArchiveRecovery,
+    /// "in production": a primary, running or not stopped in good order.
+    InProduction,
+}
+
+/// One probe of the running server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Probe {
+    /// When the probe was begun: what it saw was true at or after this.
+    pub begun: BootTime,
+    /// What it saw.
+    pub outcome: ProbeOutcome,
+}
+
+/// What a probe saw.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ProbeOutcome {
+    /// Connected and asked.
+    Accepting(Box<SqlFacts>),
+    /// The server answered that it does not take connections yet or any more (SQLSTATE 57P03).
+    NotYet(String),
+    /// No answer, or one that makes no sense. Nothing is known.
+    Unknown(String),
+}
+
+/// What the server said over SQL.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SqlFacts {
+    /// `pg_is_in_recovery()`.
+    pub in_recovery: bool,
+    /// Current timeline: of the insert position out of recovery, of what is received or replayed in recovery.
+    pub timeline: TimelineId,
+    /// Out of recovery: write position. In recovery: received and flushed; zero when nothing was received since the start.
+    pub receive_lsn: Lsn,
+    /// In recovery: replayed. Out of recovery: the write position.
+    pub replay_lsn: Lsn,
+    /// Replay is paused, or asked to pause.
+    pub replay_paused: bool,
+    /// The walreceiver, in recovery.
+    pub walreceiver: Option<WalReceiverFacts>,
+    /// pg_stat_replication, out of recovery.
+    pub replicas: Vec<ReplicaFacts>,
+    /// Names of parameters that wait for a restart.
+    pub pending_restart: Vec<String>,
+    /// `server_version_num`.
+    pub server_version_num: u32,
+    /// `pg_postmaster_start_time()` as text, for Patroni's status.
+    pub postmaster_start_time: String,
+    /// From pg_control_system().
+    pub system_id: SystemId,
+}
+
+impl SqlFacts {
+    /// How far this server's WAL reaches.
+    pub fn end_of_wal(&self) -> Lsn {
+        self.receive_lsn.max(self.replay_lsn)
+    }
+}
+
+/// pg_stat_wal_receiver.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WalReceiverFacts {
+    /// `streaming`, `waiting` …
+    pub status: String,
+    /// Host it receives from.
+    pub sender_host: Option<String>,
+    /// Port it receives from.
+    pub sender_port: Option<u16>,
+    /// The sender's last known end of WAL.
+    pub latest_end_lsn: Option<Lsn>,
+}
+
+/// One row of pg_stat_replication.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaFacts {
+    /// The standby's name.
+    pub application_name: String,
+    /// `streaming`, `catchup`, `backup` …
+    pub state: String,
+    /// Client address.
+    pub client_addr: Option<String>,
+    /// Flushed by the standby.
+    pub flush_lsn: Option<Lsn>,
+    /// Replayed by the standby.
+    pub replay_lsn: Option<Lsn>,
+    /// `async`, `sync`, `quorum`, `potential`.
+    pub sync_state: String,
+}

@@ -1,0 +1,1 @@
+//! The guard: keeps the postmaster and fences it.

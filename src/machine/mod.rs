@@ -1,0 +1,1 @@
+//! The typed state machine: facts in, actions out.

@@ -1,0 +1,3 @@
+//! The `pgherd` command.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! When the lock must be given up, rung by rung.

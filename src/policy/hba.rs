@@ -1,0 +1,1 @@
+//! The lines of pg_hba.conf and pg_ident.conf.

@@ -1,0 +1,7 @@
+//! What the machine asks: pure rules over facts.
+
+pub mod deadlines;
+pub mod election;
+pub mod hba;
+pub mod parameters;
+pub mod rejoin;

@@ -1,0 +1,1 @@
+//! How a member gets back behind the leader.
