@@ -1,0 +1,62 @@
+# What a person or CI asks of this tree. `make help` lists it.
+#
+# PROFILE=release builds with link-time optimisation: minutes slower to build, wanted for measuring and for installing.
+
+PROFILE ?= dev
+SCRIPT ?=
+DEMO_ARGS ?=
+PREFIX ?= /usr/local
+CARGO ?= cargo
+
+TARGET_DIR = $(if $(filter release,$(PROFILE)),target/release,target/debug)
+PGHERD = $(TARGET_DIR)/pgherd
+
+.PHONY: help setup setup-tests build demo demo-down test check fmt schemas bench install clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what building and the demo need (apt), never touching a running PostgreSQL
+	@deploy/setup
+
+setup-tests: ## the same, and PostgreSQL 17 and etcd 3.5 under target/tools for the tests
+	@deploy/setup --tests
+
+build: setup ## build pgherd and pgherd-guard
+	$(CARGO) build --bins --locked --profile $(PROFILE)
+
+demo: build ## a three-member cluster on loopback until Ctrl-C; SCRIPT=failover is the drill without a person
+	$(PGHERD) demo $(if $(SCRIPT),--script $(SCRIPT)) $(DEMO_ARGS)
+
+demo-down: build ## end what a crashed demo left behind
+	$(PGHERD) demo --down $(DEMO_ARGS)
+
+test: setup-tests ## every test: unit, properties, simulation, live cluster
+	@deploy/run-tests
+
+check: setup ## formatting, lints, the rules of this tree, schemas, licences
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) test --locked --quiet --test tidy
+	@if ls tests/schemas.rs >/dev/null 2>&1; then $(CARGO) test --locked --quiet --test schemas; fi
+	@if command -v cargo-deny >/dev/null && [ -f deny.toml ]; then $(CARGO) deny check; else echo "cargo-deny is not installed: licences and advisories were not checked"; fi
+
+fmt: ## format the source
+	$(CARGO) fmt
+
+schemas: build ## write schemas/ anew from the types
+	$(PGHERD) schema cluster > schemas/cluster.json
+	$(PGHERD) schema node > schemas/node.json
+
+bench: ## measure the outages of a crash and of a switchover
+	$(MAKE) build PROFILE=release
+	target/release/pgherd demo --script bench $(DEMO_ARGS)
+
+install: ## install binaries and the systemd unit below PREFIX
+	$(MAKE) build PROFILE=release
+	install -D -m 0755 target/release/pgherd $(DESTDIR)$(PREFIX)/bin/pgherd
+	install -D -m 0755 target/release/pgherd-guard $(DESTDIR)$(PREFIX)/bin/pgherd-guard
+	install -D -m 0644 deploy/pgherd.service $(DESTDIR)/etc/systemd/system/pgherd.service
+
+clean: ## remove what was built
+	$(CARGO) clean

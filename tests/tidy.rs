@@ -1,0 +1,237 @@
+//! The rules of this tree that no compiler checks. A rule that is not in here is only a wish.
+//!
+//! A file may be excused by name and with a reason, never by a comment inside it.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+/// Most lines of a Rust file.
+const FILE_MAX_LINES: usize = 500;
+
+/// Longer files, each with the most lines it may have and why it is one file.
+const LONGER_FILES: &[(&str, usize, &str)] = &[];
+
+/// Modules that decide. They get facts and the time as arguments, so that a test and the simulator can hand them any world.
+const PURE: &[&str] = &["src/spec/", "src/machine/", "src/policy/", "src/facts/", "src/types.rs"];
+
+/// What a pure module must not name: the world outside, any clock, and maps whose order differs from run to run.
+const OUTSIDE_WORLD: &[&str] = &[
+    "tokio",
+    "etcd_client",
+    "tokio_postgres",
+    "std::fs",
+    "std::net",
+    "std::process",
+    "std::thread",
+    "Instant::now",
+    "SystemTime::now",
+    "BootTime::now",
+    "HashMap",
+    "HashSet",
+];
+
+/// The one file with unsafe code: the guard's few system calls.
+const UNSAFE_ALLOWED: &[&str] = &["src/guard/sys.rs"];
+
+/// The one place where a test may sleep: between two looks at a condition, with a deadline.
+const SLEEP_ALLOWED: &[&str] = &["tests/rig/wait.rs"];
+
+struct File {
+    path: String,
+    text: String,
+}
+
+impl File {
+    fn is_rust(&self) -> bool {
+        self.path.ends_with(".rs")
+    }
+
+    /// Whether the whole file is test code.
+    fn is_test(&self) -> bool {
+        self.path.starts_with("tests/") || self.path.ends_with("/tests.rs") || self.path.contains("/tests/")
+    }
+
+    /// Numbered lines without comments, split at the unit tests: what runs, and what tests it.
+    fn code(&self) -> (Vec<(usize, &str)>, Vec<(usize, &str)>) {
+        let all = || self.text.lines().enumerate().map(|(at, line)| (at + 1, line.split("//").next().unwrap_or("")));
+        if self.is_test() {
+            return (Vec::new(), all().collect());
+        }
+        let tests_at = self.text.lines().position(|line| line.trim() == "#[cfg(test)]").unwrap_or(usize::MAX);
+        all().partition(|(at, _)| *at <= tests_at)
+    }
+}
+
+fn tree() -> Vec<File> {
+    fn walk(folder: &Path, root: &Path, found: &mut Vec<File>) {
+        let mut entries: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        entries.sort();
+        for path in entries {
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            if path.is_symlink() || ["target", ".git"].contains(&name.as_str()) {
+                continue;
+            }
+            if path.is_dir() {
+                walk(&path, root, found);
+            } else if let Ok(text) = std::fs::read_to_string(&path) {
+                found.push(File { path: path.strip_prefix(root).unwrap().to_string_lossy().into_owned(), text });
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut found = Vec::new();
+    walk(root, root, &mut found);
+    assert!(found.iter().any(|file| file.path == "src/lib.rs"), "the tree was not found at {}", root.display());
+    found
+}
+
+/// Rust files but this one, which has to name what it forbids.
+fn rust_files() -> Vec<File> {
+    tree().into_iter().filter(|file| file.is_rust() && file.path != "tests/tidy.rs").collect()
+}
+
+#[track_caller]
+fn none(rule: &str, offences: &[String]) {
+    let mut list = String::new();
+    for offence in offences {
+        let _ = writeln!(list, "  {offence}");
+    }
+    assert!(offences.is_empty(), "{rule}:\n{list}");
+}
+
+/// Where `word` stands as a word of its own, not as a part of another.
+fn names(line: &str, word: &str) -> bool {
+    let is_part = |c: char| c.is_alphanumeric() || c == '_';
+    line.match_indices(word).any(|(at, _)| {
+        let before = line[..at].chars().next_back();
+        let after = line[at + word.len()..].chars().next();
+        !before.is_some_and(is_part) && !after.is_some_and(is_part)
+    })
+}
+
+#[test]
+fn a_pure_module_names_neither_the_outside_world_nor_a_clock() {
+    let mut offences = Vec::new();
+    for file in rust_files().iter().filter(|file| PURE.iter().any(|pure| file.path.starts_with(pure))) {
+        for (at, line) in file.code().0 {
+            for word in OUTSIDE_WORLD.iter().filter(|word| names(line, word)) {
+                offences.push(format!("{}:{at} names {word}", file.path));
+            }
+        }
+    }
+    none("pure modules get facts and the time as arguments (docs: DESIGN, four kinds of module)", &offences);
+}
+
+#[test]
+fn every_source_file_says_first_what_it_is_for() {
+    let offences: Vec<String> = rust_files().iter().filter(|file| !file.text.starts_with("//! ")).map(|file| file.path.clone()).collect();
+    none("a file starts with a //! header", &offences);
+}
+
+#[test]
+fn no_source_file_swallows_its_neighbours() {
+    let mut offences = Vec::new();
+    for file in tree().iter().filter(|file| file.is_rust()) {
+        let lines = file.text.lines().count();
+        let most = LONGER_FILES.iter().find(|(path, ..)| *path == file.path).map_or(FILE_MAX_LINES, |(_, most, _)| *most);
+        if lines > most {
+            offences.push(format!("{} has {lines} lines, at most {most}", file.path));
+        }
+    }
+    none("a file has one subject", &offences);
+}
+
+#[test]
+fn no_excuse_outlives_its_file() {
+    let files = tree();
+    let excused = LONGER_FILES.iter().map(|(path, ..)| path).chain(UNSAFE_ALLOWED).chain(SLEEP_ALLOWED);
+    let offences: Vec<String> =
+        excused.filter(|path| !files.iter().any(|file| file.path == **path)).map(|path| (*path).to_owned()).collect();
+    none("an excused file exists", &offences);
+}
+
+#[test]
+fn unsafe_code_is_in_the_guards_system_calls_only() {
+    let mut offences = Vec::new();
+    for file in rust_files().iter().filter(|file| !UNSAFE_ALLOWED.contains(&file.path.as_str())) {
+        let (runs, tests) = file.code();
+        for (at, line) in runs.iter().chain(&tests).filter(|(_, line)| names(line, "unsafe")) {
+            offences.push(format!("{}:{at}: {}", file.path, line.trim()));
+        }
+    }
+    none("no unsafe code", &offences);
+}
+
+#[test]
+fn nothing_is_left_for_later() {
+    let words = ["TODO", "FIXME", "XXX", "HACK", "todo!", "unimplemented!", "dbg!"];
+    let mut offences = Vec::new();
+    for file in rust_files() {
+        for (at, line) in file.text.lines().enumerate() {
+            for word in words.iter().filter(|word| names(line, word.trim_end_matches('!')) && line.contains(**word)) {
+                offences.push(format!("{}:{} says {word}", file.path, at + 1));
+            }
+        }
+    }
+    none("finished or not there", &offences);
+}
+
+#[test]
+fn no_test_is_skipped() {
+    let mut offences = Vec::new();
+    for file in rust_files() {
+        for (at, line) in file.text.lines().enumerate().filter(|(_, line)| line.trim_start().starts_with("#[ignore")) {
+            offences.push(format!("{}:{}: {}", file.path, at + 1, line.trim()));
+        }
+    }
+    none("a test runs or is deleted", &offences);
+}
+
+#[test]
+fn no_test_sleeps_instead_of_waiting_for_a_condition() {
+    let mut offences = Vec::new();
+    for file in rust_files().iter().filter(|file| !SLEEP_ALLOWED.contains(&file.path.as_str())) {
+        for (at, line) in file.code().1 {
+            if line.contains("thread::sleep") || line.contains("time::sleep") {
+                offences.push(format!("{}:{at}: {}", file.path, line.trim()));
+            }
+        }
+    }
+    none("poll with a deadline", &offences);
+}
+
+#[test]
+fn nothing_names_the_machine_it_was_written_on() {
+    // Pieces, so that this file does not name them either.
+    let places = [["/wo", "rk/"].concat(), ["/fa", "rm/"].concat(), ["/root", "/."].concat(), ["/opt/", "pgt"].concat()];
+    let mut offences = Vec::new();
+    for file in tree() {
+        for (at, line) in file.text.lines().enumerate() {
+            for place in places.iter().filter(|place| line.contains(place.as_str())) {
+                offences.push(format!("{}:{} names {place}", file.path, at + 1));
+            }
+        }
+    }
+    none("no path of one machine", &offences);
+}
+
+#[test]
+fn neither_a_test_nor_the_demo_can_reach_the_machines_watchdog() {
+    let device = ["/dev/", "watchdog"].concat();
+    let mut offences = Vec::new();
+    for file in rust_files().iter().filter(|file| file.path.starts_with("tests/") || file.path.starts_with("src/cli/demo/")) {
+        for (at, line) in file.text.lines().enumerate().filter(|(_, line)| line.contains(&device)) {
+            offences.push(format!("{}:{}: {}", file.path, at + 1, line.trim()));
+        }
+    }
+    none("opening the device and dying would reset the machine", &offences);
+}
+
+#[test]
+fn the_rules_can_fail() {
+    assert!(names("use tokio::net;", "tokio") && !names("my_tokio", "tokio") && !names("tokio_postgres", "tokio"));
+    let file = File { path: "src/spec/a.rs".into(), text: "//! A.\nuse x; // tokio\n#[cfg(test)]\nmod tests { use tokio; }\n".into() };
+    let (runs, tests) = file.code();
+    assert!(!runs.iter().any(|(_, line)| names(line, "tokio")), "comments and tests are free");
+    assert!(tests.iter().any(|(_, line)| names(line, "tokio")));
+}
