@@ -25,6 +25,12 @@ pub struct GuardFacts {
     pub lock: Option<LockFacts>,
     /// Daemon ends by signal within the last 60 s (SAFETY row 5).
     pub daemon_crashes: u32,
+    /// Three daemons crashed within 60 s: a writable PostgreSQL was stopped, and no daemon is accepted until `clear`.
+    #[serde(default)]
+    pub crash_loop: bool,
+    /// What is less than it should be (memory not locked, OOM score not reset, a program that could not be executed): one sentence each.
+    #[serde(default)]
+    pub conditions: Vec<String>,
 }
 
 /// The lock as the guard knows it.
@@ -46,6 +52,11 @@ pub enum PostmasterFacts {
     ProvedEmpty {
         /// The start that ended last, and how; None when none was started under this guard.
         last: Option<LastEnd>,
+    },
+    /// Processes of PostgreSQL are in the data directory that the guard neither started nor was told to adopt.
+    Unclaimed {
+        /// As last seen.
+        pids: Vec<i32>,
     },
     /// Runs.
     Running {
