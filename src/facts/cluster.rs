@@ -40,6 +40,15 @@ pub struct ClusterView {
     pub requests: BTreeMap<String, RequestKey>,
 }
 
+impl ClusterView {
+    /// The farthest WAL position that the leader is known to have written: from `status`, or from its member key. None = unknown.
+    pub fn leader_position(&self) -> Option<Lsn> {
+        let by_status = self.status.as_ref().map(|status| status.lsn);
+        let key = self.leader.as_ref().and_then(|leader| self.members.iter().find(|(name, _)| name.as_str() == leader.holder));
+        by_status.max(key.and_then(|(_, key)| key.record.receive_lsn))
+    }
+}
+
 /// `spec`: what was applied, as typed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SpecRecord {

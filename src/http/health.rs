@@ -1,0 +1,127 @@
+//! The rules behind the health paths: whether this member may be called primary, replica, live, ready, at this moment.
+//!
+//! Stricter than Patroni on leader paths: 200 needs our lock, now before A, AND a probe not older than `loop_wait` that saw PostgreSQL
+//! accept connections out of recovery. All three are checked against the clock of the request, so a daemon that hangs turns to 503 by
+//! itself, before its PostgreSQL is stopped (I13).
+
+use crate::clock::BootTime;
+use crate::facts::cluster::MemberRole;
+use crate::facts::guard::{PostmasterFacts, Word};
+use crate::http::peer::Writable;
+use crate::http::query::{self, Parameters};
+use crate::http::snapshot::Snapshot;
+
+/// Whether leader paths answer 200.
+pub fn is_primary(snapshot: &Snapshot, now: BootTime) -> bool {
+    let lock_holds = snapshot.lock.is_some_and(|lock| now < lock.announce_at);
+    lock_holds && snapshot.fresh_sql(now).is_some_and(|sql| !sql.in_recovery)
+}
+
+/// Whether PostgreSQL runs and takes connections.
+pub fn is_running(snapshot: &Snapshot, now: BootTime) -> bool {
+    snapshot.fresh_sql(now).is_some()
+}
+
+/// Whether replica paths answer 200: a running standby that may serve reads, within the query's `lag` and `replication_state`.
+pub fn is_serving_replica(snapshot: &Snapshot, now: BootTime, parameters: &Parameters) -> bool {
+    let Some(sql) = snapshot.fresh_sql(now) else { return false };
+    if !sql.in_recovery || !snapshot.declared || snapshot.tag_is_on("noloadbalance") {
+        return false;
+    }
+    if let Some(wanted) = query::first(parameters, "replication_state")
+        && replication_state(snapshot, now) != Some(wanted)
+    {
+        return false;
+    }
+    let limit = query::first(parameters, "lag").and_then(query::bytes);
+    limit.is_none_or(|limit| !is_behind(leader_position(snapshot, now), sql.replay_lsn.0, limit))
+}
+
+/// Patroni's rule: behind only when the leader's position is known and farther than ours plus the limit.
+fn is_behind(leader: Option<u64>, ours: u64, limit: i64) -> bool {
+    leader.is_some_and(|leader| i128::from(leader) > i128::from(ours) + i128::from(limit))
+}
+
+/// The farthest position of the leader that is known: from etcd, or from the walreceiver.
+pub fn leader_position(snapshot: &Snapshot, now: BootTime) -> Option<u64> {
+    let from_etcd = snapshot.view.as_ref().and_then(|(_, view)| view.status.as_ref()).map(|status| status.lsn.0);
+    from_etcd.max(latest_end(snapshot, now)).filter(|position| *position > 0)
+}
+
+fn latest_end(snapshot: &Snapshot, now: BootTime) -> Option<u64> {
+    snapshot.fresh_sql(now)?.walreceiver.as_ref()?.latest_end_lsn.map(|lsn| lsn.0)
+}
+
+/// `streaming` as long as the walreceiver says so; for a primary None.
+pub fn replication_state(snapshot: &Snapshot, now: BootTime) -> Option<&'static str> {
+    let sql = snapshot.fresh_sql(now)?;
+    sql.in_recovery.then_some(())?;
+    match sql.walreceiver.as_ref().map(|receiver| receiver.status.as_str()) {
+        Some("streaming") => Some("streaming"),
+        _ => Some("in archive recovery"),
+    }
+}
+
+/// `/liveness`: whether the daemon's loop turns. A restart by whoever asks costs nothing while it does not.
+pub fn is_live(snapshot: &Snapshot, now: BootTime) -> bool {
+    let limit = if snapshot.role == MemberRole::Primary { snapshot.ttl } else { snapshot.ttl * 2 };
+    snapshot.paused || now.since(snapshot.loop_heartbeat) <= limit
+}
+
+/// `/readiness`: the leader, or a standby that streams and is within `lag` (default `maximum_lag_on_failover`) of the leader by
+/// `mode=apply` (default) or `mode=write`. Without etcd the walreceiver must say where the leader is.
+pub fn is_ready(snapshot: &Snapshot, now: BootTime, parameters: &Parameters) -> bool {
+    if is_primary(snapshot, now) {
+        return true;
+    }
+    let Some(sql) = snapshot.fresh_sql(now) else { return false };
+    if !sql.in_recovery || replication_state(snapshot, now) != Some("streaming") {
+        return false;
+    }
+    if snapshot.current_view().is_none() && latest_end(snapshot, now).is_none() {
+        return false;
+    }
+    let default = i64::try_from(snapshot.maximum_lag_on_failover).unwrap_or(i64::MAX);
+    let limit = query::first(parameters, "lag").and_then(query::bytes).unwrap_or(default);
+    let ours = match query::first(parameters, "mode") {
+        Some("write") => sql.receive_lsn,
+        _ => sql.replay_lsn,
+    };
+    !is_behind(leader_position(snapshot, now), ours.0, limit)
+}
+
+/// Whether every `tag_KEY=VALUE` of the query is this member's; a tag that is not text is compared as its lower-cased text.
+pub fn tags_match(snapshot: &Snapshot, parameters: &Parameters) -> bool {
+    query::tags(parameters).all(|(key, wanted)| match snapshot.tags.get(key) {
+        None | Some(serde_json::Value::Null) => false,
+        Some(serde_json::Value::String(text)) => text == wanted,
+        Some(other) => other.to_string().to_lowercase() == wanted,
+    })
+}
+
+/// Whether this member has, or may have, a PostgreSQL out of recovery: asked by the others before they take a lock that went away
+/// without a release. None = not known; "no" needs a guard that says so and a snapshot not older than `loop_wait`.
+pub fn writable(snapshot: &Snapshot, now: BootTime) -> Writable {
+    let promoted_by_hand = snapshot.fresh_sql(now).is_some_and(|sql| !sql.in_recovery);
+    let by_guard = match &snapshot.postmaster {
+        None => None,
+        Some(PostmasterFacts::ProvedEmpty { .. }) => Some(false),
+        Some(PostmasterFacts::Running { word: Word::Writable, .. }) => Some(true),
+        Some(PostmasterFacts::Running { word: Word::Standby, .. }) => Some(false),
+        Some(PostmasterFacts::Ending { .. }) if snapshot.role == MemberRole::Primary => Some(true),
+        // What nobody vouches for may be writable.
+        Some(PostmasterFacts::Ending { .. } | PostmasterFacts::Unclaimed { .. }) => None,
+    };
+    let age = now.since(snapshot.taken);
+    let known = match by_guard {
+        _ if promoted_by_hand => Some(true),
+        Some(false) if age > snapshot.loop_wait => None,
+        other => other,
+    };
+    Writable {
+        member: snapshot.member.clone(),
+        writable: known,
+        epoch: snapshot.lock.map(|lock| lock.identity.epoch),
+        age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
+    }
+}
