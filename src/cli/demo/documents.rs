@@ -1,0 +1,165 @@
+//! The two documents of a local cluster, as a person would type them.
+//!
+//! The watchdog is off and its device is a name that does not exist: a demo must never be able to reset the machine it runs on.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+/// A member as the cluster document declares it.
+#[derive(Debug, Clone)]
+pub struct DeclaredMember {
+    /// Its name.
+    pub name: String,
+    /// Where the others reach it.
+    pub address: String,
+    /// PostgreSQL's port.
+    pub port: u16,
+    /// Port of the HTTP API.
+    pub api_port: u16,
+    /// Tags, Patroni's names; values as they stand in YAML.
+    pub tags: BTreeMap<String, String>,
+}
+
+/// What differs between the cluster documents of the demo and of the tests; the rest is left to the defaults.
+#[derive(Debug, Clone)]
+pub struct ClusterDocument {
+    /// The cluster's name.
+    pub name: String,
+    /// Its members, in order.
+    pub members: Vec<DeclaredMember>,
+    /// Life of the leader lock, in seconds.
+    pub ttl_s: u32,
+    /// Time between rounds when nothing happens, in seconds.
+    pub loop_wait_s: u32,
+    /// Whether the leader may go on without etcd while all members answer.
+    pub failsafe: bool,
+    /// `async`, `quorum` or `sync`.
+    pub mode: String,
+    /// PostgreSQL's major version.
+    pub version: u32,
+    /// Parameters, values as PostgreSQL's own text.
+    pub parameters: BTreeMap<String, String>,
+    /// Lines of pg_hba.conf.
+    pub pg_hba: Vec<String>,
+}
+
+impl ClusterDocument {
+    /// The YAML text.
+    pub fn to_yaml(&self) -> String {
+        let mut text = format!("apiVersion: pgherd/v1\nkind: Cluster\nmetadata:\n  name: {}\nspec:\n  members:\n", self.name);
+        for member in &self.members {
+            let DeclaredMember { name, address, port, api_port, tags } = member;
+            let _ = writeln!(text, "    - {{ name: {name}, address: {address}, port: {port}, api_port: {api_port}{} }}", inline_tags(tags));
+        }
+        let _ = write!(
+            text,
+            "  ha:
+    ttl: {ttl}s
+    loop_wait: {loop_wait}s
+    retry_timeout: 3s
+    failsafe: {failsafe}
+  replication:
+    mode: {mode}
+  watchdog:
+    mode: \"off\"
+  postgres:
+    version: {version}
+",
+            ttl = self.ttl_s,
+            loop_wait = self.loop_wait_s,
+            failsafe = self.failsafe,
+            mode = self.mode,
+            version = self.version,
+        );
+        if !self.parameters.is_empty() {
+            text.push_str("    parameters:\n");
+        }
+        for (name, value) in &self.parameters {
+            let _ = writeln!(text, "      {name}: {}", quoted(value));
+        }
+        text.push_str("    pg_hba:\n");
+        for line in &self.pg_hba {
+            let _ = writeln!(text, "      - {}", quoted(line));
+        }
+        text
+    }
+}
+
+fn inline_tags(tags: &BTreeMap<String, String>) -> String {
+    if tags.is_empty() {
+        return String::new();
+    }
+    let list: Vec<String> = tags.iter().map(|(name, value)| format!("{name}: {value}")).collect();
+    format!(", tags: {{ {} }}", list.join(", "))
+}
+
+/// A YAML double-quoted scalar; JSON's form is one.
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+/// What only one host knows.
+#[derive(Debug, Clone)]
+pub struct NodeDocument {
+    /// The member's name.
+    pub name: String,
+    /// The cluster's name.
+    pub cluster: String,
+    /// etcd's client URLs.
+    pub endpoints: Vec<String>,
+    /// Where the HTTP API listens, `127.0.0.1:8008`.
+    pub api_listen: String,
+    /// listen_addresses.
+    pub postgres_listen: String,
+    /// The user PostgreSQL runs as.
+    pub os_user: String,
+    /// PostgreSQL's programs.
+    pub bin_dir: PathBuf,
+    /// The node's own directory: data, run and log directories are made in it.
+    pub dir: PathBuf,
+    /// Where the password files are.
+    pub secrets: PathBuf,
+}
+
+impl NodeDocument {
+    /// The YAML text.
+    pub fn to_yaml(&self) -> String {
+        let endpoints: Vec<String> = self.endpoints.iter().map(|url| quoted(url)).collect();
+        let path = |path: &Path| quoted(&path.to_string_lossy());
+        format!(
+            "apiVersion: pgherd/v1
+kind: Node
+metadata: {{ name: {name} }}
+spec:
+  cluster: {cluster}
+  etcd: {{ endpoints: [ {endpoints} ] }}
+  api: {{ listen: {api_listen} }}
+  postgres:
+    os_user: {os_user}
+    bin_dir: {bin_dir}
+    data_dir: {data_dir}
+    listen: {postgres_listen}
+    socket_dir: {run_dir}
+    log_dir: {log_dir}
+    superuser: {{ username: {os_user}, password_file: {superuser} }}
+    replication: {{ username: replicator, password_file: {replication} }}
+  watchdog: {{ device: {watchdog} }}
+  run_dir: {run_dir}
+",
+            name = self.name,
+            cluster = self.cluster,
+            endpoints = endpoints.join(", "),
+            api_listen = quoted(&self.api_listen),
+            os_user = quoted(&self.os_user),
+            bin_dir = path(&self.bin_dir),
+            data_dir = path(&self.dir.join("data")),
+            postgres_listen = quoted(&self.postgres_listen),
+            run_dir = path(&self.dir.join("run")),
+            log_dir = path(&self.dir.join("log")),
+            superuser = path(&self.secrets.join("superuser")),
+            replication = path(&self.secrets.join("replication")),
+            watchdog = path(&self.dir.join("no-watchdog")),
+        )
+    }
+}

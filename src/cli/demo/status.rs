@@ -1,0 +1,80 @@
+//! What `pgherd status -o json` says, as a script reads it: only the documented keys, and any more are ignored.
+
+use serde::Deserialize;
+
+/// The cluster.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Status {
+    /// Counts applied specs.
+    #[serde(default)]
+    pub generation: Option<u64>,
+    /// Who leads.
+    #[serde(default)]
+    pub leader: Option<String>,
+    /// The leader's timeline.
+    #[serde(default)]
+    pub timeline: Option<u32>,
+    /// The members.
+    #[serde(default)]
+    pub members: Vec<StatusMember>,
+    /// Conditions of the whole cluster.
+    #[serde(default)]
+    pub conditions: Vec<serde_json::Value>,
+}
+
+/// One member.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct StatusMember {
+    /// Its name.
+    pub name: String,
+    /// `leader`, `sync_standby`, `quorum_standby` or `replica`.
+    #[serde(default)]
+    pub role: Option<String>,
+    /// `running`, `streaming` …
+    #[serde(default)]
+    pub state: Option<String>,
+    /// The timeline its PostgreSQL is on.
+    #[serde(default)]
+    pub timeline: Option<u32>,
+    /// What is in the way of the spec on this member.
+    #[serde(default)]
+    pub conditions: Vec<serde_json::Value>,
+}
+
+impl Status {
+    /// The member of that name.
+    pub fn member(&self, name: &str) -> Option<&StatusMember> {
+        self.members.iter().find(|member| member.name == name)
+    }
+
+    /// Whether one leader leads and `nodes` - 1 others stream from it on its timeline.
+    pub fn is_whole(&self, nodes: usize) -> bool {
+        let leads = |member: &&StatusMember| member.role.as_deref() == Some("leader");
+        let Some(leader) = self.members.iter().find(leads) else { return false };
+        let streams = |member: &&StatusMember| member.state.as_deref() == Some("streaming") && member.timeline == leader.timeline;
+        self.leader.as_ref() == Some(&leader.name)
+            && leader.state.as_deref() == Some("running")
+            && self.members.iter().filter(leads).count() == 1
+            && self.members.iter().filter(|member| !leads(member)).filter(streams).count() + 1 == nodes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cluster_is_whole_with_one_leader_and_all_others_streaming_on_its_timeline() {
+        let text = |timeline: u32| {
+            format!(
+                r#"{{"cluster":"c","leader":"a","timeline":2,"members":[
+                {{"name":"a","role":"leader","state":"running","timeline":2}},
+                {{"name":"b","role":"replica","state":"streaming","timeline":{timeline},"lag":null}}]}}"#
+            )
+        };
+        let status = |timeline| serde_json::from_str::<Status>(&text(timeline)).unwrap();
+        assert!(status(2).is_whole(2));
+        assert!(!status(1).is_whole(2), "another timeline");
+        assert!(!status(2).is_whole(3), "a member is missing");
+    }
+}
