@@ -1,0 +1,261 @@
+//! The HTTP API over real sockets: what a stranger may cost, and that the clock alone turns leader paths to 503.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pgherd::clock::BootTime;
+use pgherd::facts::cluster::MemberRole;
+use pgherd::facts::guard::{LockFacts, PostmasterFacts, StartId, Word};
+use pgherd::facts::postgres::{Probe, ProbeOutcome, SqlFacts};
+use pgherd::http::peer::ask_writable;
+use pgherd::http::{Limits, Server, Snapshot, start};
+use pgherd::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity, Lsn, SystemId, TimelineId};
+use tokio::sync::watch;
+
+/// No test waits longer than this for anything.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// A leader whose A comes `until_announce` from now, with a probe that stays fresh.
+fn leader(until_announce: Duration) -> Snapshot {
+    let now = BootTime::now();
+    let mut snapshot = Snapshot::unknown(now, "mdw".parse().unwrap(), "main".parse().unwrap());
+    let sql = SqlFacts {
+        in_recovery: false,
+        timeline: TimelineId(1),
+        receive_lsn: Lsn(0x0300_0000),
+        replay_lsn: Lsn(0x0300_0000),
+        replay_paused: false,
+        walreceiver: None,
+        replicas: Vec::new(),
+        pending_restart: Vec::new(),
+        server_version_num: 170_010,
+        postmaster_start_time: "2026-11-22 12:00:00+00".to_owned(),
+        system_id: SystemId(7),
+    };
+    snapshot.declared = true;
+    snapshot.role = MemberRole::Primary;
+    snapshot.loop_wait = Duration::from_secs(3600);
+    snapshot.postmaster = Some(PostmasterFacts::Running { start: StartId(1), pid: 1, word: Word::Writable, adopted: false });
+    snapshot.probe = Some(Probe { begun: now, outcome: ProbeOutcome::Accepting(Box::new(sql)) });
+    snapshot.lock = Some(LockFacts {
+        identity: LockIdentity { lease: LeaseIdentity { cluster: EtcdClusterId(1), lease: LeaseId(2) }, epoch: Epoch(3) },
+        announce_at: now + until_announce,
+        valid_until: now + until_announce + Duration::from_secs(5),
+    });
+    snapshot
+}
+
+/// A server and the sender that keeps its channel open.
+fn serve(snapshot: Snapshot, limits: Limits) -> (Server, watch::Sender<Arc<Snapshot>>) {
+    let (sender, receiver) = watch::channel(Arc::new(snapshot));
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    (start(listener, receiver, limits).unwrap(), sender)
+}
+
+fn connect(address: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    stream.set_write_timeout(Some(DEADLINE)).unwrap();
+    stream
+}
+
+/// Reads until the other side closes. A reset is a close; a read that times out fails the test.
+fn read_to_end(stream: &mut TcpStream) -> String {
+    let mut bytes = Vec::new();
+    match stream.read_to_end(&mut bytes) {
+        Err(error) if !matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => panic!("reading: {error}"),
+        _ => String::from_utf8(bytes).unwrap(),
+    }
+}
+
+/// Sends one request as HAProxy does (HTTP/1.0: the server closes), and returns all that comes back.
+fn ask(address: SocketAddr, request_line: &str) -> String {
+    let mut stream = connect(address);
+    write!(stream, "{request_line} HTTP/1.0\r\n\r\n").unwrap();
+    read_to_end(&mut stream)
+}
+
+fn status(answer: &str) -> u16 {
+    answer.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or_else(|| panic!("not an answer: {answer:?}"))
+}
+
+#[test]
+fn head_and_options_answer_with_a_status_and_no_body() {
+    let (server, _sender) = serve(leader(DEADLINE), Limits::default());
+    for (request, expected) in
+        [("OPTIONS /", 200), ("OPTIONS /master", 200), ("HEAD /primary", 200), ("OPTIONS /replica", 503), ("HEAD /liveness", 503)]
+    {
+        let answer = ask(server.address(), request);
+        assert_eq!(status(&answer), expected, "{request}");
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert_eq!(body, "", "{request}");
+        assert!(!head.contains("content-type"), "{request}: {head}");
+    }
+}
+
+#[test]
+fn a_get_carries_patronis_body_and_its_age() {
+    let (server, _sender) = serve(leader(DEADLINE), Limits::default());
+    let answer = ask(server.address(), "GET /primary?lag=1MB");
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert_eq!(status(head), 200);
+    assert!(head.contains("content-type: application/json") && head.contains("x-pgherd-age-ms: "), "{head}");
+    let body: serde_json::Value = serde_json::from_str(body).unwrap();
+    assert_eq!(body["role"], "primary");
+}
+
+#[test]
+fn i13_a_leader_path_turns_to_503_at_a_although_no_new_snapshot_is_published() {
+    let snapshot = leader(Duration::from_millis(700));
+    let announce_at = snapshot.lock.unwrap().announce_at;
+    let (server, _sender) = serve(snapshot, Limits::default());
+    let deadline = Instant::now() + DEADLINE;
+    let mut seen_before = 0;
+    loop {
+        let asked = BootTime::now();
+        let code = status(&ask(server.address(), "OPTIONS /primary"));
+        let answered = BootTime::now();
+        if asked >= announce_at {
+            assert_eq!(code, 503, "asked after A");
+            break;
+        }
+        if answered < announce_at {
+            assert_eq!(code, 200, "answered before A");
+            seen_before += 1;
+        }
+        assert!(Instant::now() < deadline);
+    }
+    assert!(seen_before > 0, "the path never answered 200, so that its end proves nothing");
+}
+
+#[test]
+fn a_new_snapshot_is_seen_by_the_next_request() {
+    let (server, sender) = serve(leader(DEADLINE), Limits::default());
+    assert_eq!(status(&ask(server.address(), "GET /leader")), 200);
+    let mut lost = leader(DEADLINE);
+    lost.lock = None;
+    sender.send(Arc::new(lost)).unwrap();
+    assert_eq!(status(&ask(server.address(), "GET /leader")), 503);
+}
+
+#[test]
+fn what_changes_something_is_refused_with_a_sentence() {
+    let (server, _sender) = serve(leader(DEADLINE), Limits::default());
+    for request in ["POST /switchover", "PATCH /config", "PUT /config", "DELETE /restart", "POST /reinitialize"] {
+        let answer = ask(server.address(), request);
+        assert_eq!(status(&answer), 403, "{request}");
+        assert!(answer.contains("pgherd switchover"), "{request}: {answer}");
+    }
+}
+
+#[test]
+fn a_huge_body_is_refused_without_being_read() {
+    let (server, _sender) = serve(leader(DEADLINE), Limits::default());
+    let mut stream = connect(server.address());
+    write!(stream, "POST /switchover HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000000\r\n\r\n").unwrap();
+    assert_eq!(status(&read_to_end(&mut stream)), 413);
+}
+
+#[test]
+fn a_body_that_never_ends_is_not_read_to_its_end() {
+    let (server, _sender) = serve(leader(DEADLINE), Limits::default());
+    let mut stream = connect(server.address());
+    write!(stream, "POST /switchover HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n").unwrap();
+    let deadline = Instant::now() + DEADLINE;
+    while stream.write_all(b"400\r\n").and_then(|()| stream.write_all(&[b'x'; 1024])).and_then(|()| stream.write_all(b"\r\n")).is_ok() {
+        assert!(Instant::now() < deadline, "the server goes on reading");
+    }
+}
+
+#[test]
+fn a_head_that_is_too_large_is_refused() {
+    let limits = Limits::default();
+    let (server, _sender) = serve(leader(DEADLINE), limits);
+    let mut stream = connect(server.address());
+    let _ = write!(stream, "GET / HTTP/1.1\r\nHost: x\r\nX-Long: {}\r\n\r\n", "a".repeat(limits.head_bytes * 4));
+    let mut start = [0; 12];
+    if stream.read_exact(&mut start).is_ok() {
+        assert_eq!(&start, b"HTTP/1.1 431", "or a reset, when the rest of the head was still on its way");
+    }
+    assert_eq!(status(&ask(server.address(), "GET /leader")), 200);
+}
+
+#[test]
+fn slow_clients_are_cut_off_and_do_not_keep_others_from_being_answered() {
+    let limits = Limits { header_read: Duration::from_millis(500), ..Limits::default() };
+    let (server, _sender) = serve(leader(DEADLINE), limits);
+    let mut slow: Vec<_> = (0..40).map(|_| connect(server.address())).collect();
+    for stream in &mut slow {
+        stream.write_all(b"GET /primary HTTP/1.1\r\nX-Slow: ").unwrap();
+    }
+    assert_eq!(status(&ask(server.address(), "GET /primary")), 200, "while all of them hang");
+    for stream in &mut slow {
+        let answer = read_to_end(stream);
+        assert!(answer.is_empty() || status(&answer) == 408, "{answer}");
+    }
+}
+
+#[test]
+fn connections_above_the_limit_are_closed_and_places_come_back() {
+    let limits = Limits { connections_per_address: 4, ..Limits::default() };
+    let (server, _sender) = serve(leader(DEADLINE), limits);
+    // A connection has its place for certain once it was answered.
+    let held: Vec<_> = (0..limits.connections_per_address)
+        .map(|_| {
+            let mut stream = connect(server.address());
+            stream.write_all(b"OPTIONS /primary HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+            stream.read_exact(&mut [0; 12]).unwrap();
+            stream
+        })
+        .collect();
+    assert_eq!(read_to_end(&mut connect(server.address())), "", "one too many");
+    drop(held);
+    let deadline = Instant::now() + DEADLINE;
+    while !try_ask(server.address()) {
+        assert!(Instant::now() < deadline, "the places of closed connections were not given back");
+    }
+}
+
+/// Whether a request is answered; a connection that is closed unanswered is no failure here.
+fn try_ask(address: SocketAddr) -> bool {
+    let mut stream = connect(address);
+    stream.write_all(b"OPTIONS /primary HTTP/1.0\r\n\r\n").is_ok() && read_to_end(&mut stream).starts_with("HTTP/1.0 200")
+}
+
+#[test]
+fn a_connection_ends_with_its_life_however_busy_it_is() {
+    let limits = Limits { connection_life: Duration::from_millis(300), ..Limits::default() };
+    let (server, _sender) = serve(leader(DEADLINE), limits);
+    let mut stream = connect(server.address());
+    let deadline = Instant::now() + DEADLINE;
+    let mut answered = 0;
+    loop {
+        let sent = stream.write_all(b"OPTIONS /primary HTTP/1.1\r\nHost: x\r\n\r\n");
+        match sent.and_then(|()| stream.read(&mut [0; 1024])) {
+            Ok(0) | Err(_) => break,
+            Ok(_) => answered += 1,
+        }
+        assert!(Instant::now() < deadline, "still open");
+    }
+    assert!(answered > 0);
+}
+
+#[tokio::test]
+async fn a_peer_that_may_be_writable_says_so() {
+    let (server, _sender) = serve(leader(DEADLINE), Limits::default());
+    let answer = ask_writable(&format!("http://{}/", server.address()), DEADLINE).await.unwrap();
+    assert_eq!((answer.member.as_str(), answer.writable, answer.epoch), ("mdw", Some(true), Some(Epoch(3))));
+}
+
+#[tokio::test]
+async fn a_peer_that_does_not_answer_is_an_error_and_never_a_no() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", silent.local_addr().unwrap());
+    let error = ask_writable(&address, Duration::from_millis(50)).await.unwrap_err();
+    assert!(error.to_string().contains("did not answer within 50 ms"), "{error:#}");
+    drop(silent);
+    assert!(ask_writable(&address, DEADLINE).await.is_err(), "nobody listens there");
+    assert!(ask_writable("not an address", DEADLINE).await.is_err());
+}
