@@ -2,6 +2,8 @@
 //!
 //! A file may be excused by name and with a reason, never by a comment inside it.
 
+#![allow(clippy::unwrap_used)]
+
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -36,6 +38,9 @@ const UNSAFE_ALLOWED: &[&str] = &["src/guard/sys.rs"];
 /// The one place where a test may sleep: between two looks at a condition, with a deadline.
 const SLEEP_ALLOWED: &[&str] = &["tests/rig/wait.rs"];
 
+/// Lines with their numbers.
+type Lines<'a> = Vec<(usize, &'a str)>;
+
 struct File {
     path: String,
     text: String,
@@ -52,7 +57,7 @@ impl File {
     }
 
     /// Numbered lines without comments, split at the unit tests: what runs, and what tests it.
-    fn code(&self) -> (Vec<(usize, &str)>, Vec<(usize, &str)>) {
+    fn code(&self) -> (Lines<'_>, Lines<'_>) {
         let all = || self.text.lines().enumerate().map(|(at, line)| (at + 1, line.split("//").next().unwrap_or("")));
         if self.is_test() {
             return (Vec::new(), all().collect());

@@ -189,6 +189,15 @@ impl LocalCluster {
         fs::read_to_string(self.plan.dir.join("secrets/superuser")).context("reading the superuser's password")
     }
 
+    /// How the superuser connects to a port on 127.0.0.1: a server's own, or HAProxy's.
+    pub fn connection(&self, port: u16) -> Result<tokio_postgres::Config> {
+        let mut config = tokio_postgres::Config::new();
+        config.host("127.0.0.1").port(port).user(&self.household.user.name).dbname("postgres").password(self.superuser_password()?);
+        // Half of what is tried here fails on purpose: not into the server's log.
+        config.application_name("pgherd-demo").options("-c log_min_messages=panic").connect_timeout(Duration::from_secs(2));
+        Ok(config)
+    }
+
     /// Starts one member of etcd.
     pub fn start_etcd_member(&self, index: usize) -> Result<ProcessId> {
         let member = &self.plan.etcd[index];
