@@ -5,4 +5,5 @@
 
 pub mod cluster;
 pub mod guard;
+pub mod lease;
 pub mod postgres;

@@ -1,1 +1,265 @@
-//! Who may lead.
+//! Decides whether this member may run for the lock, and when. Never talks to etcd or PostgreSQL.
+//!
+//! Every member judges for itself on the same view; the transaction that takes the lock compares the revisions judged on, so a
+//! wrong guess about the others costs a moment, never safety. A member whose position is not known is not a candidate: unknown lag
+//! is not zero lag (P2). Positions are compared only along one lineage.
+
+use std::time::Duration;
+
+use crate::clock::BootTime;
+use crate::facts::cluster::{ClusterView, DataDirectoryReport, HistoryEntry, Initialize, Vote};
+use crate::spec::cluster::ClusterSpec;
+use crate::types::{Lsn, MemberName, SystemId, TimelineId};
+
+/// How long voters that have not published their final position are waited for.
+pub const VOTERS_GRACE_MS: u64 = 1_000;
+/// How much longer than the best candidate each further one waits.
+pub const RANK_STEP_MS: u64 = 1_000;
+/// How long the member that a release names is left alone with the lock.
+pub const EXPECTED_GRACE_MS: u64 = 3_000;
+
+/// What is judged on.
+#[derive(Debug)]
+pub struct Inputs<'a> {
+    /// Now.
+    pub now: BootTime,
+    /// Who asks.
+    pub me: &'a MemberName,
+    /// The spec in force.
+    pub spec: &'a ClusterSpec,
+    /// etcd's keys; the lock is absent in it.
+    pub view: &'a ClusterView,
+    /// Since when this member sees the lock absent.
+    pub vacant_since: BootTime,
+    /// Our own final position.
+    pub own: Vote,
+    /// Our database system identifier.
+    pub system_id: SystemId,
+    /// What the peers said when asked whether they are writable. None = not asked yet in this vacancy.
+    pub peers: Option<&'a [MemberName]>,
+    /// S: how long a former leader can take to be fenced.
+    pub ladder: Duration,
+}
+
+/// The judgement.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// Take the lock now.
+    Run {
+        /// Why there is an election, for `history`.
+        why: String,
+        /// The system identifier to write with the lock, when etcd has none.
+        initialize: Option<SystemId>,
+    },
+    /// Not yet.
+    Wait {
+        /// When to judge again at the latest.
+        until: BootTime,
+        /// A sentence.
+        why: String,
+    },
+    /// Not under these facts.
+    NotEligible {
+        /// A sentence.
+        why: String,
+    },
+}
+
+fn wait(until: BootTime, why: impl Into<String>) -> Verdict {
+    Verdict::Wait { until, why: why.into() }
+}
+
+/// Judges whether this member runs.
+pub fn judge(inputs: &Inputs<'_>) -> Verdict {
+    if let Some(why) = not_eligible(inputs) {
+        return Verdict::NotEligible { why };
+    }
+    let initialize = match identity(inputs) {
+        Ok(initialize) => initialize,
+        Err(verdict) => return verdict,
+    };
+    let since = inputs.vacant_since;
+    match &inputs.view.release {
+        Some(release) if release.to.as_ref() == Some(inputs.me) => {
+            return Verdict::Run { why: "handed over in good order".to_owned(), initialize };
+        }
+        Some(release) => {
+            let expected = release.to.as_ref().filter(|to| inputs.view.members.contains_key(*to));
+            let left_alone_until = since + Duration::from_millis(EXPECTED_GRACE_MS);
+            if let Some(to) = expected.filter(|_| inputs.now < left_alone_until) {
+                return wait(left_alone_until, format!("the last leader handed over to `{to}`"));
+            }
+        }
+        None => {
+            let deferred_until = since + inputs.ladder;
+            match inputs.peers {
+                None => {
+                    return wait(
+                        inputs.now + Duration::from_millis(VOTERS_GRACE_MS),
+                        "the other members are being asked whether they write",
+                    );
+                }
+                Some(writable) if !writable.is_empty() && inputs.now < deferred_until => {
+                    return wait(deferred_until, format!("`{}` may still be writable and is given time to be fenced", writable[0]));
+                }
+                Some(_) => {}
+            }
+        }
+    }
+    by_rank(inputs, initialize)
+}
+
+/// Waits for the voters and for those that are better, then runs.
+fn by_rank(inputs: &Inputs<'_>, initialize: Option<SystemId>) -> Verdict {
+    let voters_until = inputs.vacant_since + Duration::from_millis(VOTERS_GRACE_MS);
+    let silent: Vec<&str> = silent_voters(inputs).map(MemberName::as_str).collect();
+    if !silent.is_empty() && inputs.now < voters_until {
+        return wait(voters_until, format!("no final position yet from {}", silent.join(", ")));
+    }
+    let own_rank = rank(inputs.spec, inputs.me, inputs.own);
+    let better: Vec<&MemberName> = valid_votes(inputs)
+        .filter(|(name, vote)| *name != inputs.me && may_lead(inputs.spec, name) && rank(inputs.spec, name, *vote) > own_rank)
+        .map(|(name, _)| name)
+        .collect();
+    let turn = voters_until + Duration::from_millis(RANK_STEP_MS * better.len() as u64);
+    if let Some(best) = better.first().filter(|_| inputs.now < turn) {
+        return wait(turn, format!("`{best}` is the better candidate"));
+    }
+    let why = if inputs.view.release.is_some() { "the last leader released the lock" } else { "the lock expired or was deleted" };
+    Verdict::Run { why: why.to_owned(), initialize }
+}
+
+type Rank = (TimelineId, Lsn, u32, std::cmp::Reverse<usize>);
+
+/// Sync membership comes first once it exists; then position, priority, and the order in the spec.
+fn rank(spec: &ClusterSpec, name: &MemberName, vote: Vote) -> Rank {
+    let order = spec.members.iter().position(|member| member.name == *name).unwrap_or(usize::MAX);
+    let priority = spec.member(name).map_or(0, |member| member.failover_priority);
+    (vote.timeline, vote.lsn, priority, std::cmp::Reverse(order))
+}
+
+fn may_lead(spec: &ClusterSpec, name: &MemberName) -> bool {
+    spec.member(name).is_some_and(|member| !member.nofailover())
+}
+
+/// Final positions given for this very vacancy, ours included.
+fn valid_votes<'a>(inputs: &'a Inputs<'_>) -> impl Iterator<Item = (&'a MemberName, Vote)> + 'a {
+    inputs.view.members.iter().filter_map(|(name, key)| {
+        let vote = if name == inputs.me { inputs.own } else { key.record.vote? };
+        (vote.vacancy == inputs.view.history_revision && inputs.spec.member(name).is_some()).then_some((name, vote))
+    })
+}
+
+/// Declared members that are there with data and have not voted. The former holder is not waited for.
+fn silent_voters<'a>(inputs: &'a Inputs<'_>) -> impl Iterator<Item = &'a MemberName> + 'a {
+    let former = inputs.view.history.last().map(|entry| &entry.member);
+    inputs.view.members.iter().filter_map(move |(name, key)| {
+        let counts = name != inputs.me
+            && Some(name) != former
+            && inputs.spec.member(name).is_some()
+            && key.record.data_directory == DataDirectoryReport::Full;
+        let voted = key.record.vote.is_some_and(|vote| vote.vacancy == inputs.view.history_revision);
+        (counts && !voted).then_some(name)
+    })
+}
+
+fn not_eligible(inputs: &Inputs<'_>) -> Option<String> {
+    let Some(member) = inputs.spec.member(inputs.me) else {
+        return Some("this member is not in spec.members".to_owned());
+    };
+    if member.nofailover() {
+        return Some("failover_priority is 0 or the tag nofailover is set".to_owned());
+    }
+    if inputs.view.spec.is_none() {
+        return Some("there is no spec in etcd: nobody leads until one is applied".to_owned());
+    }
+    too_far_behind(inputs).or_else(|| off_lineage(inputs))
+}
+
+fn too_far_behind(inputs: &Inputs<'_>) -> Option<String> {
+    let limit = inputs.spec.ha.maximum_lag_on_failover;
+    let released = inputs.view.release.as_ref().map(|release| release.lsn);
+    let published = inputs.view.status.as_ref().map(|status| status.lsn);
+    let leader_lsn = released.max(published)?;
+    let lag = leader_lsn.bytes_since(inputs.own.lsn);
+    (lag > limit).then(|| format!("{lag} bytes behind the last leader's {leader_lsn}, more than maximum_lag_on_failover of {limit} bytes"))
+}
+
+/// A timeline that a recorded leadership has left behind before our position is not the cluster's history any more.
+fn off_lineage(inputs: &Inputs<'_>) -> Option<String> {
+    let own = inputs.own;
+    let recorded = last_recorded(&inputs.view.history)?;
+    if own.timeline >= recorded.timeline {
+        return None;
+    }
+    match switch_from(&inputs.view.history, recorded.timeline, own.timeline) {
+        Some(switch) if own.lsn <= switch => None,
+        Some(switch) => Some(format!("timeline {} was left at {switch} and this member is at {} on it", own.timeline, own.lsn)),
+        None => Some(format!("timeline {} is not an ancestor of the last leader's timeline {}", own.timeline, recorded.timeline)),
+    }
+}
+
+/// The last leadership that recorded its promotion.
+pub fn last_recorded(history: &[HistoryEntry]) -> Option<&HistoryEntry> {
+    history.iter().rev().find(|entry| entry.epoch.is_some())
+}
+
+/// Where the ancestry of `timeline` leaves `ancestor`; None when it never was on it.
+pub fn switch_from(history: &[HistoryEntry], timeline: TimelineId, ancestor: TimelineId) -> Option<Lsn> {
+    let mut at = timeline;
+    // Each step goes to a lower id, so the walk ends.
+    while at > ancestor {
+        let entry = history.iter().rev().find(|entry| entry.timeline == at && entry.epoch.is_some())?;
+        let parent = entry.parent.filter(|parent| *parent < at)?;
+        if parent == ancestor {
+            return entry.switch_lsn;
+        }
+        at = parent;
+    }
+    None
+}
+
+/// The identity rules: the system id in etcd is ours; without one, all declared members have to have reported, and all that have
+/// data must have the same.
+fn identity(inputs: &Inputs<'_>) -> Result<Option<SystemId>, Verdict> {
+    match &inputs.view.initialize {
+        Some(Initialize::Done(id)) if *id == inputs.system_id => Ok(None),
+        Some(Initialize::Done(id)) => {
+            Err(Verdict::NotEligible { why: format!("this member's system identifier is {}, the cluster's is {id}", inputs.system_id) })
+        }
+        Some(Initialize::Claimed { by, .. }) => Err(Verdict::NotEligible { why: format!("`{by}` is initializing the cluster") }),
+        Some(Initialize::Unreadable(value)) => Err(Verdict::NotEligible { why: format!("the key initialize is unreadable: `{value}`") }),
+        None => all_have_reported_one_identity(inputs).map(Some),
+    }
+}
+
+fn all_have_reported_one_identity(inputs: &Inputs<'_>) -> Result<SystemId, Verdict> {
+    let again = inputs.now + Duration::from_millis(VOTERS_GRACE_MS);
+    for member in &inputs.spec.members {
+        let Some(key) = inputs.view.members.get(&member.name) else {
+            return Err(wait(again, format!("etcd has no system identifier and `{}` has not reported", member.name)));
+        };
+        match (key.record.data_directory, key.record.system_id) {
+            (DataDirectoryReport::Empty, _) => {}
+            (DataDirectoryReport::Full, Some(id)) if id == inputs.system_id => {}
+            (DataDirectoryReport::Full, Some(id)) => {
+                let why =
+                    format!("`{}` holds system identifier {id}, this member {}: an operator has to decide", member.name, inputs.system_id);
+                return Err(Verdict::NotEligible { why });
+            }
+            (DataDirectoryReport::Full, None) | (DataDirectoryReport::Unknown, _) => {
+                return Err(wait(again, format!("what is in the data directory of `{}` is not known", member.name)));
+            }
+        }
+    }
+    Ok(inputs.system_id)
+}
+
+/// The next timeline id that nobody has used or reserved: ids are used once, ever (I9).
+pub fn next_timeline(view: &ClusterView, own: TimelineId) -> TimelineId {
+    let reserved = view.history.iter().map(|entry| entry.timeline);
+    let reported = view.members.values().filter_map(|key| key.record.timeline);
+    let voted = view.members.values().filter_map(|key| Some(key.record.vote?.timeline));
+    let written = [view.release.as_ref().map(|r| r.timeline), view.status.as_ref().map(|s| s.timeline)].into_iter().flatten();
+    reserved.chain(reported).chain(voted).chain(written).fold(own, TimelineId::max).next()
+}

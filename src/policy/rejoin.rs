@@ -1,1 +1,326 @@
-//! How a member gets back behind the leader.
+//! Decides how a stopped member comes back under the present leader: follow, clone anew, wait, or not at all. Never looks at a disk.
+//!
+//! A position past the switch point is divergence; so is a timeline that the leader's history does not know, and so is a timeline of the
+//! leader's number that somebody else's promotion made (SAFETY row 53: two promotions from one point write identical history files, only
+//! the epoch tells them apart). What is not known counts as diverged: a clone costs time, a wrong follow costs data.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::facts::postgres::{ControlFacts, DatabaseState};
+use crate::types::{Epoch, Lsn, ParseError, SystemId, TimelineId};
+
+/// This member's own record of its last promotion, written before promote.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnPromotion {
+    /// The timeline that was reserved for it.
+    pub timeline: TimelineId,
+    /// Under which leadership.
+    pub epoch: Epoch,
+    /// The timeline it left.
+    pub parent: TimelineId,
+    /// Where it left it, once known.
+    pub switch_lsn: Option<Lsn>,
+}
+
+/// One line of a history file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Switch {
+    /// The timeline that was left.
+    pub parent: TimelineId,
+    /// Where: the first position that is on the next timeline.
+    pub at: Lsn,
+    /// What PostgreSQL noted: `no recovery target specified` …
+    pub reason: String,
+}
+
+/// The ancestors of a timeline, oldest first, as its history file lists them. Timeline 1 has none.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TimelineHistory(pub Vec<Switch>);
+
+impl TimelineHistory {
+    /// Where the ancestor `timeline` was left; None when it is no ancestor.
+    pub fn left_at(&self, timeline: TimelineId) -> Option<Lsn> {
+        self.0.iter().find(|switch| switch.parent == timeline).map(|switch| switch.at)
+    }
+
+    /// The ancestors of the ancestor `timeline`.
+    fn before(&self, timeline: TimelineId) -> &[Switch] {
+        let end = self.0.iter().position(|switch| switch.parent == timeline).unwrap_or(self.0.len());
+        &self.0[..end]
+    }
+}
+
+impl FromStr for TimelineHistory {
+    type Err = ParseError;
+
+    /// As PostgreSQL's readTimeLineHistory: `#` comments and empty lines are skipped, parents must increase.
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        let mut switches: Vec<Switch> = Vec::new();
+        for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
+            let bad = || ParseError(format!("`{line}` is no line of a timeline history: timeline, position, reason"));
+            let mut words = line.splitn(3, char::is_whitespace).map(str::trim);
+            let parent = words.next().and_then(|word| word.parse().ok()).map(TimelineId).ok_or_else(bad)?;
+            let at = words.next().ok_or_else(bad)?.parse()?;
+            let ordered = switches.last().is_none_or(|last| last.parent < parent) && parent > TimelineId(0);
+            if !ordered {
+                return Err(ParseError(format!("the timelines of a history must increase, found {parent} out of order")));
+            }
+            switches.push(Switch { parent, at, reason: words.next().unwrap_or_default().to_owned() });
+        }
+        Ok(Self(switches))
+    }
+}
+
+impl fmt::Display for TimelineHistory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for switch in &self.0 {
+            writeln!(f, "{}\t{}\t{}", switch.parent, switch.at, switch.reason)?;
+        }
+        Ok(())
+    }
+}
+
+/// Start of the last WAL record at or after the latest checkpoint, on the timeline that the stopped member's WAL ends on.
+///
+/// The start and not the end: the end of the last record and the switch point may differ by a page header, while a record that starts
+/// before the switch point always ends at or before it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LastRecord {
+    /// It starts here.
+    Known(Lsn),
+    /// It could not be read: a sentence says why. Counts as diverged.
+    Unknown(String),
+}
+
+/// The end of a stopped member's WAL.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LocalWal {
+    /// The timeline its newest WAL is on.
+    pub timeline: TimelineId,
+    /// That timeline's ancestors. None when its history file is missing or unreadable.
+    pub history: Option<TimelineHistory>,
+    /// The last record.
+    pub last_record: LastRecord,
+}
+
+/// The leader as asked after the local server was stopped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeaderLineage {
+    /// Its cluster.
+    pub system_id: SystemId,
+    /// Its major version.
+    pub major_version: u32,
+    /// Whether it is still in recovery: its timeline will change when it is promoted.
+    pub in_recovery: bool,
+    /// Its timeline.
+    pub timeline: TimelineId,
+    /// Its timeline's ancestors.
+    pub history: TimelineHistory,
+    /// How far its WAL reached when asked.
+    pub lsn: Lsn,
+}
+
+/// All that the decision rests on.
+#[derive(Debug, Clone, Copy)]
+pub struct Inputs<'a> {
+    /// The stopped member's control file.
+    pub local: &'a ControlFacts,
+    /// The end of its WAL.
+    pub wal: &'a LocalWal,
+    /// Its own record of its last promotion.
+    pub own_promotion: Option<&'a OwnPromotion>,
+    /// Who promoted `wal.timeline`, by etcd's history; None when that is not recorded there.
+    pub promoted_under: Option<Epoch>,
+    /// The leader.
+    pub leader: &'a LeaderLineage,
+}
+
+/// WAL that this member has and the leader does not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LostRange {
+    /// The timeline it is on.
+    pub timeline: TimelineId,
+    /// From where.
+    pub from: Lsn,
+    /// To where at least; None when it could not be read.
+    pub to: Option<Lsn>,
+}
+
+/// The decision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Rejoin {
+    /// Start as a standby: its WAL is all in the leader's past.
+    Follow,
+    /// Clone from the leader. The old directory is kept if `lost` names WAL that is nowhere else.
+    Clone {
+        /// A sentence.
+        why: String,
+        /// What the leader lacks.
+        lost: Option<LostRange>,
+    },
+    /// Ask again later.
+    Wait {
+        /// A sentence.
+        why: String,
+    },
+    /// Never: an operator has to look.
+    Refuse {
+        /// A sentence, and what to do.
+        why: String,
+    },
+}
+
+/// Decides. See the module's header for the rule.
+pub fn decide(inputs: Inputs<'_>) -> Rejoin {
+    let Inputs { local, wal, leader, .. } = inputs;
+    if local.system_id != leader.system_id {
+        return Rejoin::Refuse {
+            why: format!(
+                "this data directory is of the database system {}, the leader's is {}: it is of another cluster; name another data_dir, or reinit this member by name",
+                local.system_id, leader.system_id
+            ),
+        };
+    }
+    if local.major_version != leader.major_version {
+        return Rejoin::Refuse {
+            why: format!(
+                "this data directory is of PostgreSQL {}, the leader runs {}: a standby needs the same major version",
+                local.major_version, leader.major_version
+            ),
+        };
+    }
+    if leader.in_recovery {
+        return Rejoin::Wait {
+            why: format!("the leader is still in recovery on timeline {}: its history is not known yet", leader.timeline),
+        };
+    }
+    match divergence(inputs) {
+        None => Rejoin::Follow,
+        Some((why, from)) => Rejoin::Clone { why, lost: Some(LostRange { timeline: wal.timeline, from, to: known_end(local, wal) }) },
+    }
+}
+
+/// Why this member's WAL is not all in the leader's past, and from where on; None when it is.
+fn divergence(inputs: Inputs<'_>) -> Option<(String, Lsn)> {
+    let Inputs { local, wal, leader, .. } = inputs;
+    let own = wal.timeline;
+    let Some(history) = ancestors(wal) else {
+        return Some((format!("the history of timeline {own}, on which this member's WAL ends, cannot be read"), Lsn(0)));
+    };
+    let from = fork(own, history, leader);
+    let switch = if own == leader.timeline { None } else { leader.history.left_at(own) };
+    if own != leader.timeline && switch.is_none() {
+        return Some((
+            format!("this member's WAL ends on timeline {own}, which is no ancestor of the leader's timeline {}", leader.timeline),
+            from,
+        ));
+    }
+    if history.0.iter().map(at).ne(leader.history.before(own).iter().map(at)) {
+        return Some((
+            format!("timeline {own} of this member and of the leader began at different points: they are two timelines of one number"),
+            from,
+        ));
+    }
+    if let Some(why) = foreign_promotion(inputs) {
+        return Some((why, own_start(history)));
+    }
+    let limit = match switch {
+        Some(switch) => switch,
+        None if was_primary(local) => {
+            return Some((
+                format!("this member was a primary on timeline {own}, on which the leader now writes"),
+                leader.lsn.min(local.checkpoint),
+            ));
+        }
+        None => leader.lsn,
+    };
+    past(local, wal, limit)
+}
+
+/// Whether anything starts at or after `limit`, the first position that is not in the leader's past.
+fn past(local: &ControlFacts, wal: &LocalWal, limit: Lsn) -> Option<(String, Lsn)> {
+    let own = wal.timeline;
+    let replayed_past = local.min_recovery_timeline == own && local.min_recovery_end > limit;
+    if (local.timeline == own && local.checkpoint >= limit) || replayed_past {
+        return Some((format!("the control file is past {limit}, where the leader's history leaves timeline {own}"), limit));
+    }
+    match &wal.last_record {
+        LastRecord::Known(start) if *start >= limit => {
+            Some((format!("a WAL record at {start} is past {limit}, where the leader's history leaves timeline {own}"), limit))
+        }
+        LastRecord::Known(_) => None,
+        LastRecord::Unknown(why) => {
+            Some((format!("the end of this member's WAL is not known, which counts as past {limit}: {why}"), limit))
+        }
+    }
+}
+
+/// Row 53: the number and the history agree, and yet somebody else made this timeline.
+fn foreign_promotion(inputs: Inputs<'_>) -> Option<String> {
+    let Inputs { local, wal, own_promotion, promoted_under, .. } = inputs;
+    let own = wal.timeline;
+    match (own_promotion.filter(|record| record.timeline == own), promoted_under) {
+        (Some(record), Some(epoch)) if record.epoch != epoch => Some(format!(
+            "this member promoted timeline {own} under epoch {}, the leader's timeline {own} was promoted under epoch {epoch}",
+            record.epoch
+        )),
+        (Some(record), None) => Some(format!(
+            "this member promoted timeline {own} under epoch {}, and the cluster's history does not say that the leader's timeline {own} is that one",
+            record.epoch
+        )),
+        (None, Some(epoch)) if was_primary(local) && local.timeline == own => Some(format!(
+            "this member was a primary on timeline {own} without a record of having promoted it; the leader's was promoted under epoch {epoch}"
+        )),
+        _ => None,
+    }
+}
+
+/// Whether the server last ran as a primary: a clone that was never started has the primary's control file, but a `backup_label`.
+fn was_primary(local: &ControlFacts) -> bool {
+    let state = matches!(
+        local.state,
+        DatabaseState::InProduction | DatabaseState::ShutDown | DatabaseState::ShuttingDown | DatabaseState::InCrashRecovery
+    );
+    state && !local.backup_label
+}
+
+fn ancestors(wal: &LocalWal) -> Option<&TimelineHistory> {
+    const NONE: &TimelineHistory = &TimelineHistory(Vec::new());
+    if wal.timeline <= TimelineId(1) { Some(NONE) } else { wal.history.as_ref() }
+}
+
+/// The last position that both have: where the two histories part.
+fn fork(own: TimelineId, history: &TimelineHistory, leader: &LeaderLineage) -> Lsn {
+    let mine = history.0.iter().map(at).chain([(own, Lsn(u64::MAX))]);
+    let theirs = leader.history.0.iter().map(at).chain([(leader.timeline, Lsn(u64::MAX))]);
+    let mut shared = Lsn(0);
+    for (mine, theirs) in mine.zip(theirs) {
+        if mine.0 != theirs.0 {
+            return shared;
+        }
+        shared = mine.1.min(theirs.1);
+        if mine.1 != theirs.1 {
+            return shared;
+        }
+    }
+    shared
+}
+
+fn own_start(history: &TimelineHistory) -> Lsn {
+    history.0.last().map_or(Lsn(0), |switch| switch.at)
+}
+
+fn at(switch: &Switch) -> (TimelineId, Lsn) {
+    (switch.parent, switch.at)
+}
+
+/// How far this member's WAL reaches at least; None when its end could not be read.
+fn known_end(local: &ControlFacts, wal: &LocalWal) -> Option<Lsn> {
+    match wal.last_record {
+        LastRecord::Known(start) => Some(start.max(local.checkpoint).max(local.min_recovery_end)),
+        LastRecord::Unknown(_) => None,
+    }
+}

@@ -1,0 +1,55 @@
+//! What the lease's thread says.
+
+use std::time::Duration;
+
+use crate::clock::BootTime;
+use crate::types::{LeaseIdentity, LockIdentity};
+
+/// Something that happened to the lease or the lock on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LeaseEvent {
+    /// A new lease.
+    Granted {
+        /// Which.
+        identity: LeaseIdentity,
+        /// As granted.
+        ttl: Duration,
+    },
+    /// Renewed, without a lock to prove.
+    Renewed {
+        /// When the renewal was handed to the client.
+        sent: BootTime,
+        /// Until when it lives at least.
+        until: BootTime,
+    },
+    /// Renewed, the lock proved, and the proof acknowledged by the guard.
+    Proved {
+        /// Which lock.
+        lock: LockIdentity,
+        /// When the renewal was handed to the client.
+        sent: BootTime,
+        /// E.
+        until: BootTime,
+    },
+    /// An attempt gave nothing.
+    Failed {
+        /// A sentence.
+        why: String,
+    },
+    /// The lease or the lock is gone.
+    Lost {
+        /// Which.
+        why: LeaseLoss,
+    },
+    /// The guard did not acknowledge in time.
+    GuardSilent,
+}
+
+/// What is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LeaseLoss {
+    /// The lease.
+    LeaseNotFound,
+    /// The lock.
+    LockNotOurs,
+}

@@ -1,0 +1,271 @@
+//! Orders that the machine gives. The shell performs a list in order and reports back as events; it decides nothing.
+//!
+//! Order is the safety argument: *stop writes -> see them stopped -> release the lock*, and *lock -> proof -> the guard's
+//! acknowledgement -> promote*. Every [`Operation`] is idempotent: its state asks again until the result is seen.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::facts::cluster::{ClusterView, HistoryEntry, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord};
+use crate::policy::rejoin::LostRange;
+use crate::spec::cluster::ClusterSpec;
+use crate::types::{Epoch, LeaseIdentity, LockIdentity, MemberName, Revision, SystemId, TimelineId};
+
+/// An order.
+#[derive(Debug, Clone)]
+pub enum Action {
+    /// Start an operation; its end comes back as an event.
+    Do(Operation),
+    /// Abandon the PostgreSQL-changing operation that runs. Its child processes end; what it made so far stays beside.
+    CancelJob,
+    /// Tell the lease's thread.
+    Lease(LeaseOrder),
+    /// Tell the guard to end PostgreSQL.
+    Stop(StopMode),
+    /// Tell the guard that the lock is not ours any more. Only after the proof of death, or for a standby.
+    ForgetLock(Epoch),
+    /// Record a decision: log and `events/`.
+    Record(Decision),
+    /// Leave the process with this exit code. PostgreSQL has ended, the guard is told to end.
+    Exit(u8),
+}
+
+/// What the lease's thread is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LeaseOrder {
+    /// Go on with a lease that the guard handed over.
+    Adopt(LeaseIdentity, Option<LockIdentity>),
+    /// Ask for a lease.
+    Grant,
+    /// Renew and prove at once, from now on with this lock.
+    Hold(LockIdentity),
+    /// The lock is not ours any more; the member key's lease goes on.
+    LetGo,
+}
+
+/// How PostgreSQL is ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopMode {
+    /// In good order, with a deadline after which it is ended hard.
+    Fast {
+        /// When `immediate` follows.
+        patience: Duration,
+    },
+    /// At once: immediate stop and SIGKILL to everything.
+    Kill,
+}
+
+/// Why the machine did something.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decision {
+    /// Stable, for programs.
+    pub kind: &'static str,
+    /// A sentence.
+    pub message: String,
+    /// The facts it was decided on.
+    pub facts: BTreeMap<String, String>,
+}
+
+/// Whom a standby receives from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Upstream {
+    /// Which member.
+    pub member: MemberName,
+    /// Host of its PostgreSQL.
+    pub host: String,
+    /// Port of its PostgreSQL.
+    pub port: u16,
+}
+
+/// What a postmaster is started as.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StartAs {
+    /// In recovery. `None` = whom to follow is not known yet.
+    Standby(Option<Upstream>),
+    /// Out of recovery, under a proved lock.
+    Primary,
+}
+
+/// Something that takes time and can fail.
+#[derive(Debug, Clone)]
+pub enum Operation {
+    /// Read the data directory's state.
+    Look,
+    /// Install files, then ask the guard for a postmaster.
+    Start {
+        /// As what.
+        role: StartAs,
+        /// The spec to configure from.
+        spec: Arc<ClusterSpec>,
+        /// Its generation.
+        generation: u64,
+    },
+    /// Install files beside the running server, try them, reload.
+    Configure {
+        /// The spec to configure from.
+        spec: Arc<ClusterSpec>,
+        /// Its generation.
+        generation: u64,
+        /// Whom to follow while in recovery.
+        upstream: Option<Upstream>,
+    },
+    /// Run initdb beside and move it in.
+    Initdb {
+        /// Options come from here.
+        spec: Arc<ClusterSpec>,
+    },
+    /// Copy the leader beside and swap it in.
+    Clone {
+        /// From whom.
+        from: Upstream,
+        /// Options come from here.
+        spec: Arc<ClusterSpec>,
+        /// What the directory that is swapped out has and nobody else: then it is kept whole.
+        lost: Option<LostRange>,
+        /// The old content is proved to be elsewhere, or was empty.
+        replaceable: bool,
+    },
+    /// Judge how to get back behind the leader.
+    PlanRejoin {
+        /// Behind whom.
+        leader: Upstream,
+        /// Spec, for addresses and users.
+        spec: Arc<ClusterSpec>,
+        /// The leader's timeline, as its member key says.
+        leader_timeline: TimelineId,
+        /// Timelines with their leaderships, as etcd says.
+        history: Vec<HistoryEntry>,
+    },
+    /// Have the guard acknowledge "writable until E", lay reserved history files, note the promotion on disk, promote.
+    Promote {
+        /// Under which lock.
+        lock: LockIdentity,
+        /// The id reserved for it.
+        timeline: TimelineId,
+        /// The timeline it leaves.
+        parent: TimelineId,
+    },
+    /// See to pgherd's roles, and once to post_init.
+    EnsureRoles {
+        /// The spec.
+        spec: Arc<ClusterSpec>,
+        /// Run `bootstrap.post_init` too.
+        post_init: bool,
+    },
+    /// CHECKPOINT, so that the stop that follows is short.
+    Checkpoint,
+    /// Write the member key.
+    PutMember(Box<MemberRecord>),
+    /// Race for the lock.
+    Acquire {
+        /// The view that eligibility was judged on.
+        judged_on: Arc<ClusterView>,
+        /// `history` with the reserved id.
+        history: Vec<HistoryEntry>,
+        /// The cluster's identity, if the lock is the first one.
+        initialize: Option<SystemId>,
+    },
+    /// Delete the lock, with a record if PostgreSQL was stopped in good order.
+    Release {
+        /// Which leadership ends.
+        epoch: Epoch,
+        /// How far it got, and who is expected.
+        record: Option<ReleaseRecord>,
+    },
+    /// Write `status`.
+    WriteStatus(StatusRecord),
+    /// Complete `history` under our epoch.
+    RecordPromotion {
+        /// Under which leadership.
+        epoch: Epoch,
+        /// The whole of `history`.
+        history: Vec<HistoryEntry>,
+    },
+    /// Claim the right to run initdb.
+    ClaimInitialize,
+    /// Give it back.
+    GiveUpInitialize,
+    /// Say how far a request got.
+    AnswerRequest {
+        /// Which.
+        id: String,
+        /// Compare.
+        mod_revision: Revision,
+        /// And swap.
+        progress: RequestProgress,
+    },
+    /// Ask every other declared member whether it is writable.
+    AskPeers {
+        /// The vacancy it is asked for.
+        vacancy: Revision,
+        /// Their HTTP addresses.
+        peers: Vec<(MemberName, String)>,
+    },
+    /// The guard is gone or silent: end all PostgreSQL processes ourselves, then start a new guard.
+    FenceByScan,
+}
+
+/// Kinds of operation: one of a kind runs at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[allow(missing_docs)]
+pub enum OperationKind {
+    Look,
+    Start,
+    Configure,
+    Initdb,
+    Clone,
+    PlanRejoin,
+    Promote,
+    EnsureRoles,
+    Checkpoint,
+    PutMember,
+    Acquire,
+    Release,
+    WriteStatus,
+    RecordPromotion,
+    ClaimInitialize,
+    GiveUpInitialize,
+    AnswerRequest,
+    AskPeers,
+    FenceByScan,
+}
+
+impl Operation {
+    /// Its kind.
+    pub fn kind(&self) -> OperationKind {
+        match self {
+            Operation::Look => OperationKind::Look,
+            Operation::Start { .. } => OperationKind::Start,
+            Operation::Configure { .. } => OperationKind::Configure,
+            Operation::Initdb { .. } => OperationKind::Initdb,
+            Operation::Clone { .. } => OperationKind::Clone,
+            Operation::PlanRejoin { .. } => OperationKind::PlanRejoin,
+            Operation::Promote { .. } => OperationKind::Promote,
+            Operation::EnsureRoles { .. } => OperationKind::EnsureRoles,
+            Operation::Checkpoint => OperationKind::Checkpoint,
+            Operation::PutMember(_) => OperationKind::PutMember,
+            Operation::Acquire { .. } => OperationKind::Acquire,
+            Operation::Release { .. } => OperationKind::Release,
+            Operation::WriteStatus(_) => OperationKind::WriteStatus,
+            Operation::RecordPromotion { .. } => OperationKind::RecordPromotion,
+            Operation::ClaimInitialize => OperationKind::ClaimInitialize,
+            Operation::GiveUpInitialize => OperationKind::GiveUpInitialize,
+            Operation::AnswerRequest { .. } => OperationKind::AnswerRequest,
+            Operation::AskPeers { .. } => OperationKind::AskPeers,
+            Operation::FenceByScan => OperationKind::FenceByScan,
+        }
+    }
+}
+
+impl OperationKind {
+    /// Works on PostgreSQL or its files. One such operation runs at a time, as a job that can be cancelled.
+    pub fn is_job(self) -> bool {
+        use OperationKind::*;
+        match self {
+            Look | Start | Configure | Initdb | Clone | PlanRejoin | Promote | EnsureRoles | Checkpoint => true,
+            PutMember | Acquire | Release | WriteStatus | RecordPromotion | ClaimInitialize | GiveUpInitialize | AnswerRequest
+            | AskPeers | FenceByScan => false,
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! What can happen to a member. Every event carries facts, never an order on how to react: the reaction is the machine's.
+//!
+//! An operation that failed reports a sentence and leaves "unknown" behind; it never reports the old value.
+
+use std::sync::Arc;
+
+use crate::clock::BootTime;
+use crate::facts::cluster::{ClusterView, MemberKey};
+use crate::facts::guard::{GuardFacts, StartId};
+use crate::facts::lease::LeaseEvent;
+use crate::facts::postgres::{DataDirectory, Probe};
+use crate::policy::rejoin::Rejoin;
+use crate::spec::cluster::ClusterSpec;
+use crate::types::{LockIdentity, MemberName, Revision};
+
+use super::action::Upstream;
+
+/// Something that happened.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// Time went by.
+    Tick,
+    /// A document was found in etcd and understood.
+    SpecRead(u64, Arc<ClusterSpec>),
+    /// A document was found in etcd and means nothing: the last good one stays in force.
+    SpecUnreadable(u64, String),
+    /// etcd's keys at a revision.
+    View(Arc<ClusterView>, BootTime),
+    /// etcd cannot be asked.
+    EtcdUnreachable(String),
+    /// etcd answers, but as another cluster or from an older state than was seen before (SAFETY row 43).
+    EtcdSuspicious(String),
+    /// From the lease's own thread.
+    Lease(LeaseEvent),
+    /// From the guard.
+    Guard(GuardFacts),
+    /// The guard's process ended or its socket is silent.
+    GuardGone,
+    /// PostgreSQL was asked.
+    Probed(Probe),
+    /// An operation ended.
+    Finished(Finished),
+    /// SIGTERM: hand over, stop, release, leave.
+    StopRequested,
+}
+
+/// Kinds of event, for the table of reactions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum EventKind {
+    /// [`Event::Tick`].
+    Tick,
+    /// [`Event::SpecRead`] and [`Event::SpecUnreadable`].
+    Spec,
+    /// [`Event::View`].
+    View,
+    /// [`Event::EtcdUnreachable`] and [`Event::EtcdSuspicious`].
+    EtcdTrouble,
+    /// [`Event::Lease`].
+    Lease,
+    /// [`Event::Guard`].
+    Guard,
+    /// [`Event::GuardGone`].
+    GuardGone,
+    /// [`Event::Probed`].
+    Probed,
+    /// [`Event::Finished`].
+    Finished,
+    /// [`Event::StopRequested`].
+    StopRequested,
+}
+
+impl EventKind {
+    /// All kinds.
+    pub const ALL: [EventKind; 10] = [
+        EventKind::Tick,
+        EventKind::Spec,
+        EventKind::View,
+        EventKind::EtcdTrouble,
+        EventKind::Lease,
+        EventKind::Guard,
+        EventKind::GuardGone,
+        EventKind::Probed,
+        EventKind::Finished,
+        EventKind::StopRequested,
+    ];
+}
+
+impl Event {
+    /// The kind of this event.
+    pub fn kind(&self) -> EventKind {
+        match self {
+            Event::Tick => EventKind::Tick,
+            Event::SpecRead(..) | Event::SpecUnreadable(..) => EventKind::Spec,
+            Event::View(..) => EventKind::View,
+            Event::EtcdUnreachable(_) | Event::EtcdSuspicious(_) => EventKind::EtcdTrouble,
+            Event::Lease(_) => EventKind::Lease,
+            Event::Guard(_) => EventKind::Guard,
+            Event::GuardGone => EventKind::GuardGone,
+            Event::Probed(_) => EventKind::Probed,
+            Event::Finished(_) => EventKind::Finished,
+            Event::StopRequested => EventKind::StopRequested,
+        }
+    }
+}
+
+/// Failure as a sentence for a person.
+pub type Failure = String;
+
+/// The end of an [`super::action::Operation`].
+#[derive(Debug, Clone)]
+pub enum Finished {
+    /// The data directory was looked at.
+    Looked(DataDirectory),
+    /// The guard was asked to start a postmaster.
+    Started(Result<StartId, Failure>),
+    /// Configuration was brought to a generation.
+    Configured {
+        /// What was aimed at.
+        generation: u64,
+        /// Whom it follows in recovery.
+        upstream: Option<Upstream>,
+        /// What became of it.
+        result: Result<Configured, Failure>,
+    },
+    /// initdb ended.
+    Initialized(Result<(), Failure>),
+    /// A copy of the leader was made and swapped in.
+    Cloned(Result<(), Failure>),
+    /// How to get back behind the leader was judged.
+    RejoinPlanned(Result<Rejoin, Failure>),
+    /// Promotion was asked for; whether it happened is seen by the probe.
+    PromotionAsked(Result<(), Failure>),
+    /// Roles and post_init were seen to.
+    RolesEnsured(Result<(), Failure>),
+    /// A checkpoint was made.
+    Checkpointed(Result<(), Failure>),
+    /// The member key was written or not.
+    MemberPut(PutOutcome),
+    /// The race for the lock.
+    Acquired(AcquireOutcome),
+    /// The lock was let go.
+    Released(Result<bool, Failure>),
+    /// `status` was written (true) or our epoch is over (false).
+    StatusWritten(Result<bool, Failure>),
+    /// `history` was completed (true) or our epoch is over (false).
+    PromotionRecorded(Result<bool, Failure>),
+    /// `initialize` was claimed (true) or somebody else has it (false).
+    InitializeClaimed(Result<bool, Failure>),
+    /// The claim was given up.
+    InitializeGivenUp(Result<(), Failure>),
+    /// A request's progress was written, or had changed meanwhile.
+    RequestAnswered(Result<bool, Failure>),
+    /// The other members were asked whether they are writable.
+    PeersAsked {
+        /// The vacancy it was asked for.
+        vacancy: Revision,
+        /// When the questions were sent.
+        sent: BootTime,
+        /// Those that say that they are, or may be.
+        writable: Vec<MemberName>,
+    },
+    /// All PostgreSQL processes were ended by the daemon itself, and a scan found none.
+    FencedByScan(Result<(), Failure>),
+}
+
+/// What became of an attempt to write the member key.
+#[derive(Debug, Clone)]
+pub enum PutOutcome {
+    /// Written on our lease.
+    Written,
+    /// A key of another incarnation is in the way.
+    Foreign(Box<MemberKey>),
+    /// Not known.
+    Failed(Failure),
+}
+
+/// What became of the race for the lock.
+#[derive(Debug, Clone)]
+pub enum AcquireOutcome {
+    /// Ours.
+    Won(LockIdentity),
+    /// Somebody else's, or the records we judged on had changed.
+    Beaten,
+    /// Not known; a later view tells.
+    Failed(Failure),
+}
+
+/// What became of a new configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Configured {
+    /// In force, or will be at the next start.
+    Taken,
+    /// PostgreSQL did not want it; the files that served before are back.
+    PutBack(String),
+}

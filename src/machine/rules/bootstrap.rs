@@ -1,0 +1,196 @@
+//! An empty data directory: wait for a leader and copy it, or be the one that runs initdb.
+//!
+//! initdb happens only when every declared member has reported an empty data directory, or an operator named this member; never
+//! when any data directory is known to hold something (I11, SAFETY rows 32 and 72).
+
+use std::time::Duration;
+
+use statig::prelude::*;
+
+use crate::facts::cluster::{Ask, ClusterView, DataDirectoryReport, Initialize, MemberRole, RequestProgress};
+use crate::facts::postgres::DataDirectory;
+use crate::machine::action::{Operation, OperationKind};
+use crate::machine::node::Context;
+use crate::machine::rules::standby;
+use crate::machine::state::{Promotion, State, Way};
+use crate::machine::world::Lock;
+use crate::types::{MemberName, TimelineId};
+
+/// How much longer each further member in the spec waits before it claims initialization.
+const CLAIM_STEP_MS: u64 = 2_000;
+
+pub(crate) fn awaiting_leader(context: &mut Context<'_>) -> Outcome<State> {
+    if context.world.declared().is_none() {
+        return Transition(State::Undeclared);
+    }
+    match context.world.data {
+        DataDirectory::Full(_) | DataDirectory::Unusable(_) => return Transition(State::Following),
+        DataDirectory::Unknown => {
+            context.start(Operation::Look);
+            return Handled;
+        }
+        DataDirectory::Empty => {}
+    }
+    if context.world.written.is_none() || context.world.fresh_view().is_none() {
+        return Handled;
+    }
+    if leader_to_copy(context).is_some() {
+        return Transition(State::Cloning);
+    }
+    match may_initialize(context) {
+        Ok(()) => {
+            context.world.clear("waiting_to_initialize");
+            Transition(State::Initializing)
+        }
+        Err(why) => {
+            context.world.set_info("waiting_to_initialize", why);
+            Handled
+        }
+    }
+}
+
+/// Another member that leads with a running primary.
+fn leader_to_copy(context: &Context<'_>) -> Option<crate::machine::action::Upstream> {
+    context.world.fresh_view()?;
+    let (_, key) = context.world.other_leader()?;
+    (key.record.role == MemberRole::Primary).then(|| standby::upstream(context))?
+}
+
+fn may_initialize(context: &Context<'_>) -> Result<(), String> {
+    let (Some(view), Some(spec)) = (context.world.fresh_view(), context.world.spec()) else {
+        return Err("etcd cannot be asked".to_owned());
+    };
+    match &view.initialize {
+        None => {}
+        Some(Initialize::Claimed { by, .. }) if by == context.world.me.name.as_str() && context.world.claimed => {}
+        Some(Initialize::Claimed { by, .. }) => return Err(format!("`{by}` is initializing the cluster")),
+        Some(Initialize::Done(id)) => {
+            return Err(format!(
+                "the cluster exists (system identifier {id}) and nobody leads it: a member with its data has to come back"
+            ));
+        }
+        Some(Initialize::Unreadable(value)) => return Err(format!("the key initialize is unreadable: `{value}`")),
+    }
+    if view.leader.is_some() {
+        return Err("somebody holds the lock".to_owned());
+    }
+    if view.spec.is_none() {
+        return Err("there is no spec in etcd".to_owned());
+    }
+    if asked_to_bootstrap(view, &context.world.me.name) {
+        return Ok(());
+    }
+    for member in &spec.members {
+        match view.members.get(&member.name).map(|key| key.record.data_directory) {
+            Some(DataDirectoryReport::Empty) => {}
+            Some(DataDirectoryReport::Full) => {
+                return Err(format!("the data directory of `{}` is not empty: it has to lead, or be emptied by hand", member.name));
+            }
+            Some(DataDirectoryReport::Unknown) => return Err(format!("what is in the data directory of `{}` is not known", member.name)),
+            None => {
+                return Err(format!(
+                    "`{}` has not reported an empty data directory; `pgherd bootstrap --on {} --yes` goes on without it",
+                    member.name, context.world.me.name
+                ));
+            }
+        }
+    }
+    let mut candidates: Vec<_> = spec.members.iter().filter(|member| !member.nofailover()).collect();
+    candidates.sort_by_key(|member| std::cmp::Reverse(member.failover_priority));
+    let Some(rank) = candidates.iter().position(|member| member.name == context.world.me.name) else {
+        return Err("this member never leads".to_owned());
+    };
+    let since = context.world.vacancy.map_or(context.now, |vacancy| vacancy.seen);
+    if context.now.since(since) < Duration::from_millis(CLAIM_STEP_MS * rank as u64) {
+        return Err(format!("`{}` comes first", candidates[0].name));
+    }
+    Ok(())
+}
+
+fn asked_to_bootstrap(view: &ClusterView, me: &MemberName) -> bool {
+    let open = |progress: &RequestProgress| matches!(progress, RequestProgress::Created | RequestProgress::Claimed { .. });
+    let nobody_has_data = view.members.values().all(|key| key.record.data_directory != DataDirectoryReport::Full);
+    nobody_has_data
+        && view.requests.values().any(|key| matches!(&key.record.ask, Ask::Bootstrap { on } if on == me) && open(&key.record.progress))
+}
+
+/// Claim, initdb, lock: each step is asked for until it is seen, and a crash after any of them is a state that somebody can go on from.
+pub(crate) fn initializing(context: &mut Context<'_>) -> Outcome<State> {
+    if let Lock::Unproved(lock) | Lock::Proved { identity: lock, .. } = context.world.lock {
+        context.world.initialized_here = true;
+        return Transition(State::Promoting { promotion: Promotion { lock, way: Way::StartInPlace, since: context.now } });
+    }
+    if context.world.in_flight.contains(&OperationKind::Initdb) || context.world.in_flight.contains(&OperationKind::Acquire) {
+        return Handled;
+    }
+    let (Some(view), Some(spec), Some(lease)) = (context.world.fresh_view().cloned(), context.world.spec().cloned(), context.world.lease)
+    else {
+        return Handled;
+    };
+    if view.leader.is_some() {
+        return Transition(State::Following);
+    }
+    let claimed_by_us = matches!(&view.initialize, Some(Initialize::Claimed { lease: on, .. }) if *on == lease.lease);
+    match context.world.data {
+        DataDirectory::Full(ref control) => {
+            // Ours, made a moment ago. The lock goes with the identity, in one transaction.
+            let initialize = Some(control.system_id);
+            let reserved = TimelineId(1);
+            context.world.reserved = Some(reserved);
+            let history = standby::with_reservation(&view, reserved, &context.world.me.name, lease.lease, "the cluster was initialized");
+            if context.world.failures(OperationKind::Acquire) > 0 && !claimed_by_us {
+                return Transition(State::Following);
+            }
+            context.start(Operation::Acquire { judged_on: view, history, initialize });
+            Handled
+        }
+        DataDirectory::Unknown => {
+            context.start(Operation::Look);
+            Handled
+        }
+        DataDirectory::Unusable(_) => Transition(State::Following),
+        DataDirectory::Empty if claimed_by_us => {
+            if context.world.failures(OperationKind::Initdb) > 0 {
+                context.start(Operation::GiveUpInitialize);
+                return Transition(State::AwaitingLeader);
+            }
+            if context.start(Operation::Initdb { spec }) {
+                context.world.data = DataDirectory::Unknown;
+            }
+            Handled
+        }
+        DataDirectory::Empty => {
+            if view.initialize.is_some() {
+                return Transition(State::AwaitingLeader);
+            }
+            context.start(Operation::ClaimInitialize);
+            Handled
+        }
+    }
+}
+
+pub(crate) fn cloning(context: &mut Context<'_>) -> Outcome<State> {
+    if context.world.in_flight.contains(&OperationKind::Clone) {
+        let leader_gone = context.world.fresh_view().is_some_and(|view| view.leader.is_none());
+        if leader_gone {
+            context.actions.push(crate::machine::action::Action::CancelJob);
+            return Transition(State::AwaitingLeader);
+        }
+        return Handled;
+    }
+    match context.world.data {
+        DataDirectory::Full(_) | DataDirectory::Unusable(_) => return Transition(State::Following),
+        DataDirectory::Unknown => {
+            context.start(Operation::Look);
+            return Handled;
+        }
+        DataDirectory::Empty => {}
+    }
+    let (Some(from), Some(spec)) = (leader_to_copy(context), context.world.spec().cloned()) else {
+        return Transition(State::AwaitingLeader);
+    };
+    if context.start(Operation::Clone { from, spec, lost: None, replaceable: true }) {
+        context.world.data = DataDirectory::Unknown;
+    }
+    Handled
+}

@@ -1,0 +1,95 @@
+//! The end of PostgreSQL, proved, before anything else; and the way out of the daemon.
+//!
+//! The lock is never released, and nothing is started, while any process of PostgreSQL is left.
+
+use std::time::Duration;
+
+use statig::prelude::*;
+
+use crate::facts::guard::Word;
+use crate::machine::action::{Action, Operation, OperationKind, StopMode};
+use crate::machine::node::{Context, after_leading};
+use crate::machine::rules::standby;
+use crate::machine::state::{Demotion, Promotion, State, Then, Way};
+use crate::machine::world::{Etcd, Lock};
+use crate::types::LockIdentity;
+
+pub(crate) fn rule(demotion: &mut Demotion, context: &mut Context<'_>) -> Outcome<State> {
+    if !ended(context, StopMode::Kill) {
+        return Handled;
+    }
+    if context.world.lock == Lock::None {
+        return Transition(after_leading(context));
+    }
+    match demotion.then {
+        Then::Follow => {
+            context.world.let_go(context.actions);
+            Transition(after_leading(context))
+        }
+        Then::Release(lock) => released(context, lock),
+        Then::StartAgain(lock) if context.world.stop_requested => released(context, lock),
+        Then::StartAgain(lock) => match context.world.lock {
+            Lock::Proved { identity, announce_at, .. } if identity == lock && context.now < announce_at => {
+                Transition(State::Promoting { promotion: Promotion { lock, way: Way::StartInPlace, since: context.now } })
+            }
+            // It can be proved again soon.
+            Lock::Unproved(identity) if identity == lock && context.world.etcd == Etcd::Reachable => {
+                Transition(State::Promoting { promotion: Promotion { lock, way: Way::StartInPlace, since: context.now } })
+            }
+            // Read-only until it is proved again, or known to be gone.
+            Lock::Proved { .. } | Lock::Unproved(_) | Lock::None => Transition(State::Following),
+        },
+    }
+}
+
+/// Orders the end until it is proved.
+fn ended(context: &mut Context<'_>, mode: StopMode) -> bool {
+    standby::cancel_job(context);
+    if context.world.guard_gone || context.world.unclaimed() {
+        context.start(Operation::FenceByScan);
+        return false;
+    }
+    if context.world.proved_empty() {
+        return true;
+    }
+    context.stop(mode);
+    false
+}
+
+/// Gives the lock back, without a record: nobody is promised anything.
+fn released(context: &mut Context<'_>, lock: LockIdentity) -> Outcome<State> {
+    if context.world.done.remove(&OperationKind::Release) {
+        context.world.let_go(context.actions);
+        return Transition(after_leading(context));
+    }
+    context.start(Operation::Release { epoch: lock.epoch, record: None });
+    Handled
+}
+
+/// SIGTERM: PostgreSQL ends, the lock goes, the daemon leaves.
+pub(crate) fn stopping(context: &mut Context<'_>) -> Outcome<State> {
+    let patience = context.world.spec().map_or(Duration::from_secs(30), |spec| spec.ha.primary_stop_timeout);
+    let writable = matches!(context.world.running(), Some((_, Word::Writable)));
+    let mode = if writable && context.world.lock == Lock::None { StopMode::Kill } else { StopMode::Fast { patience } };
+    // A guard that was never met keeps nothing: the shell has started none.
+    let met = context.world.guard.is_some() || context.world.guard_gone;
+    if met && !ended(context, mode) {
+        return Handled;
+    }
+    if let Some(lock) = context.world.lock.identity() {
+        if context.world.done.remove(&OperationKind::Release) {
+            context.world.let_go(context.actions);
+        } else {
+            context.start(Operation::Release { epoch: lock.epoch, record: None });
+            // etcd away: the lease runs out by itself.
+            if context.world.failures(OperationKind::Release) < 3 {
+                return Handled;
+            }
+        }
+    }
+    if !context.world.exited {
+        context.world.exited = true;
+        context.actions.push(Action::Exit(0));
+    }
+    Handled
+}

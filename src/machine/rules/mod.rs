@@ -1,0 +1,12 @@
+//! What each state does: facts in, actions and the next state out. No rule waits and none can fail.
+
+pub(crate) mod bootstrap;
+pub(crate) mod demoting;
+pub(crate) mod handover;
+pub(crate) mod primary;
+pub(crate) mod promoting;
+pub(crate) mod publish;
+pub(crate) mod rejoining;
+pub(crate) mod requests;
+pub(crate) mod standby;
+pub(crate) mod starting;

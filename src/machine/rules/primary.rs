@@ -1,0 +1,155 @@
+//! Leading: keep the records under our epoch current, take up new configuration last, answer requests, and notice the end.
+//!
+//! The lock's upkeep is not here: it has its own thread, and the ladder is the guard's. Between A and the fast stop this state
+//! stays: a proof in time takes the announcement back.
+
+use std::time::Duration;
+
+use statig::prelude::*;
+
+use crate::facts::cluster::{HistoryEntry, MemberRole, StatusRecord};
+use crate::facts::guard::{Rung, Word};
+use crate::machine::action::{Operation, OperationKind};
+use crate::machine::node::Context;
+use crate::machine::rules::requests;
+use crate::machine::state::{Demotion, HandOver, HandOverStage, Promotion, State, Then, Way};
+use crate::machine::world::{CRASH_LIMIT, CRASH_WINDOW_S, Lock};
+use crate::types::{LockIdentity, Lsn, MemberName, TimelineId};
+
+pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
+    let Some(lock) = context.world.lock.identity() else {
+        let why = "the lock is not ours".to_owned();
+        return Transition(State::Demoting { demotion: Demotion { why, then: Then::Follow } });
+    };
+    if context.world.ending().is_some_and(|rung| rung >= Rung::FastStop) {
+        let why = "the guard is ending PostgreSQL".to_owned();
+        return Transition(State::Demoting { demotion: Demotion { why, then: Then::StartAgain(lock) } });
+    }
+    if context.world.guard_gone {
+        let why = "the guard is gone".to_owned();
+        return Transition(State::Demoting { demotion: Demotion { why, then: Then::StartAgain(lock) } });
+    }
+    if context.world.proved_empty() {
+        return ended_by_itself(context, lock);
+    }
+    if !matches!(context.world.running(), Some((_, Word::Writable))) {
+        return Handled;
+    }
+    upkeep(context, lock);
+    requests::taken_up(context)
+}
+
+/// SAFETY rows 6 and 9: once more in place; in a crash loop another member has to lead.
+fn ended_by_itself(context: &mut Context<'_>, lock: LockIdentity) -> Outcome<State> {
+    let at_once = context.world.spec().is_some_and(|spec| spec.ha.primary_start_timeout.is_zero());
+    if at_once || context.world.recent_primary_starts(context.now) >= CRASH_LIMIT {
+        let why = if at_once {
+            "PostgreSQL ended and primary_start_timeout is 0".to_owned()
+        } else {
+            format!("PostgreSQL ended {CRASH_LIMIT} times within {CRASH_WINDOW_S} s")
+        };
+        return Transition(State::Demoting { demotion: Demotion { why, then: Then::Release(lock) } });
+    }
+    Transition(State::Promoting { promotion: Promotion { lock, way: Way::StartInPlace, since: context.now } })
+}
+
+fn upkeep(context: &mut Context<'_>, lock: LockIdentity) {
+    let Some(spec) = context.world.spec().cloned() else { return };
+    let Some((timeline, lsn)) = context.world.sql().filter(|sql| !sql.in_recovery).map(|sql| (sql.timeline, sql.receive_lsn)) else {
+        return;
+    };
+    if !matches!(context.world.lock, Lock::Proved { until, .. } if context.now < until) {
+        return;
+    }
+    record_promotion(context, lock, timeline);
+    write_status(context, lock, timeline, lsn);
+    let start = context.world.running().map(|(start, _)| start);
+    if context.world.roles_for != start {
+        let post_init = context.world.initialized_here;
+        context.start(Operation::EnsureRoles { spec, post_init });
+    } else {
+        context.world.initialized_here = false;
+        take_up_configuration(context);
+    }
+}
+
+/// Our entry in `history` gets its epoch, once; the executor adds parent and switch point from the history file.
+fn record_promotion(context: &mut Context<'_>, lock: LockIdentity, timeline: TimelineId) {
+    if context.world.recorded == Some(lock.epoch) {
+        return;
+    }
+    let Some(view) = context.world.fresh_view().filter(|view| view.revision.0 >= lock.epoch.0) else { return };
+    if view.history.iter().any(|entry| entry.epoch == Some(lock.epoch)) {
+        context.world.recorded = Some(lock.epoch);
+        return;
+    }
+    let mut history = view.history.clone();
+    let ours =
+        |entry: &&mut HistoryEntry| entry.lease == lock.lease.lease && entry.member == context.world.me.name && entry.epoch.is_none();
+    let Some(entry) = history.iter_mut().rev().find(ours) else { return };
+    // A lock won to start in place keeps the timeline it has; the reserved id then stays unused for good.
+    if entry.timeline == timeline {
+        entry.epoch = Some(lock.epoch);
+        context.start(Operation::RecordPromotion { epoch: lock.epoch, history });
+    }
+}
+
+/// Every loop_wait, and whenever WAL moved by half of what a failover may lose (P2).
+fn write_status(context: &mut Context<'_>, lock: LockIdentity, timeline: TimelineId, lsn: Lsn) {
+    let Some(ha) = context.world.spec().map(|spec| spec.ha.clone()) else { return };
+    let due = match &context.world.status_written {
+        None => true,
+        Some((last, at)) => {
+            last.epoch != lock.epoch
+                || context.now.since(*at) >= ha.loop_wait
+                || lsn.bytes_since(last.lsn) >= (ha.maximum_lag_on_failover / 2).max(1)
+        }
+    };
+    let record = StatusRecord { epoch: lock.epoch, timeline, lsn, conditions: Vec::new() };
+    if due && context.start(Operation::WriteStatus(record.clone())) {
+        context.world.status_written = Some((record, context.now));
+    }
+}
+
+/// A standby tries a new generation first; alone, the primary has to try it itself.
+fn take_up_configuration(context: &mut Context<'_>) {
+    let Some((generation, spec)) = context.world.spec.clone() else { return };
+    let current = context.world.in_force.as_ref().map(|files| files.generation);
+    if current == Some(generation) || context.world.refused_generation == Some(generation) {
+        return;
+    }
+    let Some(view) = context.world.view.clone() else { return };
+    let standbys: Vec<_> = view
+        .members
+        .iter()
+        .filter(|(name, key)| **name != context.world.me.name && spec.member(name).is_some() && key.record.role == MemberRole::Replica)
+        .collect();
+    let refused_by = standbys.iter().find(|(_, key)| {
+        key.record.observed_generation < generation
+            && key.record.conditions.iter().any(|condition| condition.kind == "configuration_refused")
+    });
+    if let Some((name, _)) = refused_by {
+        let message = format!("generation {generation} of the spec waits: `{name}` tried its configuration and put it back");
+        context.world.fail("configuration_waits", message);
+        return;
+    }
+    let tried = standbys.iter().any(|(_, key)| key.record.observed_generation >= generation);
+    if tried || standbys.is_empty() || current.is_none() {
+        context.world.clear("configuration_waits");
+        context.start(Operation::Configure { spec, generation, upstream: None });
+    }
+}
+
+/// The way into a planned end of leadership.
+pub(crate) fn hand_over(context: &mut Context<'_>, to: Option<MemberName>, request: Option<String>) -> Outcome<State> {
+    let Some(lock) = context.world.lock.identity() else {
+        let why = "the lock is not ours".to_owned();
+        return Transition(State::Demoting { demotion: Demotion { why, then: Then::Follow } });
+    };
+    context.world.done.remove(&OperationKind::Checkpoint);
+    let stage = HandOverStage::Checkpoint;
+    Transition(State::HandingOver { hand_over: HandOver { lock, to, request, since: context.now, stage } })
+}
+
+/// Longest that the checkpoint before a planned stop may take before PostgreSQL is stopped all the same.
+pub(crate) const CHECKPOINT_PATIENCE: Duration = Duration::from_secs(30);

@@ -1,0 +1,128 @@
+//! From a won lock to a server that takes writes: proof first, then the guard's acknowledgement, then out of recovery.
+//!
+//! What surprises: nothing is promoted between A and E although the lock is still ours, since the ladder would begin at once.
+
+use std::time::Duration;
+
+use statig::prelude::*;
+
+use crate::facts::guard::Word;
+use crate::facts::postgres::DataDirectory;
+use crate::machine::action::{Action, LeaseOrder, Operation, OperationKind, StartAs, StopMode};
+use crate::machine::node::Context;
+use crate::machine::rules::standby;
+use crate::machine::state::{Demotion, Promotion, State, Then, Way};
+use crate::machine::world::{CRASH_LIMIT, Etcd, Lock};
+use crate::types::TimelineId;
+
+/// How long a standby that was asked to promote is left before it is asked again.
+const ASK_AGAIN_MS: u64 = 2_000;
+
+pub(crate) fn rule(promotion: &mut Promotion, context: &mut Context<'_>) -> Outcome<State> {
+    let lock = promotion.lock;
+    if context.world.holding != Some(lock) {
+        context.world.holding = Some(lock);
+        context.actions.push(Action::Lease(LeaseOrder::Hold(lock)));
+    }
+    if let Some(why) = failed(promotion, context) {
+        return Transition(State::Demoting { demotion: Demotion { why, then: Then::Release(lock) } });
+    }
+    let proved = matches!(context.world.lock, Lock::Proved { identity, announce_at, .. } if identity == lock && context.now < announce_at);
+    if !proved {
+        // No proof is to be had for now: readers are better served by a standby than by nothing.
+        let read_only = promotion.way == Way::StartInPlace && context.world.etcd != Etcd::Reachable && context.world.proved_empty();
+        return if read_only { Transition(State::Following) } else { Handled };
+    }
+    match promotion.way {
+        Way::Promote { timeline } => promote(promotion, timeline, context),
+        Way::StartInPlace => start_in_place(promotion, context),
+    }
+}
+
+/// Why this leadership comes to nothing.
+fn failed(promotion: &Promotion, context: &Context<'_>) -> Option<String> {
+    let limit = context.world.spec().map(|spec| spec.ha.primary_start_timeout)?;
+    let taken = context.now.since(promotion.since);
+    if !limit.is_zero() && taken > limit {
+        return Some(format!("PostgreSQL did not take writes within primary_start_timeout of {} s", limit.as_secs()));
+    }
+    if context.world.failures(OperationKind::Promote) >= 3 || context.world.failures(OperationKind::Start) >= 3 {
+        return Some("PostgreSQL could not be brought up as a primary three times in a row".to_owned());
+    }
+    let ended = context.world.proved_empty() && matches!(promotion.way, Way::Promote { .. });
+    ended.then(|| "PostgreSQL ended before it was promoted".to_owned())
+}
+
+fn promote(promotion: &Promotion, timeline: TimelineId, context: &mut Context<'_>) -> Outcome<State> {
+    let Some(sql) = context.world.sql() else { return Handled };
+    let (in_recovery, at) = (sql.in_recovery, sql.timeline);
+    if in_recovery {
+        let asked_lately = context.world.promote_asked.is_some_and(|at| context.now.since(at) < Duration::from_millis(ASK_AGAIN_MS));
+        if !asked_lately && context.start(Operation::Promote { lock: promotion.lock, timeline, parent: at }) {
+            context.world.promote_asked = Some(context.now);
+        }
+        return Handled;
+    }
+    if at != timeline {
+        let why = format!("PostgreSQL promoted onto timeline {at}, reserved was {timeline}");
+        return Transition(State::Demoting { demotion: Demotion { why, then: Then::Release(promotion.lock) } });
+    }
+    became_primary(context)
+}
+
+fn became_primary(context: &mut Context<'_>) -> Outcome<State> {
+    context.world.reserved = None;
+    context.world.promote_asked = None;
+    context.world.primary_starts.push(context.now);
+    let now = context.now;
+    context.world.primary_starts.retain(|at| now.since(*at) < Duration::from_secs(crate::machine::world::CRASH_WINDOW_S));
+    Transition(State::Primary)
+}
+
+fn start_in_place(promotion: &Promotion, context: &mut Context<'_>) -> Outcome<State> {
+    match context.world.running() {
+        Some((_, Word::Standby)) => {
+            standby::cancel_job(context);
+            context.stop(StopMode::Fast { patience: Duration::from_secs(standby::STANDBY_STOP_S) });
+            return Handled;
+        }
+        Some((_, Word::Writable)) => {
+            let writes = context.world.sql().is_some_and(|sql| !sql.in_recovery);
+            return if writes { became_primary(context) } else { Handled };
+        }
+        None => {}
+    }
+    if !context.world.proved_empty() || context.world.job().is_some() {
+        return Handled;
+    }
+    if context.world.recent_primary_starts(context.now) >= CRASH_LIMIT {
+        let why = format!("PostgreSQL was started {CRASH_LIMIT} times as a primary within {} s", crate::machine::world::CRASH_WINDOW_S);
+        return Transition(State::Demoting { demotion: Demotion { why, then: Then::Release(promotion.lock) } });
+    }
+    match &context.world.data {
+        DataDirectory::Full(_) => {
+            let (reserved, own) = (context.world.timeline_of(promotion.lock), context.world.own_timeline());
+            if reserved.is_none() {
+                return Handled;
+            }
+            if reserved != own {
+                let why = "the data directory is not on the timeline that the lock was taken with".to_owned();
+                return Transition(State::Demoting { demotion: Demotion { why, then: Then::Release(promotion.lock) } });
+            }
+            if let Some((generation, spec)) = context.world.spec.clone()
+                && context.start(Operation::Start { role: StartAs::Primary, spec, generation })
+            {
+                context.world.in_force = Some(crate::machine::world::InForce { generation, upstream: None });
+            }
+            Handled
+        }
+        DataDirectory::Unknown => {
+            context.start(Operation::Look);
+            Handled
+        }
+        DataDirectory::Empty | DataDirectory::Unusable(_) => {
+            let why = "there is no data directory to lead with".to_owned();
+            Transition(State::Demoting { demotion: Demotion { why, then: Then::Release(promotion.lock) } })
+        }
+    }
+}

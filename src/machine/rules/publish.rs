@@ -1,0 +1,141 @@
+//! The member key: what this member says of itself, written when it changes, and its positions at most once per loop_wait.
+//!
+//! While a leader hands over, and while the lock is absent, positions decide who leads: then every change is written at once.
+
+use crate::facts::cluster::{DataDirectoryReport, MemberRecord, MemberRole};
+use crate::facts::guard::{PostmasterFacts, Word};
+use crate::facts::postgres::{DataDirectory, ProbeOutcome};
+use crate::machine::action::{Operation, OperationKind};
+use crate::machine::node::Context;
+use crate::machine::rules::standby;
+use crate::machine::state::State;
+use crate::machine::world::World;
+
+/// Writes the member key if it has to be written.
+pub(crate) fn publish(context: &mut Context<'_>, state: &State) {
+    if context.world.lease.is_none() || matches!(state, State::Undeclared) || context.world.exited {
+        return;
+    }
+    let Some(record) = record(context.world, state) else { return };
+    let due = match &context.world.written {
+        None => true,
+        Some((last, at)) => {
+            let positions_only = MemberRecord { receive_lsn: last.receive_lsn, replay_lsn: last.replay_lsn, ..record.clone() } == *last;
+            let loop_wait = context.world.spec().map(|spec| spec.ha.loop_wait).unwrap_or_default();
+            record != *last && (!positions_only || context.now.since(*at) >= loop_wait || positions_matter_now(context.world))
+        }
+    };
+    if due && context.world.may_start(context.now, OperationKind::PutMember) {
+        context.world.writing = Some(record.clone());
+        context.start(Operation::PutMember(Box::new(record)));
+    }
+}
+
+/// Whether every change of position has to be seen by others at once.
+pub(crate) fn positions_matter_now(world: &World) -> bool {
+    world.vacancy.is_some() || world.other_leader().is_some_and(|(_, key)| key.record.machine_state == "handing_over")
+}
+
+fn record(world: &World, state: &State) -> Option<MemberRecord> {
+    let member = world.declared()?;
+    let sql = world.sql();
+    let role = role(world);
+    let system_id = sql.map(|sql| sql.system_id).or_else(|| world.control().map(|control| control.system_id));
+    let timeline = sql.map(|sql| sql.timeline).or_else(|| world.control().map(|control| control.timeline));
+    let last = world.written.as_ref().map(|(record, _)| record);
+    Some(MemberRecord {
+        incarnation: world.me.incarnation.clone(),
+        role,
+        state: patroni_state(world, state).to_owned(),
+        machine_state: state.name().to_owned(),
+        timeline,
+        receive_lsn: sql.map(|sql| sql.receive_lsn.max(if sql.in_recovery { sql.replay_lsn } else { sql.receive_lsn })),
+        replay_lsn: sql.filter(|sql| sql.in_recovery).map(|sql| sql.replay_lsn),
+        system_id,
+        data_directory: data_directory(world, last),
+        vote: if matches!(state, State::Candidate) { standby::own_vote(world) } else { None },
+        api_url: format!("http://{}", standby::host_port(&member.address, member.api_port)),
+        host: member.address.clone(),
+        port: member.port,
+        versions: crate::facts::cluster::Versions {
+            postgres: sql.map(|sql| sql.server_version_num).or(world.me.versions.postgres),
+            ..world.me.versions.clone()
+        },
+        observed_generation: world.in_force.as_ref().map_or(0, |files| files.generation),
+        pending_restart: sql.map(|sql| sql.pending_restart.clone()).unwrap_or_default(),
+        tags: member.tags.set(),
+        conditions: world.conditions.values().cloned().collect(),
+    })
+    .map(bounded)
+}
+
+/// Conditions carry error texts of others: bounded, so that the key stays small.
+fn bounded(mut record: MemberRecord) -> MemberRecord {
+    const MESSAGE_MAX_CHARS: usize = 1_000;
+    for condition in &mut record.conditions {
+        if condition.message.chars().count() > MESSAGE_MAX_CHARS {
+            condition.message = condition.message.chars().take(MESSAGE_MAX_CHARS).collect();
+        }
+    }
+    record
+}
+
+fn role(world: &World) -> MemberRole {
+    match (world.running(), world.sql()) {
+        (Some(_), Some(sql)) if sql.in_recovery => MemberRole::Replica,
+        (Some((_, Word::Writable)), Some(_)) => MemberRole::Primary,
+        (Some((_, Word::Standby)), _) => MemberRole::Replica,
+        _ if world.control().is_some() => MemberRole::Replica,
+        _ => MemberRole::Uninitialized,
+    }
+}
+
+/// A running server has a full directory, whatever the last look at it was.
+fn data_directory(world: &World, last: Option<&MemberRecord>) -> DataDirectoryReport {
+    match &world.data {
+        DataDirectory::Empty => DataDirectoryReport::Empty,
+        DataDirectory::Full(_) | DataDirectory::Unusable(_) => DataDirectoryReport::Full,
+        DataDirectory::Unknown if world.running().is_some() => DataDirectoryReport::Full,
+        DataDirectory::Unknown => last.map_or(DataDirectoryReport::Unknown, |record| match record.data_directory {
+            // What was there is still there; an empty one may have been filled meanwhile.
+            DataDirectoryReport::Full => DataDirectoryReport::Full,
+            DataDirectoryReport::Empty | DataDirectoryReport::Unknown => DataDirectoryReport::Unknown,
+        }),
+    }
+}
+
+/// Patroni's words (PATRONI.md), so that plugins and dashboards go on to understand.
+pub(crate) fn patroni_state(world: &World, state: &State) -> &'static str {
+    match state {
+        State::Cloning => return "creating replica",
+        State::Initializing => return "initializing new cluster",
+        State::Rejoining if world.in_flight.contains(&OperationKind::Clone) => return "creating replica",
+        _ => {}
+    }
+    match world.guard.as_ref().map(|guard| &guard.postmaster) {
+        None | Some(PostmasterFacts::Unclaimed { .. }) => "unknown",
+        Some(PostmasterFacts::Ending { .. }) => "stopping",
+        Some(PostmasterFacts::ProvedEmpty { last }) => match last {
+            Some(end) if end.rung.is_none() && end.exit_status != Some(0) => "crashed",
+            Some(_) | None => "stopped",
+        },
+        Some(PostmasterFacts::Running { .. }) => match world.probe.as_ref().map(|probe| &probe.outcome) {
+            Some(ProbeOutcome::Accepting(sql)) => match &sql.walreceiver {
+                Some(receiver) if sql.in_recovery && receiver.status == "streaming" => "streaming",
+                Some(_) | None => "running",
+            },
+            Some(ProbeOutcome::NotYet(_)) | None => "starting",
+            Some(ProbeOutcome::Unknown(_)) => "unknown",
+        },
+    }
+}
+
+/// Conditions that follow from facts and belong to no single state.
+pub(crate) fn standing_conditions(world: &mut World) {
+    let restart = world.sql().map(|sql| sql.pending_restart.clone()).unwrap_or_default();
+    if restart.is_empty() {
+        world.clear("pending_restart");
+    } else {
+        world.set_info("pending_restart", format!("takes effect with the next restart of PostgreSQL: {}", restart.join(", ")));
+    }
+}

@@ -1,0 +1,78 @@
+//! The way back behind the leader: stop, judge, then follow or copy beside and swap. Never on a running server.
+//!
+//! A directory with WAL past the switch point is kept whole beside (I10, P5); the judgement is `policy::rejoin`'s.
+
+use std::time::Duration;
+
+use statig::prelude::*;
+
+use crate::facts::postgres::DataDirectory;
+use crate::machine::action::{Operation, OperationKind, StopMode};
+use crate::machine::node::Context;
+use crate::machine::rules::standby;
+use crate::machine::state::State;
+use crate::policy::rejoin::Rejoin;
+
+pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
+    if context.world.running().is_some() {
+        context.world.rejoin = None;
+        context.stop(StopMode::Fast { patience: Duration::from_secs(standby::STANDBY_STOP_S) });
+        return Handled;
+    }
+    if !context.world.proved_empty() || context.world.job().is_some() {
+        return Handled;
+    }
+    match &context.world.data {
+        DataDirectory::Unknown => {
+            context.start(Operation::Look);
+            return Handled;
+        }
+        DataDirectory::Empty => return Transition(State::AwaitingLeader),
+        // A copy that broke off between two renames is put right by the next look; nothing else can be judged.
+        DataDirectory::Unusable(_) => return Transition(State::Following),
+        DataDirectory::Full(_) => {}
+    }
+    let Some(leader) = standby::upstream(context) else {
+        context.world.rejoin = None;
+        // Nobody to get behind: in recovery at our own end, we can be asked for our position.
+        standby::start_standby(context, None);
+        return if context.world.in_flight.contains(&OperationKind::Start) { Transition(State::Following) } else { Handled };
+    };
+    match context.world.rejoin.clone() {
+        None => plan(context, leader),
+        Some(Rejoin::Follow) => {
+            context.world.clear("rejoin_refused");
+            standby::start_standby(context, Some(leader));
+            if context.world.in_flight.contains(&OperationKind::Start) {
+                context.world.rejoin = None;
+                return Transition(State::Following);
+            }
+        }
+        Some(Rejoin::Clone { why, lost }) => {
+            let Some(spec) = context.world.spec().cloned() else { return Handled };
+            let replaceable = lost.is_none();
+            if context.start(Operation::Clone { from: leader, spec, lost: lost.clone(), replaceable }) {
+                let kept = if replaceable { "its content is all elsewhere" } else { "the directory is kept beside, whole" };
+                context.decide("reclone", format!("a copy of the leader takes the data directory's place, {kept}: {why}"));
+            }
+        }
+        Some(Rejoin::Wait { why }) => {
+            context.world.set_info("rejoin_waits", why);
+            context.world.rejoin = None;
+            context.world.retry_later(context.now, OperationKind::PlanRejoin);
+        }
+        Some(Rejoin::Refuse { why }) => {
+            context.world.fail("rejoin_refused", why);
+            context.world.rejoin = None;
+            context.world.retry_later(context.now, OperationKind::PlanRejoin);
+        }
+    }
+    Handled
+}
+
+fn plan(context: &mut Context<'_>, leader: crate::machine::action::Upstream) {
+    let (Some(view), Some(spec)) = (context.world.fresh_view().cloned(), context.world.spec().cloned()) else { return };
+    let Some(leader_timeline) = context.world.other_leader().and_then(|(_, key)| key.record.timeline) else { return };
+    context.world.clear("rejoin_waits");
+    context.start(Operation::PlanRejoin { leader, spec, leader_timeline, history: view.history.clone() });
+}

@@ -1,0 +1,300 @@
+//! Following the leader, and running for the lock when there is none.
+//!
+//! A member is a standby first: whatever its data directory was, PostgreSQL is started in recovery, and the lock alone, won on a
+//! view that it was judged on, brings it out.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use statig::prelude::*;
+
+use crate::facts::cluster::{ClusterView, HistoryEntry, Initialize, MemberRole, Vote};
+use crate::facts::guard::Word;
+use crate::facts::postgres::{DataDirectory, DatabaseState};
+use crate::machine::action::{Action, Operation, OperationKind, StartAs, StopMode, Upstream};
+use crate::machine::node::Context;
+use crate::machine::state::{Promotion, State, Way};
+use crate::machine::world::{Etcd, Lock};
+use crate::policy::election::{self, Inputs, Verdict};
+use crate::types::{LeaseId, MemberName, TimelineId};
+
+/// A standby that does not stream from a healthy leader for so long is stopped, judged and started again (SAFETY row 10).
+const STUCK_AFTER_S: u64 = 20;
+/// Entries of `history` that are kept: far more than PostgreSQL keeps history files for in practice.
+const HISTORY_MAX_ENTRIES: usize = 1_000;
+/// A standby's stop, which holds nobody up.
+pub(crate) const STANDBY_STOP_S: u64 = 10;
+
+pub(crate) fn following(context: &mut Context<'_>) -> Outcome<State> {
+    if context.world.spec().is_some() && context.world.declared().is_none() {
+        return Transition(State::Undeclared);
+    }
+    if let Some(state) = lock_is_ours(context) {
+        return Transition(state);
+    }
+    if context.world.running().is_some() { follow_running(context) } else { start_following(context) }
+}
+
+/// Won a moment ago, adopted, or proved again after etcd was away: `Promoting` waits for the proof. A leadership writes on the one
+/// timeline that its lock was taken with: a server that is on it starts in place, any other is promoted onto it.
+fn lock_is_ours(context: &Context<'_>) -> Option<State> {
+    let world = context.world.lock.identity().map(|lock| (lock, &context.world));
+    let (lock, world) = world?;
+    let hopeless = matches!(world.lock, Lock::Unproved(_)) && world.etcd != Etcd::Reachable;
+    let announced = matches!(world.lock, Lock::Proved { announce_at, .. } if context.now >= announce_at);
+    if hopeless || announced {
+        return None;
+    }
+    let (reserved, own) = (world.timeline_of(lock)?, world.own_timeline()?);
+    let recovering = world.sql().is_some_and(|sql| sql.in_recovery);
+    let way = match (reserved == own, recovering) {
+        (true, _) => Way::StartInPlace,
+        (false, true) => Way::Promote { timeline: reserved },
+        // First it has to run as a standby.
+        (false, false) => return None,
+    };
+    Some(State::Promoting { promotion: Promotion { lock, way, since: context.now } })
+}
+
+fn start_following(context: &mut Context<'_>) -> Outcome<State> {
+    if !context.world.proved_empty() || context.world.job().is_some() {
+        return Handled;
+    }
+    match &context.world.data {
+        DataDirectory::Unknown => {
+            context.start(Operation::Look);
+            return Handled;
+        }
+        DataDirectory::Empty => return Transition(State::AwaitingLeader),
+        DataDirectory::Unusable(why) => {
+            let message = why.clone();
+            context.world.fail("data_directory_unusable", message);
+            context.world.data = DataDirectory::Unknown;
+            context.world.retry_later(context.now, OperationKind::Look);
+            return Handled;
+        }
+        DataDirectory::Full(_) => {}
+    }
+    context.world.clear("data_directory_unusable");
+    if let Some(why) = wrong_identity(context) {
+        context.world.fail("wrong_system_id", why);
+        return Handled;
+    }
+    context.world.clear("wrong_system_id");
+    let upstream = upstream(context);
+    if upstream.is_some() && has_to_be_judged(context) {
+        return Transition(State::Rejoining);
+    }
+    start_standby(context, upstream);
+    Handled
+}
+
+/// Asks for a postmaster in recovery.
+pub(crate) fn start_standby(context: &mut Context<'_>, upstream: Option<Upstream>) {
+    let Some((generation, spec)) = context.world.spec.clone() else { return };
+    if context.start(Operation::Start { role: StartAs::Standby(upstream.clone()), spec, generation }) {
+        context.world.in_force = Some(crate::machine::world::InForce { generation, upstream });
+    }
+}
+
+/// SAFETY row 64: the data directory of another cluster is not started.
+fn wrong_identity(context: &Context<'_>) -> Option<String> {
+    let own = context.world.control()?.system_id;
+    match &context.world.view.as_ref()?.initialize {
+        Some(Initialize::Done(id)) if *id != own => Some(format!(
+            "the data directory holds system identifier {own}, the cluster's is {id}: PostgreSQL is not started; move the directory away to have it cloned"
+        )),
+        Some(_) | None => None,
+    }
+}
+
+/// A directory that was a primary's, or is on another timeline than the leader, may have diverged.
+fn has_to_be_judged(context: &Context<'_>) -> bool {
+    let (Some(control), Some((_, key))) = (context.world.control(), context.world.other_leader()) else { return false };
+    let was_standby = matches!(control.state, DatabaseState::ShutDownInRecovery | DatabaseState::InArchiveRecovery);
+    // A copy made a moment ago: its control file is the leader's own.
+    if control.backup_label && control.standby_signal {
+        return false;
+    }
+    let same_timeline = key.record.timeline == Some(control.timeline.max(control.min_recovery_timeline));
+    key.record.role == MemberRole::Primary && !(was_standby && same_timeline)
+}
+
+/// Whom to follow: the leader, as it says itself.
+pub(crate) fn upstream(context: &Context<'_>) -> Option<Upstream> {
+    let (name, key) = context.world.other_leader()?;
+    Some(Upstream { member: name.clone(), host: key.record.host.clone(), port: key.record.port })
+}
+
+fn follow_running(context: &mut Context<'_>) -> Outcome<State> {
+    if has_diverged(context) || is_stuck(context) {
+        context.decide("rejoin", "PostgreSQL cannot follow the leader as it is: it is stopped and the way back is judged");
+        context.stop(StopMode::Fast { patience: Duration::from_secs(STANDBY_STOP_S) });
+        return Transition(State::Rejoining);
+    }
+    keep_configured(context);
+    if context.world.vacancy.is_some() && can_be_candidate(context) { Transition(State::Candidate) } else { Handled }
+}
+
+/// Our WAL goes past the point where the leader's timeline left ours, as etcd's history tells. The files have the last word.
+fn has_diverged(context: &Context<'_>) -> bool {
+    let (Some(view), Some(sql), Some((_, key))) = (context.world.fresh_view(), context.world.sql(), context.world.other_leader()) else {
+        return false;
+    };
+    let Some(leader) = key.record.timeline.filter(|_| key.record.role == MemberRole::Primary) else { return false };
+    let recorded = view.history.iter().any(|entry| entry.timeline == leader && entry.epoch.is_some());
+    match leader.cmp(&sql.timeline) {
+        std::cmp::Ordering::Equal => false,
+        std::cmp::Ordering::Less => recorded && view.leader.as_ref().is_some_and(|lock| is_of(view, leader, lock.epoch)),
+        std::cmp::Ordering::Greater => {
+            recorded && election::switch_from(&view.history, leader, sql.timeline).is_none_or(|switch| sql.end_of_wal() > switch)
+        }
+    }
+}
+
+fn is_of(view: &ClusterView, timeline: TimelineId, epoch: crate::types::Epoch) -> bool {
+    view.history.iter().any(|entry| entry.timeline == timeline && entry.epoch == Some(epoch))
+}
+
+fn is_stuck(context: &Context<'_>) -> bool {
+    let leader_serves = context.world.other_leader().is_some_and(|(_, key)| key.record.role == MemberRole::Primary);
+    let since = context.world.not_streaming_since.filter(|_| leader_serves && context.world.etcd == Etcd::Reachable);
+    let accepting = context.world.sql().is_some_and(|sql| sql.in_recovery);
+    accepting && since.is_some_and(|since| context.now.since(since) > Duration::from_secs(STUCK_AFTER_S))
+}
+
+/// Files follow the spec and the leader. A standby tries a new generation first; the primary waits for one that took it.
+fn keep_configured(context: &mut Context<'_>) {
+    let Some((generation, spec)) = context.world.spec.clone() else { return };
+    let upstream = upstream(context).or_else(|| context.world.in_force.as_ref().and_then(|files| files.upstream.clone()));
+    let as_wanted = context.world.in_force.as_ref().is_some_and(|files| {
+        (files.generation == generation || context.world.refused_generation == Some(generation)) && files.upstream == upstream
+    });
+    if !as_wanted && context.world.sql().is_some() {
+        context.start(Operation::Configure { spec, generation, upstream });
+    }
+}
+
+fn can_be_candidate(context: &Context<'_>) -> bool {
+    let world = &context.world;
+    let in_recovery = world.sql().is_some_and(|sql| sql.in_recovery) && matches!(world.running(), Some((_, Word::Standby)));
+    in_recovery
+        && world.fresh_view().is_some_and(|view| view.spec.is_some())
+        && world.written.is_some()
+        && world.lock == Lock::None
+        && world.declared().is_some_and(|member| !member.nofailover())
+}
+
+pub(crate) fn candidate(context: &mut Context<'_>) -> Outcome<State> {
+    if let Some(state) = lock_is_ours(context) {
+        return Transition(state);
+    }
+    if context.world.in_flight.contains(&OperationKind::Acquire) {
+        return Handled;
+    }
+    if context.world.vacancy.is_none() || !can_be_candidate(context) {
+        context.world.clear("waiting_to_lead");
+        return Transition(State::Following);
+    }
+    ask_peers(context);
+    match verdict(context) {
+        Some(Verdict::Run { why, initialize }) => {
+            context.world.clear("waiting_to_lead");
+            run(context, &why, initialize);
+        }
+        Some(Verdict::Wait { why, .. }) => context.world.set_info("waiting_to_lead", why),
+        Some(Verdict::NotEligible { why }) => context.world.warn("waiting_to_lead", why),
+        None => {}
+    }
+    Handled
+}
+
+/// Our last word on this vacancy.
+pub(crate) fn own_vote(context_world: &crate::machine::world::World) -> Option<Vote> {
+    let (vacancy, sql) = (context_world.vacancy?, context_world.sql()?);
+    sql.in_recovery.then(|| Vote { vacancy: vacancy.id, timeline: sql.timeline, lsn: sql.end_of_wal() })
+}
+
+fn verdict(context: &Context<'_>) -> Option<Verdict> {
+    let world = &context.world;
+    let (view, spec, vacancy) = (world.fresh_view()?, world.spec()?, world.vacancy?);
+    let times = world.times()?;
+    let deadlines = times.deadlines(vacancy.seen);
+    let peers = world.peers.as_ref().filter(|answer| answer.vacancy == vacancy.id).map(|answer| answer.writable.as_slice());
+    Some(election::judge(&Inputs {
+        now: context.now,
+        me: &world.me.name,
+        spec,
+        view,
+        vacant_since: vacancy.seen,
+        own: own_vote(world)?,
+        system_id: world.sql()?.system_id,
+        peers,
+        ladder: deadlines.fenced_by.since(deadlines.announce_at),
+    }))
+}
+
+/// Without a release in good order, a former leader may still be writable (SAFETY 5, promoter's side; rows 37 and 39).
+fn ask_peers(context: &mut Context<'_>) {
+    let (Some(vacancy), Some(spec)) = (context.world.vacancy, context.world.spec().cloned()) else { return };
+    let released = context.world.view.as_ref().is_some_and(|view| view.release.is_some());
+    let settled = context.world.peers.as_ref().is_some_and(|answer| {
+        answer.vacancy == vacancy.id && (answer.writable.is_empty() || context.now.since(answer.sent) < Duration::from_millis(200))
+    });
+    if released || settled {
+        return;
+    }
+    let peers = spec.members.iter().filter(|member| member.name != context.world.me.name);
+    let peers = peers.map(|member| (member.name.clone(), format!("http://{}", host_port(&member.address, member.api_port)))).collect();
+    context.start(Operation::AskPeers { vacancy: vacancy.id, peers });
+}
+
+/// `host:port`, with brackets around an IPv6 address.
+pub(crate) fn host_port(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
+
+fn run(context: &mut Context<'_>, why: &str, initialize: Option<crate::types::SystemId>) {
+    let (Some(view), Some(lease), Some(sql)) = (context.world.fresh_view().cloned(), context.world.lease, context.world.sql()) else {
+        return;
+    };
+    let reserved = election::next_timeline(&view, sql.timeline);
+    let history = with_reservation(&view, reserved, &context.world.me.name, lease.lease, why);
+    let message =
+        format!("runs for the lock at {} on timeline {}, to promote onto timeline {reserved}: {why}", sql.end_of_wal(), sql.timeline);
+    if context.start(Operation::Acquire { judged_on: Arc::clone(&view), history, initialize }) {
+        context.world.reserved = Some(reserved);
+        context.decide("runs", message);
+    }
+}
+
+/// `history` with one more id, reserved in the transaction that takes the lock.
+pub(crate) fn with_reservation(
+    view: &ClusterView,
+    timeline: TimelineId,
+    member: &MemberName,
+    lease: LeaseId,
+    why: &str,
+) -> Vec<HistoryEntry> {
+    let mut history = view.history.clone();
+    let surplus = (history.len() + 1).saturating_sub(HISTORY_MAX_ENTRIES);
+    history.drain(..surplus);
+    history.push(HistoryEntry {
+        timeline,
+        member: member.clone(),
+        lease,
+        epoch: None,
+        parent: None,
+        switch_lsn: None,
+        why: why.to_owned(),
+        at: String::new(),
+    });
+    history
+}
+
+/// Cancels what runs for PostgreSQL, for a state that must not wait for it.
+pub(crate) fn cancel_job(context: &mut Context<'_>) {
+    if context.world.job().is_some() {
+        context.actions.push(Action::CancelJob);
+    }
+}

@@ -1,0 +1,100 @@
+//! The first looks: guard, etcd, spec, lease, member key, data directory. Touches PostgreSQL only to fence it.
+//!
+//! What surprises: a lock is adopted only from the guard, and counts only once it is proved. A key in etcd with our name is nothing.
+
+use statig::prelude::*;
+
+use crate::facts::guard::{PostmasterFacts, Word};
+use crate::facts::postgres::DataDirectory;
+use crate::machine::action::{Action, LeaseOrder, Operation};
+use crate::machine::node::Context;
+use crate::machine::state::{Demotion, State, Then};
+use crate::machine::world::Lock;
+
+pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
+    let Some(guard) = context.world.guard.clone() else { return Handled };
+    adopt_or_ask_for_a_lease(context);
+    match guard.postmaster {
+        PostmasterFacts::Running { word: Word::Writable, .. } => adopt_primary(context),
+        PostmasterFacts::Running { word: Word::Standby, .. } if context.world.spec().is_some() => declared_or(context, State::Following),
+        PostmasterFacts::Running { word: Word::Standby, .. } | PostmasterFacts::Ending { .. } => Handled,
+        PostmasterFacts::Unclaimed { .. } => {
+            // Nobody vouches for it: it may write. A server that a former guard left behind is ending already.
+            let why = "PostgreSQL runs in the data directory, and no guard was told what it is".to_owned();
+            Transition(State::Demoting { demotion: Demotion { why, then: Then::Follow } })
+        }
+        PostmasterFacts::ProvedEmpty { .. } => nothing_runs(context),
+    }
+}
+
+/// The guard's memory first: a lease of an earlier run of this daemon goes on, and with it the member key and the lock.
+fn adopt_or_ask_for_a_lease(context: &mut Context<'_>) {
+    if context.world.lease.is_some() || context.world.lease_asked {
+        return;
+    }
+    let kept = context.world.guard.as_ref().and_then(|guard| guard.lease);
+    let lock = context.world.guard.as_ref().and_then(|guard| guard.lock).map(|lock| lock.identity);
+    if let Some(identity) = kept {
+        if let Some(lock) = lock {
+            context.world.lock = Lock::Unproved(lock);
+            context.world.holding = Some(lock);
+        }
+        context.world.lease_asked = true;
+        context.actions.push(Action::Lease(LeaseOrder::Adopt(identity, lock)));
+    } else if context.world.declared().is_some() {
+        context.world.lease_asked = true;
+        context.actions.push(Action::Lease(LeaseOrder::Grant));
+    }
+}
+
+fn adopt_primary(context: &mut Context<'_>) -> Outcome<State> {
+    match context.world.lock {
+        Lock::Proved { until, .. } if context.now < until => {
+            context.decide("adopted", "the guard handed over the lock and PostgreSQL; both are as the daemon before left them");
+            Transition(State::Primary)
+        }
+        // The guard's ladder runs whatever this daemon learns.
+        Lock::Proved { .. } | Lock::Unproved(_) => Handled,
+        Lock::None => {
+            let why = "PostgreSQL may write, and the guard knows of no lock that allows it".to_owned();
+            Transition(State::Demoting { demotion: Demotion { why, then: Then::Follow } })
+        }
+    }
+}
+
+fn nothing_runs(context: &mut Context<'_>) -> Outcome<State> {
+    if context.world.spec().is_none() || context.world.view.is_none() {
+        return Handled;
+    }
+    if context.world.declared().is_none() {
+        return Transition(State::Undeclared);
+    }
+    if context.world.data == DataDirectory::Unknown {
+        context.start(Operation::Look);
+        return Handled;
+    }
+    // Without the member key another daemon of this name may be at work.
+    if context.world.written.is_none() {
+        return Handled;
+    }
+    match &context.world.data {
+        DataDirectory::Empty => Transition(State::AwaitingLeader),
+        DataDirectory::Full(_) | DataDirectory::Unusable(_) => Transition(State::Following),
+        DataDirectory::Unknown => Handled,
+    }
+}
+
+fn declared_or(context: &Context<'_>, state: State) -> Outcome<State> {
+    if context.world.declared().is_some() { Transition(state) } else { Transition(State::Undeclared) }
+}
+
+/// Serves health, touches nothing, waits to be declared.
+pub(crate) fn undeclared(context: &mut Context<'_>) -> Outcome<State> {
+    if context.world.declared().is_some() {
+        context.world.clear("undeclared");
+        return Transition(State::Starting);
+    }
+    let message = format!("`{}` is not in spec.members: apply a spec that names it, or stop this daemon", context.world.me.name);
+    context.world.warn("undeclared", message);
+    Handled
+}

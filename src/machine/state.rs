@@ -1,0 +1,162 @@
+//! The states. A state names what the member works towards; a state asks for its idempotent action again until the result is seen.
+
+use crate::clock::BootTime;
+use crate::types::{LockIdentity, MemberName, TimelineId};
+
+/// Where a member is. Superstates (bootstrapping, running, standby, leading) are in [`super::node`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    /// Nothing is known yet: guard, etcd, spec, lease and data directory are being asked.
+    Starting,
+    /// Not in `spec.members`: serve health, touch nothing.
+    Undeclared,
+    /// Empty data directory, and nobody to copy from.
+    AwaitingLeader,
+    /// The first member: initdb, then the first lock.
+    Initializing,
+    /// Copying the leader.
+    Cloning,
+    /// A standby, or on the way to be one.
+    Following,
+    /// A standby that saw the lock absent and may run for it.
+    Candidate,
+    /// PostgreSQL is down; how to get back behind the leader is being judged and done.
+    Rejoining,
+    /// The lock is ours; PostgreSQL is to come out of recovery.
+    Promoting {
+        /// How.
+        promotion: Promotion,
+    },
+    /// The lock is ours and PostgreSQL takes writes.
+    Primary,
+    /// A planned end of leadership.
+    HandingOver {
+        /// How far.
+        hand_over: HandOver,
+    },
+    /// PostgreSQL must end, proved, before anything else.
+    Demoting {
+        /// Why, and what then.
+        demotion: Demotion,
+    },
+    /// On the way out.
+    Stopping,
+}
+
+/// How a member that won the lock becomes writable.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Promotion {
+    /// Under which lock.
+    pub lock: LockIdentity,
+    /// By promotion of a running standby, or by a start in place on the timeline it has.
+    pub way: Way,
+    /// When it began.
+    pub since: BootTime,
+}
+
+/// See [`Promotion::way`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// `pg_promote` onto a reserved timeline.
+    Promote {
+        /// The reserved id.
+        timeline: TimelineId,
+    },
+    /// Start (again) as a primary on the timeline the data directory is on: after initdb, a crash or fencing, under an unbroken
+    /// leadership.
+    StartInPlace,
+}
+
+/// A planned end of leadership.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HandOver {
+    /// Under which lock.
+    pub lock: LockIdentity,
+    /// To whom; None = to the best.
+    pub to: Option<MemberName>,
+    /// The request that asked for it; None = the daemon is being stopped.
+    pub request: Option<String>,
+    /// When it began.
+    pub since: BootTime,
+    /// How far it got.
+    pub stage: HandOverStage,
+}
+
+/// Stages of a hand-over, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HandOverStage {
+    /// A checkpoint makes the stop short.
+    Checkpoint,
+    /// PostgreSQL is being stopped.
+    Stop,
+    /// The successor has to have the shutdown checkpoint.
+    Wait {
+        /// When PostgreSQL was seen to be down.
+        since: BootTime,
+    },
+    /// The lock is being deleted.
+    Release,
+}
+
+/// Why PostgreSQL has to end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Demotion {
+    /// A sentence.
+    pub why: String,
+    /// The lock, if it may still be ours when PostgreSQL has ended: then it is given back, or PostgreSQL starts again under it.
+    pub then: Then,
+}
+
+/// What follows the proof of death.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Then {
+    /// The lock is not ours: follow.
+    Follow,
+    /// The lock is still ours: give it back, another leads.
+    Release(LockIdentity),
+    /// The lock may still be ours: start again under it if it is proved, otherwise follow.
+    StartAgain(LockIdentity),
+}
+
+impl State {
+    /// Names of all leaf states.
+    pub const NAMES: [&'static str; 13] = [
+        "starting",
+        "undeclared",
+        "awaiting_leader",
+        "initializing",
+        "cloning",
+        "following",
+        "candidate",
+        "rejoining",
+        "promoting",
+        "primary",
+        "handing_over",
+        "demoting",
+        "stopping",
+    ];
+
+    /// The leaf's name.
+    pub fn name(&self) -> &'static str {
+        match self {
+            State::Starting => "starting",
+            State::Undeclared => "undeclared",
+            State::AwaitingLeader => "awaiting_leader",
+            State::Initializing => "initializing",
+            State::Cloning => "cloning",
+            State::Following => "following",
+            State::Candidate => "candidate",
+            State::Rejoining => "rejoining",
+            State::Promoting { .. } => "promoting",
+            State::Primary => "primary",
+            State::HandingOver { .. } => "handing_over",
+            State::Demoting { .. } => "demoting",
+            State::Stopping => "stopping",
+        }
+    }
+
+    /// Promoting, Primary or HandingOver.
+    pub fn is_leading(&self) -> bool {
+        matches!(self, State::Promoting { .. } | State::Primary | State::HandingOver { .. })
+    }
+}
