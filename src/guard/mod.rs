@@ -5,13 +5,26 @@
 //!
 //! | file | kind | what |
 //! |---|---|---|
-//! | protocol | | what daemon and guard say to each other |
-//! | client | EDGE | the daemon's end of it |
+//! | state, ladder | PURE | what it knows and grants; which rung is due |
+//! | server | EDGE | the loop |
+//! | requests, connection, protocol | EDGE | who may ask what, and how |
+//! | child, scan, sys | EDGE | making a postmaster, finding its processes, system calls |
+//! | start, upgrade, log | EDGE | setting up the process, replacing its program, lines for people |
+//! | client | EDGE | the daemon's end |
 //!
 //! The rule that would surprise: nothing in here may name the rest of the crate but types, clock, facts and policy::deadlines. The
 //! guard's binary is locked into memory, and locking costs what it weighs.
 
+mod child;
 pub mod client;
+mod connection;
+pub mod ladder;
+mod log;
 pub mod protocol;
+mod requests;
 pub mod scan;
+mod server;
+pub mod start;
+pub mod state;
 pub mod sys;
+mod upgrade;

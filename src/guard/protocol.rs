@@ -21,7 +21,7 @@ pub const PROTOCOL_VERSION: u32 = 1;
 /// Name of the socket in the run directory.
 pub const SOCKET_NAME: &str = "guard.sock";
 /// Longest line in either direction: a start order carries an environment and a command line.
-pub const MESSAGE_MAX_BYTES: usize = 256 * 1024;
+pub const MESSAGE_MAX_BYTES: usize = 64 * 1024;
 
 /// What the daemon asks. See [`crate::guard`] for who may do what when.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
