@@ -18,7 +18,7 @@ use super::documents::{ClusterDocument, DeclaredMember, NodeDocument};
 use super::etcd::EtcdMember;
 use super::haproxy::{Backend, Frontends, configuration};
 use super::http;
-use super::process::{Found, Household, OsUser, ProcessId, become_subreaper, wait_for};
+use super::process::{Found, Household, OsUser, ProcessId, become_subreaper, wait_for, wait_for_every};
 use super::programs::Programs;
 use super::status::Status;
 
@@ -30,6 +30,8 @@ const HAPROXY_START_MS: u64 = 5_000;
 const HEALTH_LIMIT_MS: u64 = 1_000;
 /// Limit of one pgherd command, in milliseconds.
 const COMMAND_LIMIT_MS: u64 = 60_000;
+/// Time between two looks at the status, in milliseconds: each one is a process.
+const STATUS_PAUSE_MS: u64 = 250;
 /// Bytes of randomness in a generated password.
 const PASSWORD_BYTES: usize = 18;
 
@@ -257,9 +259,14 @@ impl LocalCluster {
 
     /// Starts the daemon of a node.
     pub fn start_node(&self, index: usize) -> Result<ProcessId> {
+        self.household.spawn(self.name(index), self.node_command(index), &self.node_log(index), false)
+    }
+
+    /// What [`LocalCluster::start_node`] runs.
+    pub fn node_command(&self, index: usize) -> Command {
         let mut command = Command::new(&self.plan.programs.pgherd);
         command.arg("run").arg("--config").arg(self.node_file(index));
-        self.household.spawn(self.name(index), command, &self.node_log(index), false)
+        command
     }
 
     /// The daemon of a node, while it lives.
@@ -337,6 +344,11 @@ impl LocalCluster {
     /// Whether one leader leads and every other member of the plan streams from it on its timeline.
     pub fn is_whole(&self) -> bool {
         self.status().is_ok_and(|status| status.is_whole(self.plan.nodes.len()))
+    }
+
+    /// Waits until the cluster is whole or `give_up` says that nobody wants to know any more.
+    pub fn wait_until_whole(&self, bound: Duration, give_up: impl Fn() -> bool) -> bool {
+        wait_for_every(Duration::from_millis(STATUS_PAUSE_MS), bound, || give_up() || self.is_whole()) && !give_up()
     }
 
     /// Ends every process and removes the directory.

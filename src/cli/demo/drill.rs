@@ -78,7 +78,7 @@ fn faults(cluster: &LocalCluster, log: &Log, stop: &AtomicBool) -> Result<()> {
 /// Waits until rows flow and the cluster is whole again, then prints what the fault cost.
 fn settle(cluster: &LocalCluster, log: &Log, stop: &AtomicBool, begun: BootTime, what: &str) -> Result<()> {
     more_rows(log, stop)?;
-    let whole = wait_for(Duration::from_millis(RECOVERY_BOUND_MS), || stop.load(Ordering::SeqCst) || cluster.is_whole());
+    let whole = cluster.wait_until_whole(Duration::from_millis(RECOVERY_BOUND_MS), || stop.load(Ordering::SeqCst));
     ensure!(!stop.load(Ordering::SeqCst), "interrupted");
     ensure!(whole, "after `{what}` the cluster was not whole again within {} s", RECOVERY_BOUND_MS / 1000);
     more_rows(log, stop)?;

@@ -166,7 +166,7 @@ fn bring_up(cluster: &LocalCluster, stop: &AtomicBool) -> Result<()> {
     for index in 0..cluster.plan.nodes.len() {
         cluster.start_node(index)?;
     }
-    let ready = wait_for(Duration::from_millis(READY_BOUND_MS), || stop.load(Ordering::SeqCst) || cluster.is_whole());
+    let ready = cluster.wait_until_whole(Duration::from_millis(READY_BOUND_MS), || stop.load(Ordering::SeqCst));
     if stop.load(Ordering::SeqCst) {
         bail!("interrupted");
     }

@@ -117,7 +117,12 @@ impl ProcessId {
 }
 
 /// Asks again and again until it is so; false when `bound` passed first.
-pub fn wait_for(bound: Duration, mut condition: impl FnMut() -> bool) -> bool {
+pub fn wait_for(bound: Duration, condition: impl FnMut() -> bool) -> bool {
+    wait_for_every(Duration::from_millis(POLL_MS), bound, condition)
+}
+
+/// The same with `pause` between two looks, for looks that are dear.
+pub fn wait_for_every(pause: Duration, bound: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + bound;
     loop {
         if condition() {
@@ -126,7 +131,7 @@ pub fn wait_for(bound: Duration, mut condition: impl FnMut() -> bool) -> bool {
         if Instant::now() >= deadline {
             return false;
         }
-        std::thread::sleep(Duration::from_millis(POLL_MS));
+        std::thread::sleep(pause);
     }
 }
 

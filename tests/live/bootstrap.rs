@@ -1,0 +1,215 @@
+//! How a cluster begins, how a member joins and rejoins, and what is never overwritten (SAFETY rows 32, 49, 53, 64; I10, I11).
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use pgherd::cli::demo::cluster::run;
+
+use crate::rig::wait::holds_throughout;
+use crate::rig::world::{Setup, World};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Runs initdb as the servers' user into a node's data directory, past pgherd.
+fn foreign_initdb(world: &World, index: usize) {
+    let bin = &world.cluster.plan.programs.postgres_bin;
+    let user = &world.cluster.household().user;
+    let mut command = Command::new(bin.join("initdb"));
+    command.arg("-D").arg(world.cluster.data_dir(index)).args(["-A", "scram-sha-256", "--no-sync", "-k", "-U", &user.name, "--pwfile"]);
+    command.arg(world.cluster.plan.dir.join("secrets/superuser")).current_dir(world.cluster.node_dir(index));
+    if let Some((uid, gid)) = user.change_to {
+        use std::os::unix::process::CommandExt;
+        command.uid(uid).gid(gid);
+    }
+    let said = run(command, LIMIT).unwrap();
+    assert_eq!(said.code, Some(0), "{said:?}");
+}
+
+/// Database system identifier: the first eight bytes of pg_control.
+fn system_id(data_dir: &Path) -> Option<[u8; 8]> {
+    fs::read(data_dir.join("global/pg_control")).ok()?.get(..8)?.try_into().ok()
+}
+
+fn start_all(world: &World) {
+    for index in 0..world.nodes() {
+        world.cluster.start_node(index).unwrap();
+    }
+}
+
+#[test]
+fn three_empty_members_become_one_cluster_with_one_initdb() {
+    let world = World::up(&Setup::default());
+    let ids: Vec<_> = (0..world.nodes()).map(|index| system_id(&world.cluster.data_dir(index)).unwrap()).collect();
+    assert!(ids.iter().all(|id| *id == ids[0]), "one system identifier");
+    world.finish();
+}
+
+#[test]
+fn no_initdb_is_run_beside_a_data_directory_that_is_full() {
+    let world = World::lay_out(&Setup::default());
+    foreign_initdb(&world, 1);
+    let before = system_id(&world.cluster.data_dir(1)).unwrap();
+    world.start_etcd_and_apply();
+    start_all(&world);
+    let untouched = || {
+        system_id(&world.cluster.data_dir(0)).is_none()
+            && system_id(&world.cluster.data_dir(2)).is_none()
+            && system_id(&world.cluster.data_dir(1)) == Some(before)
+    };
+    world.settle("the full member has reported", || world.status().member("n2").is_some_and(|member| member.state.is_some()));
+    assert!(holds_throughout(Duration::from_secs(8), untouched), "no initdb while a data directory is known to be full");
+}
+
+#[test]
+fn no_initdb_is_run_before_every_declared_member_has_reported() {
+    let world = World::lay_out(&Setup::default());
+    world.start_etcd_and_apply();
+    world.cluster.start_node(0).unwrap();
+    world.cluster.start_node(1).unwrap();
+    let nothing = || (0..3).all(|index| system_id(&world.cluster.data_dir(index)).is_none());
+    assert!(holds_throughout(Duration::from_secs(8), nothing), "the third may have a full data directory");
+    world.cluster.start_node(2).unwrap();
+    world.wait_whole("once all three have reported");
+}
+
+#[test]
+fn an_initdb_that_is_cut_off_does_not_wedge_the_cluster() {
+    let world = World::lay_out(&Setup::default());
+    world.start_etcd_and_apply();
+    start_all(&world);
+    let begun = |index: usize| world.cluster.data_dir(index).exists() || begun_beside(&world.cluster.node_dir(index));
+    let mut first = None;
+    world.settle("somebody has begun", || {
+        first = (0..3).find(|index| begun(*index));
+        first.is_some()
+    });
+    let first = first.unwrap();
+    world.cluster.cut_power(first);
+    for found in world.cluster.household().living().iter().filter(|found| found.name == "initdb") {
+        found.id.signal(Signal::SIGKILL);
+    }
+    world.cluster.start_node(first).unwrap();
+    world.wait_whole("after the cut-off initdb");
+}
+
+/// Whether something that is being made lies beside where the data directory will be.
+fn begun_beside(node_dir: &Path) -> bool {
+    fs::read_dir(node_dir).is_ok_and(|entries| {
+        entries.flatten().any(|entry| entry.file_name().to_string_lossy().starts_with("data") && entry.path().join("base").exists())
+    })
+}
+
+#[test]
+fn a_replica_whose_data_directory_was_removed_is_cloned_again() {
+    let world = World::up(&Setup::default());
+    let replica = world.replica();
+    world.stop_node(replica);
+    fs::remove_dir_all(world.cluster.data_dir(replica)).unwrap();
+    world.cluster.start_node(replica).unwrap();
+    world.wait_whole("after the clone");
+    world.finish();
+}
+
+#[test]
+fn a_former_primary_that_diverged_rejoins_and_its_own_data_is_kept() {
+    let world = World::up(&Setup::default());
+    let former = world.leader();
+    // Nothing of what it writes from now on reaches anybody.
+    for other in world.others(former) {
+        world.cluster.postgres_processes(other).iter().for_each(|id| id.signal(Signal::SIGSTOP));
+    }
+    world.wait_writes(former);
+    world.cluster.cut_power(former);
+    for other in world.others(former) {
+        world.cluster.postgres_processes(other).iter().for_each(|id| id.signal(Signal::SIGCONT));
+    }
+    world.wait_another_leads(former);
+    world.cluster.start_node(former).unwrap();
+    world.wait_whole("after the diverged member came back");
+    let kept = fs::read_dir(world.cluster.node_dir(former)).unwrap().flatten().map(|entry| entry.path());
+    let kept: Vec<_> = kept.filter(|path| *path != world.cluster.data_dir(former)).collect();
+    assert!(kept.iter().any(|path| holds_a_control_file(path)), "the diverged data directory is kept beside: {kept:?}");
+    world.finish();
+}
+
+/// Whether a data directory is in here, at most two levels down.
+fn holds_a_control_file(path: &Path) -> bool {
+    let inside = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).collect::<Vec<_>>();
+    path.join("global/pg_control").exists()
+        || inside(path)
+            .iter()
+            .any(|one| one.join("global/pg_control").exists() || inside(one).iter().any(|two| two.join("global/pg_control").exists()))
+}
+
+#[test]
+fn a_member_with_another_clusters_data_is_not_touched_and_says_why() {
+    let world = World::up(&Setup::default());
+    let replica = world.replica();
+    world.stop_node(replica);
+    fs::remove_dir_all(world.cluster.data_dir(replica)).unwrap();
+    foreign_initdb(&world, replica);
+    let foreign = system_id(&world.cluster.data_dir(replica));
+    world.cluster.start_node(replica).unwrap();
+    world.settle("a condition names the system identifier", || world.has_condition(replica, "system"));
+    let untouched = || system_id(&world.cluster.data_dir(replica)) == foreign && world.cluster.postmaster(replica).is_none();
+    assert!(holds_throughout(Duration::from_secs(4), untouched), "neither started nor overwritten");
+    world.wait_writes(world.leader());
+    world.finish();
+}
+
+#[test]
+fn a_member_whose_binaries_are_of_another_major_version_is_not_started_and_says_why() {
+    let world = World::up(&Setup::default());
+    let replica = world.replica();
+    world.stop_node(replica);
+    fs::write(world.cluster.data_dir(replica).join("PG_VERSION"), "9\n").unwrap();
+    world.cluster.start_node(replica).unwrap();
+    world.settle("a condition names the version", || world.has_condition(replica, "version"));
+    assert!(holds_throughout(Duration::from_secs(4), || world.cluster.postmaster(replica).is_none()), "it is not started");
+    assert!(world.cluster.data_dir(replica).join("global/pg_control").exists(), "and not overwritten");
+    world.finish();
+}
+
+#[test]
+fn a_second_daemon_of_the_same_name_does_not_run() {
+    let world = World::up(&Setup::default());
+    let replica = world.replica();
+    let dir = world.cluster.plan.dir.join("stranger");
+    fs::create_dir_all(dir.join("run")).unwrap();
+    fs::create_dir_all(dir.join("log")).unwrap();
+    let user = &world.cluster.household().user;
+    [dir.clone(), dir.join("run"), dir.join("log")].iter().for_each(|path| user.own(path).unwrap());
+    let mut document = world.cluster.node_document(replica);
+    document.dir = dir.clone();
+    document.api_listen = "127.0.0.1:0".into();
+    fs::write(dir.join("node.yaml"), document.to_yaml()).unwrap();
+    user.own(&dir.join("node.yaml")).unwrap();
+    let mut command = Command::new(&world.cluster.plan.programs.pgherd);
+    command.arg("run").arg("--config").arg(dir.join("node.yaml"));
+    let said = run(command, LIMIT).unwrap();
+    assert_eq!(said.code, Some(4), "{said:?}");
+    assert!(!dir.join("data/PG_VERSION").exists(), "it touched nothing");
+    world.wait_whole("all the while");
+    world.finish();
+}
+
+#[test]
+fn a_member_that_is_not_declared_serves_health_and_touches_nothing() {
+    let setup = Setup { nodes: 4, document: |document| drop(document.members.pop()), ..Setup::default() };
+    let mut world = World::lay_out(&setup);
+    world.start_etcd_and_apply();
+    start_all(&world);
+    world.settle("the three declared are whole", || world.status().is_whole(3));
+    world.start_prober();
+    assert_eq!(world.http(3, "/health"), Some(503), "it answers");
+    let untouched = || !world.cluster.data_dir(3).join("PG_VERSION").exists() && world.cluster.postmaster(3).is_none();
+    assert!(holds_throughout(Duration::from_secs(4), untouched), "it touches nothing");
+    world.document.members = world.cluster.plan.nodes.iter().map(|node| node.declared.clone()).collect();
+    let said = world.apply();
+    assert_eq!(said.code, Some(0), "{said:?}");
+    world.wait_whole("once the fourth is declared");
+    world.finish();
+}

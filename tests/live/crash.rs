@@ -1,0 +1,218 @@
+//! Processes of a member die or freeze, one by one and together (SAFETY rows 1-3, 6, 11, 12).
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use pgherd::clock::BootTime;
+
+use crate::rig::wait::holds_throughout;
+use crate::rig::world::{Setup, World};
+
+/// How much longer than the lock's life an outage may be on a busy machine: etcd's expiry tick, the election, the promotion, noise.
+const BEYOND_TTL: Duration = Duration::from_secs(6);
+
+fn ttl(setup: &Setup) -> Duration {
+    Duration::from_secs(setup.ttl_s.into())
+}
+
+/// The outage that began after `since` was not longer than the lock lives, and some.
+#[track_caller]
+fn outage_is_bounded(world: &World, setup: &Setup, since: BootTime) {
+    let outage = world.prober().longest_gap(since);
+    println!("outage {:.3} s", outage.as_secs_f64());
+    assert!(outage < ttl(setup) + BEYOND_TTL, "writes were away for {outage:?} with a ttl of {} s", setup.ttl_s);
+}
+
+#[test]
+fn a_clean_stop_of_the_primarys_daemon_hands_over_and_a_start_brings_a_replica() {
+    let setup = Setup::default();
+    let world = World::up(&setup);
+    let former = world.leader();
+    let timeline = world.timeline();
+    let begun = BootTime::now();
+    world.stop_node(former);
+    world.wait_another_leads(former);
+    assert_eq!(world.timeline(), timeline + 1);
+    outage_is_bounded(&world, &setup, begun);
+    world.cluster.start_node(former).unwrap();
+    world.wait_whole("after the former primary came back");
+    world.finish();
+}
+
+#[test]
+fn a_killed_postmaster_is_started_again_in_place_on_the_same_timeline() {
+    let setup = Setup::default();
+    let world = World::up(&setup);
+    let (leader, timeline) = (world.leader(), world.timeline());
+    let postmaster = world.postmaster(leader);
+    let begun = BootTime::now();
+    postmaster.signal(Signal::SIGKILL);
+    world.settle("another postmaster runs", || world.cluster.postmaster(leader).is_some_and(|now| now != postmaster));
+    world.wait_writes(leader);
+    assert_eq!((world.leader(), world.timeline()), (leader, timeline));
+    outage_is_bounded(&world, &setup, begun);
+    world.wait_whole("after the restart in place");
+    world.finish();
+}
+
+#[test]
+fn a_killed_postmaster_of_a_replica_comes_back_and_streams() {
+    let world = World::up(&Setup::default());
+    let replica = world.replica();
+    let postmaster = world.postmaster(replica);
+    postmaster.signal(Signal::SIGKILL);
+    world.settle("another postmaster runs", || world.cluster.postmaster(replica).is_some_and(|now| now != postmaster));
+    world.wait_whole("after the replica's restart");
+    world.finish();
+}
+
+/// No attempt on the leader failed since, and it still leads on the same timeline.
+#[track_caller]
+fn nothing_was_noticed(world: &World, leader: usize, timeline: u32, since: BootTime) {
+    world.wait_writes(leader);
+    let refused = world.prober().refused_since(world.name(leader), since);
+    assert!(refused.is_empty(), "{} writes failed, the first: {:?}", refused.len(), refused.first());
+    assert_eq!((world.leader(), world.timeline()), (leader, timeline));
+}
+
+#[test]
+fn a_killed_daemon_that_is_started_again_at_once_costs_no_write_and_no_failover() {
+    let world = World::up(&Setup::default());
+    let (leader, timeline, postmaster) = (world.leader(), world.timeline(), world.postmaster(world.leader()));
+    let begun = BootTime::now();
+    world.daemon(leader).signal(Signal::SIGKILL);
+    world.settle("the daemon is gone", || world.cluster.daemon(leader).is_none());
+    world.cluster.start_node(leader).unwrap();
+    world.settle("the daemon leads again", || world.http(leader, "/primary") == Some(200));
+    nothing_was_noticed(&world, leader, timeline, begun);
+    assert_eq!(world.postmaster(leader), postmaster, "PostgreSQL was not touched");
+    world.wait_whole("after the daemon's restart");
+    world.finish();
+}
+
+#[test]
+fn a_daemon_that_leaves_by_sigusr2_and_is_started_again_costs_no_write() {
+    let world = World::up(&Setup::default());
+    let (leader, timeline, postmaster) = (world.leader(), world.timeline(), world.postmaster(world.leader()));
+    let begun = BootTime::now();
+    let daemon = world.daemon(leader);
+    daemon.signal(Signal::SIGUSR2);
+    world.settle("the daemon has left", || !daemon.is_alive());
+    world.cluster.start_node(leader).unwrap();
+    world.settle("the daemon leads again", || world.http(leader, "/primary") == Some(200));
+    nothing_was_noticed(&world, leader, timeline, begun);
+    assert_eq!(world.postmaster(leader), postmaster, "PostgreSQL was not touched");
+    world.finish();
+}
+
+#[test]
+fn a_killed_daemon_that_stays_away_is_fenced_and_another_leads() {
+    let setup = Setup::default();
+    let world = World::up(&setup);
+    let former = world.leader();
+    let begun = BootTime::now();
+    world.daemon(former).signal(Signal::SIGKILL);
+    world.wait_another_leads(former);
+    outage_is_bounded(&world, &setup, begun);
+    assert!(world.cluster.postgres_processes(former).is_empty(), "the guard has fenced");
+    world.cluster.start_node(former).unwrap();
+    world.wait_whole("after the daemon came back");
+    world.finish();
+}
+
+#[test]
+fn a_frozen_daemon_is_fenced_and_wakes_up_as_a_replica() {
+    let setup = Setup::default();
+    let world = World::up(&setup);
+    let former = world.leader();
+    let daemon = world.daemon(former);
+    let begun = BootTime::now();
+    daemon.signal(Signal::SIGSTOP);
+    let leader = world.wait_another_leads(former);
+    outage_is_bounded(&world, &setup, begun);
+    daemon.signal(Signal::SIGCONT);
+    world.wait_whole("after the daemon woke up");
+    assert_eq!(world.leader(), leader, "waking up changes no leader");
+    world.finish();
+}
+
+#[test]
+fn a_killed_guard_of_the_primary_leaves_no_writer_and_the_cluster_recovers() {
+    let setup = Setup::default();
+    let world = World::up(&setup);
+    let leader = world.leader();
+    let begun = BootTime::now();
+    world.guard(leader).signal(Signal::SIGKILL);
+    world.settle("writes are back", || world.prober().longest_gap(begun) > Duration::ZERO && world.cluster.is_whole());
+    world.wait_writes(world.leader());
+    world.finish();
+}
+
+#[test]
+fn a_frozen_guard_of_the_primary_leaves_no_second_writer() {
+    let setup = Setup::default();
+    let world = World::up(&setup);
+    let former = world.leader();
+    let guard = world.guard(former);
+    guard.signal(Signal::SIGSTOP);
+    world.wait_another_leads(former);
+    assert!(world.cluster.postgres_processes(former).is_empty(), "the daemon has fenced by scan");
+    guard.signal(Signal::SIGCONT);
+    world.wait_whole("after the guard woke up");
+    world.finish();
+}
+
+#[test]
+fn a_power_cut_of_the_primary_fails_over_and_its_return_brings_a_replica() {
+    let setup = Setup { etcd_members: 3, ..Setup::default() };
+    let world = World::up(&setup);
+    let former = world.leader();
+    let begun = BootTime::now();
+    world.cluster.cut_power(former);
+    let leader = world.wait_another_leads(former);
+    outage_is_bounded(&world, &setup, begun);
+    world.cluster.start_node(former).unwrap();
+    world.wait_whole("after the former primary came back");
+    assert_eq!(world.leader(), leader, "the return changes no leader");
+    world.finish();
+}
+
+#[test]
+fn a_replica_that_loses_everything_changes_nothing_for_the_leader() {
+    let world = World::up(&Setup::default());
+    let (leader, timeline, replica) = (world.leader(), world.timeline(), world.replica());
+    let begun = BootTime::now();
+    world.cluster.cut_power(replica);
+    let holds = holds_throughout(Duration::from_secs(6), || world.http(leader, "/primary") == Some(200));
+    assert!(holds, "the leader goes on");
+    nothing_was_noticed(&world, leader, timeline, begun);
+    world.cluster.start_node(replica).unwrap();
+    world.wait_whole("after the replica came back");
+    world.finish();
+}
+
+#[test]
+fn all_members_cut_off_at_once_and_back_again_lead_with_every_row() {
+    let world = World::up(&Setup::default());
+    let timeline = world.timeline();
+    (0..world.nodes()).for_each(|index| world.cluster.cut_power(index));
+    (0..world.nodes()).for_each(|index| drop(world.cluster.start_node(index).unwrap()));
+    world.wait_whole("after all came back");
+    world.wait_writes(world.leader());
+    assert!(world.timeline() >= timeline);
+    world.finish();
+}
+
+#[test]
+fn two_full_restarts_in_good_order_keep_every_row() {
+    let world = World::up(&Setup::default());
+    for round in ["first", "second"] {
+        let leader = world.leader();
+        world.others(leader).into_iter().for_each(|index| world.stop_node(index));
+        world.stop_node(leader);
+        (0..world.nodes()).for_each(|index| drop(world.cluster.start_node(index).unwrap()));
+        world.wait_whole(&format!("after the {round} restart"));
+        world.wait_writes(world.leader());
+    }
+    world.finish();
+}

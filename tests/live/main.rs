@@ -1,0 +1,14 @@
+//! Live tests: real etcd, real PostgreSQL, real daemons, and faults as they happen. One binary, since each would link everything.
+//!
+//! Names are promises. Every test ends in `World::finish`, which proves that there never were two writers and that the history is whole.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+#[path = "../rig/mod.rs"]
+mod rig;
+
+mod bootstrap;
+mod crash;
+mod network;
+mod operator;
+mod versions;

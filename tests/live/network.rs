@@ -1,0 +1,109 @@
+//! Members are cut from etcd or from each other, and etcd itself goes away (SAFETY rows 14-18, 35, 36).
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::rig::proxy::Network;
+use crate::rig::wait::holds_throughout;
+use crate::rig::world::{Setup, World};
+
+/// The primary hears nothing of etcd in the way of `network`; it is fenced before another leads, and comes back as a replica.
+fn primary_cut_from_etcd(network: Network) {
+    let world = World::up(&Setup::default());
+    let former = world.leader();
+    world.set_etcd_network(former, network);
+    let leader = world.wait_another_leads(former);
+    assert_ne!(world.http(former, "/primary"), Some(200));
+    world.set_etcd_network(former, Network::Pass);
+    world.wait_whole("after the network healed");
+    assert_eq!(world.leader(), leader, "healing changes no leader");
+    world.finish();
+}
+
+#[test]
+fn a_primary_cut_from_etcd_is_fenced_before_another_leads() {
+    primary_cut_from_etcd(Network::Cut);
+}
+
+#[test]
+fn a_primary_that_etcd_is_silent_to_is_fenced_before_another_leads() {
+    primary_cut_from_etcd(Network::Silent);
+}
+
+#[test]
+fn a_primary_whose_answers_from_etcd_are_lost_is_fenced_by_its_own_clock() {
+    primary_cut_from_etcd(Network::AnswersLost);
+}
+
+#[test]
+fn a_primary_cut_from_everything_is_fenced_and_comes_back_as_a_replica() {
+    let world = World::up(&Setup { proxied: true, ..Setup::default() });
+    let former = world.leader();
+    world.set_whole_network(former, Network::Silent);
+    let leader = world.wait_another_leads(former);
+    world.set_whole_network(former, Network::Pass);
+    world.wait_whole("after the network healed");
+    assert_eq!(world.leader(), leader, "healing changes no leader");
+    world.finish();
+}
+
+#[test]
+fn a_slow_network_to_etcd_costs_no_failover() {
+    let setup = Setup { ttl_s: 5, ..Setup::default() };
+    let world = World::up(&setup);
+    let (leader, timeline) = (world.leader(), world.timeline());
+    // ttl/40 is the promise for the round trip.
+    let round_trip = Duration::from_secs(setup.ttl_s.into()) / 40;
+    (0..world.nodes()).for_each(|index| world.set_etcd_network(index, Network::Slow(round_trip / 2)));
+    assert!(holds_throughout(Duration::from_secs(8), || world.http(leader, "/primary") == Some(200)), "the leader goes on");
+    assert_eq!((world.leader(), world.timeline()), (leader, timeline));
+    world.finish();
+}
+
+#[test]
+fn a_replica_cut_from_etcd_keeps_following_and_never_leads() {
+    let world = World::up(&Setup::default());
+    let (leader, timeline, replica) = (world.leader(), world.timeline(), world.replica());
+    world.set_etcd_network(replica, Network::Silent);
+    let postmaster = world.postmaster(replica);
+    let holds = holds_throughout(Duration::from_secs(8), || world.http(replica, "/primary") != Some(200));
+    assert!(holds, "a member that cannot ask etcd does not lead");
+    assert_eq!(world.cluster.postmaster(replica), Some(postmaster), "its PostgreSQL goes on");
+    world.set_etcd_network(replica, Network::Pass);
+    world.wait_whole("after the network healed");
+    assert_eq!((world.leader(), world.timeline()), (leader, timeline));
+    world.finish();
+}
+
+#[test]
+fn a_stop_of_etcd_makes_all_read_only_and_its_return_brings_a_leader_by_itself() {
+    let world = World::up(&Setup::default());
+    let etcd = world.cluster.household().named("e1").unwrap();
+    etcd.signal(Signal::SIGKILL);
+    let nobody_leads = || (0..world.nodes()).all(|index| world.http(index, "/primary") != Some(200));
+    world.settle("nobody says that it is primary", nobody_leads);
+    assert!(holds_throughout(Duration::from_secs(3), nobody_leads), "without etcd nobody leads");
+    world.cluster.start_etcd_member(0).unwrap();
+    world.wait_whole("after etcd came back");
+    world.wait_writes(world.leader());
+    world.finish();
+}
+
+#[test]
+fn the_loss_of_one_etcd_member_after_the_other_costs_nothing_but_time() {
+    let world = World::up(&Setup { etcd_members: 3, etcd_3_5: true, ..Setup::default() });
+    let (leader, timeline) = (world.leader(), world.timeline());
+    for index in 0..3 {
+        let name = world.cluster.plan.etcd[index].name.clone();
+        let member = world.cluster.household().named(&name).unwrap();
+        member.signal(Signal::SIGKILL);
+        world.settle("the member of etcd is gone", || !member.is_alive());
+        world.wait_writes(leader);
+        world.cluster.start_etcd().unwrap();
+    }
+    world.wait_whole("after all members of etcd had been away");
+    // A loss of etcd's own leader may cost renewals for an election; whether it did is the machine's to say, so no more is asked.
+    assert!(world.timeline() >= timeline);
+    world.finish();
+}

@@ -1,0 +1,138 @@
+//! What people do: switchover, promote by hand, delete etcd's keys, change the spec (SAFETY rows 37, 66, 67, 69, 72).
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use pgherd::cli::demo::runtime::in_own_thread;
+use pgherd::clock::BootTime;
+
+use crate::rig::wait::holds_throughout;
+use crate::rig::world::{MustSucceed, Setup, World};
+
+#[test]
+fn a_switchover_makes_the_named_member_leader_and_the_former_one_follows() {
+    let world = World::up(&Setup::default());
+    let (former, timeline) = (world.leader(), world.timeline());
+    let target = world.replica();
+    let begun = BootTime::now();
+    let said = world.cluster.pgherd(&["switchover", "--to", world.name(target), "--yes"]).unwrap();
+    said.must_succeed("pgherd switchover");
+    assert_eq!((world.leader(), world.timeline()), (target, timeline + 1));
+    world.wait_writes(target);
+    println!("outage {:.3} s", world.prober().longest_gap(begun).as_secs_f64());
+    world.wait_whole("after the switchover");
+    assert!(!world.cluster.data_dir(former).join("backup_label.old").exists(), "the former primary follows; it is not cloned anew");
+    world.finish();
+}
+
+#[test]
+fn a_switchover_there_and_back_keeps_every_row() {
+    let world = World::up(&Setup::default());
+    let first = world.leader();
+    let second = world.replica();
+    for target in [second, first] {
+        world.cluster.pgherd(&["switchover", "--to", world.name(target), "--yes"]).unwrap().must_succeed("pgherd switchover");
+        world.wait_whole("after a switchover");
+        world.wait_writes(target);
+    }
+    world.finish();
+}
+
+#[test]
+fn a_switchover_to_a_member_that_is_down_or_unknown_is_refused_before_anything_is_touched() {
+    let world = World::up(&Setup::default());
+    let (leader, timeline, replica) = (world.leader(), world.timeline(), world.replica());
+    world.cluster.cut_power(replica);
+    world.settle("the status shows it", || {
+        world.status().member(world.name(replica)).is_none_or(|m| m.state.as_deref() != Some("streaming"))
+    });
+    for to in [world.name(replica), "nobody", world.name(leader)] {
+        let said = world.cluster.pgherd(&["switchover", "--to", to, "--yes"]).unwrap();
+        assert!([Some(2), Some(4)].contains(&said.code), "--to {to}: {said:?}");
+        assert!(!said.err.trim().is_empty(), "the reason is told");
+    }
+    assert_eq!((world.leader(), world.timeline()), (leader, timeline));
+    world.finish();
+}
+
+#[test]
+fn a_standby_promoted_by_hand_is_fenced_and_never_gains_the_lock() {
+    let world = World::up(&Setup::default());
+    let (leader, timeline, replica) = (world.leader(), world.timeline(), world.replica());
+    let connection = world.cluster.connection(world.cluster.plan.nodes[replica].declared.port).unwrap();
+    let begun = BootTime::now();
+    in_own_thread(async move {
+        let (client, io) = connection.connect(tokio_postgres::NoTls).await?;
+        tokio::spawn(io);
+        // Does not wait: the fence may come first.
+        Ok(client.batch_execute("SELECT pg_promote(false)").await?)
+    })
+    .unwrap();
+    world.settle("the promoted standby has been fenced and streams again", || world.cluster.is_whole());
+    let lasted = world
+        .prober()
+        .acks()
+        .iter()
+        .filter(|ack| ack.node == world.name(replica) && ack.begun > begun)
+        .map(|ack| ack.ended.since(begun))
+        .max()
+        .unwrap_or_default();
+    println!("the promoted standby acknowledged for {:.3} s", lasted.as_secs_f64());
+    // One probe of at most 1 s, and the fence; the rest is the machine.
+    assert!(lasted < Duration::from_secs(4), "it acknowledged for {lasted:?}");
+    assert_eq!((world.leader(), world.timeline()), (leader, timeline));
+    assert!(!world.prober().claims().iter().any(|claim| claim.node == world.name(replica) && claim.is_primary), "it never said primary");
+    world.wait_writes(leader);
+    world.finish_after_a_promote_by_hand();
+}
+
+#[test]
+fn a_postgresql_stopped_by_hand_is_started_again_in_place() {
+    let world = World::up(&Setup::default());
+    let (leader, timeline) = (world.leader(), world.timeline());
+    let postmaster = world.postmaster(leader);
+    postmaster.signal(Signal::SIGINT);
+    world.settle("another postmaster runs", || world.cluster.postmaster(leader).is_some_and(|now| now != postmaster));
+    world.wait_writes(leader);
+    assert_eq!((world.leader(), world.timeline()), (leader, timeline));
+    world.finish();
+}
+
+/// Deletes keys of the cluster past pgherd.
+fn delete_keys(world: &World, prefix: &'static str) {
+    let endpoints: Vec<String> = world.cluster.plan.etcd.iter().map(|member| member.client_url()).collect();
+    in_own_thread(async move {
+        let mut client = etcd_client::Client::connect(endpoints, None).await?;
+        client.delete(prefix, Some(etcd_client::DeleteOptions::new().with_prefix())).await?;
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_leader_key_deleted_by_hand_ends_the_leadership_at_once_and_an_election_follows() {
+    let world = World::up(&Setup::default());
+    let timeline = world.timeline();
+    delete_keys(&world, "/pgherd/live/leader");
+    world.settle("a later timeline", || world.status().timeline.is_some_and(|now| now > timeline));
+    world.wait_whole("after the election");
+    world.wait_writes(world.leader());
+    world.finish();
+}
+
+#[test]
+fn deleting_all_keys_stops_writes_runs_no_initdb_and_an_apply_brings_the_cluster_back() {
+    let world = World::up(&Setup::default());
+    let identity = |index| std::fs::read(world.cluster.data_dir(index).join("global/pg_control")).unwrap()[..8].to_vec();
+    let before: Vec<_> = (0..world.nodes()).map(identity).collect();
+    delete_keys(&world, "/pgherd/live/");
+    let nobody_leads = || (0..world.nodes()).all(|index| world.http(index, "/primary") != Some(200));
+    world.settle("nobody says that it is primary", nobody_leads);
+    assert!(holds_throughout(Duration::from_secs(5), nobody_leads), "nobody leads until a spec is applied");
+    assert_eq!((0..world.nodes()).map(identity).collect::<Vec<_>>(), before, "no initdb");
+    world.apply().must_succeed("pgherd apply");
+    world.wait_whole("after the spec was applied again");
+    world.wait_writes(world.leader());
+    assert_eq!((0..world.nodes()).map(identity).collect::<Vec<_>>(), before, "no initdb");
+    world.finish();
+}

@@ -1,0 +1,8 @@
+//! The live rig: a cluster of real servers, a network that can be broken, a prober that writes to every node all the while, and
+//! checkers that judge what it saw.
+
+pub mod checker;
+pub mod prober;
+pub mod proxy;
+pub mod wait;
+pub mod world;
