@@ -60,9 +60,46 @@ impl fmt::Debug for BootTime {
     }
 }
 
+/// The wall clock as RFC 3339 in UTC with milliseconds. For people only: no decision may come from it (SAFETY row 23). Edges only.
+pub fn wall_clock() -> String {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    rfc3339(now)
+}
+
+/// Time since 1970 as RFC 3339. The days are counted from 1 March, so that a leap day is the last of its year.
+fn rfc3339(since_1970: Duration) -> String {
+    const DAY_S: u64 = 86_400;
+    const DAYS_BEFORE_1970: u64 = 719_468;
+    const ERA_DAYS: u64 = 146_097;
+    let (days, second) = (since_1970.as_secs() / DAY_S + DAYS_BEFORE_1970, since_1970.as_secs() % DAY_S);
+    let (era, day_of_era) = (days / ERA_DAYS, days % ERA_DAYS);
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hour, minute, second) = (second / 3_600, second / 60 % 60, second % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:03}Z", since_1970.subsec_millis())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_wall_clock_is_printed_as_rfc_3339() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00.000Z"),
+            (951_782_399, "2000-02-28T23:59:59.000Z"),
+            (951_782_400, "2000-02-29T00:00:00.000Z"),
+            (1_709_251_199, "2024-02-29T23:59:59.000Z"),
+            (1_735_689_599, "2024-12-31T23:59:59.000Z"),
+            (4_107_542_400, "2100-03-01T00:00:00.000Z"),
+        ] {
+            assert_eq!(rfc3339(Duration::from_secs(seconds)), text);
+        }
+    }
 
     #[test]
     fn a_span_before_the_boot_saturates_instead_of_wrapping() {

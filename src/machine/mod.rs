@@ -14,7 +14,6 @@ mod rules;
 pub mod state;
 pub mod world;
 
-
 use std::time::Duration;
 
 use statig::prelude::*;

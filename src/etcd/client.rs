@@ -1,0 +1,166 @@
+//! The handle that everything but the lease goes through: cheap to clone, each call bounded in time and failing over by itself.
+//!
+//! It remembers which etcd it spoke to, and at which revision; an answer from another one is an error (SAFETY row 43).
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use etcd_client::{DeleteOptions, GetOptions, GetResponse, Txn, TxnOp, TxnOpResponse, TxnResponse};
+
+use super::error::EtcdError;
+use super::keys::{Key, Keys};
+use super::pool::{ANSWER_MAX_BYTES, Boxed, Kind, Pool};
+use super::settings::Settings;
+use super::view::{Kv, view_of};
+use crate::clock::BootTime;
+use crate::facts::cluster::{ClusterView, Condition};
+use crate::types::{EtcdClusterId, LeaseId, LeaseIdentity, Revision};
+
+/// A handle on one cluster's keys.
+#[derive(Clone)]
+pub struct Etcd {
+    pub(super) pool: Arc<Pool>,
+    pub(super) keys: Arc<Keys>,
+    /// Counts events of this handle: their keys must differ.
+    pub(super) events: Arc<AtomicU64>,
+}
+
+impl Etcd {
+    /// Makes a handle. Nothing is sent until the first call, so that an etcd that is away is no error here.
+    ///
+    /// # Errors
+    /// [`EtcdError::Refused`] when the settings cannot work.
+    pub fn new(settings: Settings) -> Result<Self, EtcdError> {
+        let keys = Arc::new(settings.keys());
+        Ok(Self { pool: Arc::new(Pool::new(settings)?), keys, events: Arc::new(AtomicU64::new(0)) })
+    }
+
+    /// The keys of this cluster.
+    pub fn keys(&self) -> &Keys {
+        &self.keys
+    }
+
+    /// How etcd is reached.
+    pub fn settings(&self) -> &Settings {
+        self.pool.settings()
+    }
+
+    /// The etcd cluster that answered first; None before.
+    pub fn cluster(&self) -> Option<EtcdClusterId> {
+        self.pool.cluster()
+    }
+
+    /// All keys but events and old specs, at one revision. It goes through raft, so that it is never older than the call.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or is not the one it was before.
+    pub async fn read_view(&self) -> Result<ClusterView, EtcdError> {
+        Ok(self.list().await?.0)
+    }
+
+    /// The view, when the request for it was sent, and which endpoint answered.
+    pub(super) async fn list(&self) -> Result<(ClusterView, BootTime, usize), EtcdError> {
+        let range = |(from, to): &(String, String)| TxnOp::get(from.clone(), Some(GetOptions::new().with_range(to.clone())));
+        let gets: Vec<TxnOp> = self.keys.view_ranges().iter().map(range).collect();
+        let sent = BootTime::now();
+        let (index, response) = self.through_raft(gets).await?;
+        let (cluster, revision) = header(&response);
+        let kvs = found(&response).into_iter().flatten();
+        Ok((view_of(&self.keys, Some(cluster), revision, kvs), sent, index))
+    }
+
+    /// Version of the etcd member that answers, and the condition it deserves.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked.
+    pub async fn version(&self) -> Result<(String, Option<Condition>), EtcdError> {
+        let (_, status) = self.pool.ask(Kind::Read, |mut client| Box::pin(async move { client.status().await })).await?;
+        let version = status.version().to_owned();
+        let condition = super::version::version_condition(&version);
+        Ok((version, condition))
+    }
+
+    /// Ends a lease at once, with every key on it. A lease that is gone already is fine.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked.
+    pub async fn revoke(&self, lease: LeaseId) -> Result<(), EtcdError> {
+        let revoked = self.pool.ask(Kind::Write, move |mut client| Box::pin(async move { client.lease_revoke(lease.0).await })).await;
+        match revoked {
+            Ok(_) | Err(EtcdError::LeaseNotFound) => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Gets with a condition that always holds, and an else branch that makes it a write to etcd (SAFETY 5).
+    pub(super) async fn through_raft(&self, gets: Vec<TxnOp>) -> Result<(usize, TxnResponse), EtcdError> {
+        let txn = Txn::new().when([]).and_then(gets).or_else([TxnOp::delete(self.keys.never(), None)]);
+        self.pool.ask(Kind::Read, move |client| send(client, txn.clone())).await
+    }
+
+    /// A transaction that may be carried out twice: the second time changes nothing more.
+    pub(super) async fn transact(&self, txn: Txn) -> Result<TxnResponse, EtcdError> {
+        let (_, response) = self.pool.ask(Kind::Write, move |client| send(client, txn.clone())).await?;
+        Ok(response)
+    }
+
+    /// A transaction that is sent once, to an endpoint that has just answered.
+    pub(super) async fn transact_once(&self, endpoint: usize, txn: Txn) -> Result<TxnResponse, EtcdError> {
+        self.pool.ask_once(endpoint, move |client| send(client, txn.clone())).await
+    }
+
+    /// Reads keys at one revision, and finds an endpoint that answers.
+    pub(super) async fn read(&self, keys: &[&Key]) -> Result<(usize, Vec<Option<Kv>>), EtcdError> {
+        let gets = keys.iter().map(|key| TxnOp::get(self.keys.path(key), None)).collect();
+        let (index, response) = self.through_raft(gets).await?;
+        Ok((index, found(&response).into_iter().map(|kvs| kvs.into_iter().next()).collect()))
+    }
+
+    /// Reads one key.
+    pub(super) async fn read_one(&self, key: &Key) -> Result<Option<Kv>, EtcdError> {
+        let (_, mut found) = self.read(&[key]).await?;
+        Ok(found.pop().flatten())
+    }
+
+    /// Reads a range that is for people, not for decisions.
+    pub(super) async fn range(&self, from: String, options: GetOptions) -> Result<GetResponse, EtcdError> {
+        let call = move |client: etcd_client::Client| -> Boxed<GetResponse> {
+            let (from, options) = (from.clone(), options.clone());
+            Box::pin(async move { client.kv_client().max_decoding_message_size(ANSWER_MAX_BYTES).get(from, Some(options)).await })
+        };
+        Ok(self.pool.ask(Kind::Read, call).await?.1)
+    }
+
+    /// Deletes keys `[from, to)` that are for people only.
+    pub(super) async fn delete_range(&self, from: String, to: String) -> Result<(), EtcdError> {
+        self.transact(Txn::new().and_then([TxnOp::delete(from, Some(DeleteOptions::new().with_range(to)))])).await.map(|_| ())
+    }
+
+    /// A lease as named in this etcd cluster.
+    pub(super) fn identity(&self, response: &TxnResponse, lease: LeaseId) -> LeaseIdentity {
+        LeaseIdentity { cluster: header(response).0, lease }
+    }
+}
+
+fn send(client: etcd_client::Client, txn: Txn) -> Boxed<TxnResponse> {
+    Box::pin(async move { client.kv_client().max_decoding_message_size(ANSWER_MAX_BYTES).txn(txn).await })
+}
+
+/// Cluster and revision of a judged answer, which has a header.
+pub(super) fn header(response: &TxnResponse) -> (EtcdClusterId, Revision) {
+    response.header().map_or((EtcdClusterId(0), Revision(0)), |h| (EtcdClusterId(h.cluster_id()), Revision(h.revision())))
+}
+
+/// What each get of a transaction found, in order.
+pub(super) fn found(response: &TxnResponse) -> Vec<Vec<Kv>> {
+    let gets = response.op_responses().into_iter().filter_map(|op| match op {
+        TxnOpResponse::Get(get) => Some(get.kvs().iter().map(Kv::from).collect()),
+        TxnOpResponse::Put(_) | TxnOpResponse::Delete(_) | TxnOpResponse::Txn(_) => None,
+    });
+    gets.collect()
+}
+
+/// The first key that each get found.
+pub(super) fn found_one(response: &TxnResponse, at: usize) -> Option<Kv> {
+    found(response).into_iter().nth(at).and_then(|kvs| kvs.into_iter().next())
+}

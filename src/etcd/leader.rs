@@ -1,0 +1,320 @@
+//! What only the holder of the lock may write, and how the lock is taken.
+//!
+//! Each is ONE transaction that compares the leader key's create revision with the epoch (I4), so that a leader that was frozen and has
+//! lost the lock changes nothing when it wakes. Taking the lock also compares the revisions of `sync` and `history` that the member
+//! judged itself on, and reserves its timeline id in the same transaction: an id is never used twice (I9).
+
+use etcd_client::{Compare, CompareOp, PutOptions, Txn, TxnOp, TxnResponse};
+
+use super::client::{Etcd, found, found_one, header};
+use super::error::EtcdError;
+use super::keys::Key;
+use super::view::{Kv, initialize, text};
+use crate::facts::cluster::{HistoryEntry, Initialize, MemberRecord, ReleaseRecord, StatusRecord};
+use crate::types::{Epoch, LeaseId, LockIdentity, MemberName, Revision, SystemId};
+
+/// How a fenced write ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fenced {
+    /// Written while the lock was ours.
+    Written,
+    /// Nothing was written: the lock is not ours under this epoch.
+    NotOurs,
+}
+
+/// How giving the lock up ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Released {
+    /// The lock is deleted.
+    Released,
+    /// The lock was not ours under this epoch; nothing was written.
+    NotOurs,
+}
+
+/// How moving the keys to another lease ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moved {
+    /// Member key and, if one is held, the lock hang on the new lease, under the same epoch.
+    Moved,
+    /// Not everything hung on the old lease; nothing was written.
+    NotOurs,
+}
+
+/// What a member takes the lock with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AcquireRequest {
+    /// Who.
+    pub member: MemberName,
+    /// On which lease; the member key hangs on it too.
+    pub lease: LeaseId,
+    /// The mod revision of `history` that eligibility was judged on: it names the vacancy.
+    pub vacancy: Revision,
+    /// The mod revision of `sync` that eligibility was judged on.
+    pub sync_revision: Revision,
+    /// The whole new history, with the entry that reserves our timeline id.
+    pub history: Vec<HistoryEntry>,
+    /// The system identifier, when this is the first lock of the cluster.
+    pub initialize: Option<SystemId>,
+}
+
+/// How taking the lock ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Acquisition {
+    /// The lock is ours.
+    Acquired(LockIdentity),
+    /// Nothing was written.
+    Beaten(Beaten),
+    /// The answer was lost and reading back did not tell: the lock may be ours now, or become ours a little later. If the leader key
+    /// shows up on our lease, it is ours; until then nobody may be sure. Not to be tried again blindly.
+    Unknown(String),
+}
+
+/// Why the lock was not taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Beaten {
+    /// Somebody holds it.
+    Held {
+        /// The value of the leader key.
+        by: String,
+    },
+    /// The vacancy that eligibility was judged on is over.
+    HistoryMoved,
+    /// The sync record that eligibility was judged on has changed.
+    SyncMoved,
+    /// Our member key is not there, or not on our lease.
+    MemberKeyNotOurs,
+    /// The cluster has another identity, or somebody else is initializing it.
+    InitializeTaken(String),
+}
+
+impl Etcd {
+    /// Publishes the leader's position.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or did not answer.
+    pub async fn write_status(&self, epoch: Epoch, status: &StatusRecord) -> Result<Fenced, EtcdError> {
+        self.write_fenced(epoch, &Key::Status, json(&Key::Status, status)?).await
+    }
+
+    /// Replaces `history`, once promoted: epoch, parent and switch point of our entry are known now.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or did not answer.
+    pub async fn record_promotion(&self, epoch: Epoch, history: &[HistoryEntry]) -> Result<Fenced, EtcdError> {
+        self.write_fenced(epoch, &Key::History, json(&Key::History, &history)?).await
+    }
+
+    /// Written a second time it is the same write, so that it may be asked of several endpoints.
+    async fn write_fenced(&self, epoch: Epoch, key: &Key, value: Vec<u8>) -> Result<Fenced, EtcdError> {
+        let txn = Txn::new().when([self.is_epoch(epoch)]).and_then([TxnOp::put(self.keys.path(key), value, None)]);
+        Ok(if self.transact(txn).await?.succeeded() { Fenced::Written } else { Fenced::NotOurs })
+    }
+
+    /// Gives the lock up: deletes it and writes how we left, in one transaction. Without a record the others must wait longer. Only
+    /// after PostgreSQL is proved dead.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or it is not known whether the lock is gone.
+    pub async fn release(&self, epoch: Epoch, record: Option<&ReleaseRecord>) -> Result<Released, EtcdError> {
+        let (endpoint, held) = self.read(&[&Key::Leader]).await?;
+        if !held.into_iter().flatten().any(|kv| kv.create_revision == epoch.0) {
+            return self.was_released(epoch).await;
+        }
+        let mut writes = vec![TxnOp::delete(self.keys.leader(), None)];
+        if let Some(record) = record {
+            writes.push(TxnOp::put(self.keys.path(&Key::Release), json(&Key::Release, record)?, None));
+        }
+        let txn = Txn::new().when([self.is_epoch(epoch)]).and_then(writes);
+        match self.transact_once(endpoint, txn).await {
+            Ok(response) if response.succeeded() => Ok(Released::Released),
+            Ok(_) => self.was_released(epoch).await,
+            Err(EtcdError::Unknown(why)) => {
+                let still = self.read_one(&Key::Leader).await?.is_some_and(|kv| kv.create_revision == epoch.0);
+                if still { Err(EtcdError::Unknown(why)) } else { self.was_released(epoch).await }
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The lock is not of this epoch any more: was it us who gave it up, the answer having been lost?
+    async fn was_released(&self, epoch: Epoch) -> Result<Released, EtcdError> {
+        let record = self.read_one(&Key::Release).await?;
+        let ours = record.and_then(|kv| super::view::json::<ReleaseRecord>(&kv).ok()).is_some_and(|record| record.epoch == epoch);
+        Ok(if ours { Released::Released } else { Released::NotOurs })
+    }
+
+    /// Takes the lock, if everything that the request was judged on still holds.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked before anything was written. A lost answer is [`Acquisition::Unknown`].
+    pub async fn acquire(&self, request: &AcquireRequest) -> Result<Acquisition, EtcdError> {
+        let (endpoint, before) = self.read(&[&Key::Leader, &Key::Initialize]).await?;
+        let mut before = before.into_iter();
+        if let Some(leader) = before.next().flatten() {
+            return Ok(self.read_back(request, &leader));
+        }
+        let identity = match initialize_guard(request, before.next().flatten().as_ref()) {
+            Ok(guard) => guard,
+            Err(taken) => return Ok(Acquisition::Beaten(taken)),
+        };
+        match self.transact_once(endpoint, self.acquire_txn(request, identity)?).await {
+            Ok(response) if response.succeeded() => {
+                let lease = self.identity(&response, request.lease);
+                Ok(Acquisition::Acquired(LockIdentity { lease, epoch: Epoch(header(&response).1.0) }))
+            }
+            Ok(response) => Ok(self.judge_defeat(request, &response)),
+            Err(EtcdError::Unknown(why)) => match self.read_one(&Key::Leader).await {
+                Ok(Some(leader)) => Ok(self.read_back(request, &leader)),
+                Ok(None) => Ok(Acquisition::Unknown(why)),
+                Err(e) => Ok(Acquisition::Unknown(format!("{why}; reading back: {e}"))),
+            },
+            Err(e) => Err(e),
+        }
+    }
+
+    fn acquire_txn(&self, request: &AcquireRequest, identity: Option<SystemIdWrite>) -> Result<Txn, EtcdError> {
+        let path = |key: &Key| self.keys.path(key);
+        let member = path(&Key::Member(request.member.clone()));
+        let mut compares = vec![
+            Compare::create_revision(self.keys.leader(), CompareOp::Equal, 0),
+            Compare::mod_revision(path(&Key::History), CompareOp::Equal, request.vacancy.0),
+            Compare::mod_revision(path(&Key::Sync), CompareOp::Equal, request.sync_revision.0),
+            Compare::lease(member.clone(), CompareOp::Equal, request.lease.0),
+            Compare::create_revision(member.clone(), CompareOp::Greater, 0),
+        ];
+        let on_lease = PutOptions::new().with_lease(request.lease.0);
+        let mut writes = vec![
+            TxnOp::put(self.keys.leader(), request.member.as_str(), Some(on_lease)),
+            TxnOp::put(path(&Key::History), json(&Key::History, &request.history)?, None),
+            TxnOp::delete(path(&Key::Release), None),
+        ];
+        if let Some(SystemIdWrite { system_id, revision }) = identity {
+            compares.push(Compare::mod_revision(path(&Key::Initialize), CompareOp::Equal, revision.0));
+            writes.push(TxnOp::put(path(&Key::Initialize), system_id.to_string(), None));
+        }
+        let reasons = [Key::Leader, Key::History, Key::Sync, Key::Member(request.member.clone()), Key::Initialize];
+        Ok(Txn::new().when(compares).and_then(writes).or_else(reasons.map(|key| TxnOp::get(path(&key), None))))
+    }
+
+    /// A leader key is there: it is ours if it hangs on our lease and names us, whichever answer was lost.
+    fn read_back(&self, request: &AcquireRequest, leader: &Kv) -> Acquisition {
+        let ours = leader.lease == request.lease.0 && text(leader) == request.member.as_str();
+        match self.pool.cluster() {
+            Some(cluster) if ours => {
+                let lease = crate::types::LeaseIdentity { cluster, lease: request.lease };
+                Acquisition::Acquired(LockIdentity { lease, epoch: Epoch(leader.create_revision) })
+            }
+            _ => Acquisition::Beaten(Beaten::Held { by: text(leader) }),
+        }
+    }
+
+    fn judge_defeat(&self, request: &AcquireRequest, response: &TxnResponse) -> Acquisition {
+        let mut seen = found(response).into_iter().map(|kvs| kvs.into_iter().next());
+        let mut next = || seen.next().flatten();
+        let (leader, history, sync, member, identity) = (next(), next(), next(), next(), next());
+        let revision = |kv: &Option<Kv>| Revision(kv.as_ref().map_or(0, |kv| kv.mod_revision));
+        if let Some(leader) = leader {
+            return self.read_back(request, &leader);
+        }
+        Acquisition::Beaten(if revision(&history) != request.vacancy {
+            Beaten::HistoryMoved
+        } else if revision(&sync) != request.sync_revision {
+            Beaten::SyncMoved
+        } else if member.is_none_or(|kv| kv.lease != request.lease.0) {
+            Beaten::MemberKeyNotOurs
+        } else {
+            Beaten::InitializeTaken(identity.map_or_else(|| "it changed meanwhile".to_owned(), |kv| text(&kv)))
+        })
+    }
+
+    /// Puts the member key and, if one is held, the lock on a new lease, under the same epoch: the last step of a changed ttl.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or did not answer.
+    pub async fn move_to_lease(
+        &self,
+        member: &MemberName,
+        record: &MemberRecord,
+        lock: Option<Epoch>,
+        old: LeaseId,
+        new: LeaseId,
+    ) -> Result<Moved, EtcdError> {
+        let key = self.keys.path(&Key::Member(member.clone()));
+        let on_new = || Some(PutOptions::new().with_lease(new.0));
+        let mut compares = vec![Compare::lease(key.clone(), CompareOp::Equal, old.0)];
+        let mut writes = vec![TxnOp::put(key.clone(), json(&Key::Member(member.clone()), record)?, on_new())];
+        if let Some(epoch) = lock {
+            compares.push(self.is_epoch(epoch));
+            compares.push(Compare::lease(self.keys.leader(), CompareOp::Equal, old.0));
+            writes.push(TxnOp::put(self.keys.leader(), member.as_str(), on_new()));
+        }
+        let reasons = [TxnOp::get(key, None), TxnOp::get(self.keys.leader(), None)];
+        let response = self.transact(Txn::new().when(compares).and_then(writes).or_else(reasons)).await?;
+        if response.succeeded() {
+            return Ok(Moved::Moved);
+        }
+        // The same transaction may have been carried out before, its answer lost.
+        let on_new = |at: usize| found_one(&response, at).filter(|kv| kv.lease == new.0);
+        let lock_moved = lock.is_none_or(|epoch| on_new(1).is_some_and(|kv| kv.create_revision == epoch.0));
+        Ok(if on_new(0).is_some() && lock_moved { Moved::Moved } else { Moved::NotOurs })
+    }
+
+    pub(super) fn is_epoch(&self, epoch: Epoch) -> Compare {
+        Compare::create_revision(self.keys.leader(), CompareOp::Equal, epoch.0)
+    }
+}
+
+/// What must hold of `initialize`, and what to write there: it is absent, claimed by us, or already this identity.
+fn initialize_guard(request: &AcquireRequest, found: Option<&Kv>) -> Result<Option<SystemIdWrite>, Beaten> {
+    let Some(system_id) = request.initialize else { return Ok(None) };
+    let revision = match found.map(|kv| (kv, initialize(kv))) {
+        None => 0,
+        Some((kv, Initialize::Claimed { lease, .. })) if lease == request.lease => kv.mod_revision,
+        Some((kv, Initialize::Done(done))) if done == system_id => kv.mod_revision,
+        Some((kv, _)) => return Err(Beaten::InitializeTaken(text(kv))),
+    };
+    Ok(Some(SystemIdWrite { system_id, revision: Revision(revision) }))
+}
+
+/// The system identifier to be written over what was found at `revision`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct SystemIdWrite {
+    system_id: SystemId,
+    revision: Revision,
+}
+
+pub(super) fn json(key: &Key, record: &impl serde::Serialize) -> Result<Vec<u8>, EtcdError> {
+    serde_json::to_vec(record).map_err(|e| EtcdError::Unreadable { key: super::keys::relative(key), why: e.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(initialize: Option<u64>) -> AcquireRequest {
+        AcquireRequest {
+            member: "a".parse().unwrap(),
+            lease: LeaseId(7),
+            vacancy: Revision(0),
+            sync_revision: Revision(0),
+            history: Vec::new(),
+            initialize: initialize.map(SystemId),
+        }
+    }
+
+    fn kv(value: &str, lease: i64) -> Kv {
+        Kv { key: Vec::new(), value: value.as_bytes().to_vec(), create_revision: 3, mod_revision: 4, lease }
+    }
+
+    #[test]
+    fn i11_the_identity_is_written_over_nothing_our_claim_or_itself_only() {
+        let at = |found: Option<Kv>| initialize_guard(&request(Some(42)), found.as_ref()).map(|write| write.unwrap().revision.0);
+        assert_eq!(at(None), Ok(0));
+        assert_eq!(at(Some(kv("a", 7))), Ok(4));
+        assert_eq!(at(Some(kv("42", 0))), Ok(4));
+        assert!(at(Some(kv("b", 8))).is_err(), "claimed by somebody else");
+        assert!(at(Some(kv("43", 0))).is_err(), "another cluster's identity");
+        assert!(at(Some(kv("rubbish", 0))).is_err());
+        assert_eq!(initialize_guard(&request(None), Some(&kv("43", 0))), Ok(None));
+    }
+}

@@ -1,0 +1,251 @@
+//! One renewal with its proof, over as many endpoints as the budget allows.
+//!
+//! A renewal counts only with the proof: a transaction AFTER the keepalive that compares the lock's epoch and lease. Its else branch deletes
+//! a key that never exists, so that it goes through raft; it counts only if its raft term is the keepalive's, because a new etcd leader
+//! has its own idea of leases (SAFETY 5).
+//!
+//! etcd-client throws the header of a stream's first answer away, and matches nothing to anything. So a stream is opened per endpoint
+//! and kept; on it one keepalive is sent, and one answer awaited. At any doubt (time-out, error, a slower endpoint) the stream is dropped,
+//! so that an old answer can never be taken for a new one.
+
+use std::time::Duration;
+
+use etcd_client::{Client, Compare, CompareOp, LeaseKeepAliveStream, LeaseKeeper, ResponseHeader, Txn, TxnOp};
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::time::Instant;
+
+use crate::clock::BootTime;
+use crate::etcd::client::found_one;
+use crate::etcd::error::{EtcdError, Failure, Suspicion, classify, conclude};
+use crate::etcd::keys::Keys;
+use crate::etcd::pool::{Kind, Pool, hedge_after};
+use crate::etcd::view::{shorten, text};
+use crate::types::{EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity};
+
+/// Tries per endpoint within one budget.
+const ROUNDS: usize = 2;
+
+/// How a renewal ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// Renewed; the lock, if one was given, is proved.
+    Renewed { sent: BootTime },
+    /// Renewed, but the lock is not ours.
+    LockNotOurs { sent: BootTime, found: String },
+    /// There is no such lease.
+    LeaseNotFound,
+    /// Nobody knows.
+    Failed(String),
+}
+
+type Stream = Box<(LeaseKeeper, LeaseKeepAliveStream)>;
+
+/// The connections of the lease thread.
+pub(super) struct Renewer {
+    pool: Pool,
+    keys: Keys,
+    /// An open stream per endpoint, for one lease.
+    streams: Vec<Option<Stream>>,
+    streams_of: Option<LeaseIdentity>,
+}
+
+/// What one try at one endpoint came to.
+enum Tried {
+    Done(Outcome, Option<Stream>),
+    Not(Failure),
+}
+
+impl Renewer {
+    pub(super) fn new(pool: Pool) -> Self {
+        let keys = pool.settings().keys();
+        let streams = pool.order().iter().map(|_| None).collect();
+        Self { pool, keys, streams, streams_of: None }
+    }
+
+    /// Gets a lease. The send time is from before the request was handed to the client.
+    pub(super) async fn grant(&mut self, ttl: Duration, budget: Duration) -> Result<(LeaseIdentity, BootTime), String> {
+        let seconds = i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX);
+        let sent = BootTime::now();
+        let call = |mut client: Client| -> crate::etcd::pool::Boxed<_> { Box::pin(async move { client.lease_grant(seconds, None).await }) };
+        let answer = tokio::time::timeout(budget.max(self.pool.settings().request_timeout), self.pool.ask(Kind::Write, call)).await;
+        let (_, granted) = answer.map_err(|_| format!("no lease within {budget:?}"))?.map_err(|e| e.to_string())?;
+        if granted.ttl() < seconds {
+            return Err(format!("etcd granted {} s although {seconds} s were asked for", granted.ttl()));
+        }
+        let cluster = EtcdClusterId(granted.header().map_or(0, ResponseHeader::cluster_id));
+        Ok((LeaseIdentity { cluster, lease: LeaseId(granted.id()) }, sent))
+    }
+
+    pub(super) async fn revoke(&self, lease: LeaseIdentity) -> Result<(), EtcdError> {
+        let id = lease.lease.0;
+        self.pool.ask(Kind::Write, move |mut client| Box::pin(async move { client.lease_revoke(id).await })).await.map(|_| ())
+    }
+
+    /// Renews and proves. A silent endpoint gets the next one beside it after a part of the budget; each has its own send time.
+    pub(super) async fn renew(&mut self, lease: LeaseIdentity, lock: Option<LockIdentity>, budget: Duration) -> Outcome {
+        if self.streams_of != Some(lease) {
+            self.streams.iter_mut().for_each(|stream| *stream = None);
+            self.streams_of = Some(lease);
+        }
+        let order = self.pool.order();
+        let patience = hedge_after(budget, order.len());
+        let mut to_try = order.iter().cycle().take(order.len() * ROUNDS).copied();
+        let deadline = Instant::now() + budget;
+        let mut failures = Vec::new();
+        let mut open: Vec<usize> = Vec::new();
+        let mut running = FuturesUnordered::new();
+        let (pool, keys, streams) = (&self.pool, &self.keys, &mut self.streams);
+        let mut more = true;
+        let outcome = loop {
+            match to_try.next() {
+                Some(index) if !open.contains(&index) => {
+                    let stream = streams.get_mut(index).and_then(Option::take);
+                    open.push(index);
+                    running.push(async move { (index, try_one(pool, keys, index, stream, lease, lock, budget).await) });
+                }
+                Some(_) => {}
+                None => more = false,
+            }
+            if running.is_empty() && !more {
+                break None;
+            }
+            tokio::select! {
+                Some((index, tried)) = running.next() => {
+                    open.retain(|other| *other != index);
+                    match tried {
+                        Tried::Done(outcome, stream) => {
+                            if let Some(kept) = streams.get_mut(index) {
+                                *kept = stream;
+                            }
+                            pool.prefer(index);
+                            break Some(outcome);
+                        }
+                        Tried::Not(failure) => {
+                            pool.forget(index);
+                            failures.push((pool.url(index).to_owned(), failure));
+                        }
+                    }
+                }
+                () = tokio::time::sleep(patience), if more => {}
+                () = tokio::time::sleep_until(deadline) => {
+                    let silent = |index: &usize| (pool.url(*index).to_owned(), Failure::NoAnswer(format!("no answer within {budget:?}")));
+                    failures.extend(open.iter().map(silent));
+                    break None;
+                }
+            }
+        };
+        drop(running);
+        open.iter().for_each(|index| self.pool.forget(*index));
+        outcome.unwrap_or_else(|| {
+            if let Some(first) = order.first() {
+                self.pool.move_on(*first);
+            }
+            Outcome::Failed(conclude(&failures, false).to_string())
+        })
+    }
+}
+
+async fn try_one(
+    pool: &Pool,
+    keys: &Keys,
+    index: usize,
+    stream: Option<Stream>,
+    lease: LeaseIdentity,
+    lock: Option<LockIdentity>,
+    budget: Duration,
+) -> Tried {
+    let mut client = match pool.client(index, budget).await {
+        Ok(client) => client,
+        Err(e) => return Tried::Not(classify(&e)),
+    };
+    let sent = BootTime::now();
+    let (term, stream) = match keep_alive(&mut client, stream, lease, pool.url(index)).await {
+        Ok(Some(renewed)) => renewed,
+        Ok(None) => return confirm_not_found(&mut client, keys, lease, lock, pool.url(index)).await,
+        Err(failure) => return Tried::Not(failure),
+    };
+    let Some(lock) = lock else {
+        return Tried::Done(Outcome::Renewed { sent }, Some(stream));
+    };
+    match prove(&mut client, keys, lock, pool.url(index)).await {
+        Ok(Proof::Ours { term: proved }) if proved == term => Tried::Done(Outcome::Renewed { sent }, Some(stream)),
+        Ok(Proof::Ours { term: proved }) => {
+            Tried::Not(Failure::Busy(format!("etcd's raft term went from {term} to {proved} between the renewal and its proof")))
+        }
+        Ok(Proof::NotOurs { found }) => Tried::Done(Outcome::LockNotOurs { sent, found }, Some(stream)),
+        Err(failure) => Tried::Not(failure),
+    }
+}
+
+/// One keepalive on a stream that has nothing outstanding. None: there is no such lease. Otherwise the raft term of the answer.
+async fn keep_alive(
+    client: &mut Client,
+    stream: Option<Stream>,
+    lease: LeaseIdentity,
+    endpoint: &str,
+) -> Result<Option<(u64, Stream)>, Failure> {
+    let mut stream = match stream {
+        Some(stream) => stream,
+        // Opening sends a keepalive and takes its answer in, without its header; a ttl of 0 comes back as this error and no other.
+        None => match client.lease_keep_alive(lease.lease.0).await {
+            Ok(stream) => Box::new(stream),
+            Err(etcd_client::Error::LeaseKeepAliveError(_)) => return Ok(None),
+            Err(e) => return Err(classify(&e)),
+        },
+    };
+    let (keeper, answers) = &mut *stream;
+    keeper.keep_alive().await.map_err(|_| Failure::NotSent("the keepalive stream is closed".into()))?;
+    let answer = answers.message().await.map_err(|e| classify(&e))?;
+    let answer = answer.ok_or_else(|| Failure::NoAnswer("the keepalive stream ended".into()))?;
+    let header = answer.header().ok_or_else(|| Failure::Busy("the answer has no header".into()))?;
+    same_cluster(header, lease, endpoint)?;
+    if answer.id() != lease.lease.0 {
+        return Err(Failure::Busy(format!("the answer is about lease {}", answer.id())));
+    }
+    if answer.ttl() <= 0 {
+        return Ok(None);
+    }
+    Ok(Some((header.raft_term(), stream)))
+}
+
+enum Proof {
+    Ours { term: u64 },
+    NotOurs { found: String },
+}
+
+async fn prove(client: &mut Client, keys: &Keys, lock: LockIdentity, endpoint: &str) -> Result<Proof, Failure> {
+    let ours = [
+        Compare::create_revision(keys.leader(), CompareOp::Equal, lock.epoch.0),
+        Compare::lease(keys.leader(), CompareOp::Equal, lock.lease.lease.0),
+    ];
+    let otherwise = [TxnOp::get(keys.leader(), None), TxnOp::delete(keys.never(), None)];
+    let response = client.txn(Txn::new().when(ours).or_else(otherwise)).await.map_err(|e| classify(&e))?;
+    let header = response.header().ok_or_else(|| Failure::Busy("the answer has no header".into()))?;
+    same_cluster(header, lock.lease, endpoint)?;
+    if response.succeeded() {
+        return Ok(Proof::Ours { term: header.raft_term() });
+    }
+    let found = found_one(&response, 0).map_or_else(
+        || "no leader".to_owned(),
+        |kv| format!("`{}` on lease {:x} under epoch {}", shorten(&text(&kv)), kv.lease, kv.create_revision),
+    );
+    Ok(Proof::NotOurs { found })
+}
+
+/// "No such lease" from another etcd cluster, or while the lock still hangs on the lease, is not believed.
+async fn confirm_not_found(client: &mut Client, keys: &Keys, lease: LeaseIdentity, lock: Option<LockIdentity>, endpoint: &str) -> Tried {
+    let nowhere = LockIdentity { lease, epoch: crate::types::Epoch(-1) };
+    match prove(client, keys, lock.unwrap_or(nowhere), endpoint).await {
+        Ok(Proof::NotOurs { .. }) => Tried::Done(Outcome::LeaseNotFound, None),
+        Ok(Proof::Ours { .. }) => Tried::Not(Failure::Busy("etcd does not know the lease that the lock hangs on".into())),
+        Err(failure) => Tried::Not(failure),
+    }
+}
+
+fn same_cluster(header: &ResponseHeader, lease: LeaseIdentity, endpoint: &str) -> Result<(), Failure> {
+    let (expected, found) = (lease.cluster.0, header.cluster_id());
+    if expected == found {
+        return Ok(());
+    }
+    Err(Failure::Suspicious(Suspicion::OtherCluster { endpoint: endpoint.to_owned(), expected, found }))
+}

@@ -1,0 +1,228 @@
+//! What operators write and read: the spec, requests, events.
+//!
+//! The spec is replaced by compare-and-swap only, so that of two that apply at once one is told. A request hangs on a lease of its own:
+//! nothing is carried out long after its requester gave up.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, SortOrder, SortTarget, Txn, TxnOp};
+
+use super::client::{Etcd, found_one};
+use super::error::EtcdError;
+use super::keys::{Key, relative};
+use super::leader::json;
+use super::pool::Kind;
+use super::view::Kv;
+use crate::clock::wall_clock;
+use crate::facts::cluster::{Ask, DecisionRecord, RequestKey, RequestProgress, RequestRecord, SpecRecord};
+use crate::types::Revision;
+
+/// Specs that `spec-history/` keeps.
+pub const SPEC_HISTORY_KEPT: u64 = 20;
+/// Decisions that `events/` keeps, give or take what each daemon writes between two trims.
+pub const EVENTS_KEPT: u32 = 1_000;
+/// Events of one handle between two trims; the first one trims too.
+const EVENTS_BETWEEN_TRIMS: u64 = 50;
+
+/// How applying a spec ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Applied {
+    /// It is in force.
+    Applied {
+        /// Its generation.
+        generation: u64,
+    },
+    /// Somebody else's is; nothing was written.
+    Conflict {
+        /// The generation in force, if there is one.
+        found: Option<u64>,
+    },
+}
+
+impl Etcd {
+    /// Puts a spec in force, as typed. With `expected_generation` only over that one (0: only if there is none); without, over
+    /// whichever is in force when it is read. A spec that cannot be read is replaced.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or it is not known whether the spec is in force.
+    pub async fn apply_spec(&self, document: &str, by: &str, expected_generation: Option<u64>) -> Result<Applied, EtcdError> {
+        let (endpoint, before) = self.read(&[&Key::Spec]).await?;
+        let before = before.into_iter().next().flatten();
+        let found = before.as_ref().and_then(generation_of);
+        if expected_generation.is_some_and(|expected| expected != found.unwrap_or(0)) {
+            return Ok(Applied::Conflict { found });
+        }
+        // Where the spec is gone or unreadable, its history still says which generations have been used.
+        let last = match found {
+            Some(found) => found,
+            None => self.spec_generations().await?.into_iter().max().unwrap_or(0),
+        };
+        let record = SpecRecord { generation: last + 1, document: document.to_owned(), by: by.to_owned(), at: wall_clock() };
+        let value = json(&Key::Spec, &record)?;
+        let txn = self.apply_txn(before.map_or(0, |kv| kv.mod_revision), record.generation, &value);
+        let applied = Applied::Applied { generation: record.generation };
+        match self.transact_once(endpoint, txn).await {
+            Ok(response) if response.succeeded() => Ok(applied),
+            Ok(_) => Ok(Applied::Conflict { found: self.read_one(&Key::Spec).await?.as_ref().and_then(generation_of) }),
+            Err(EtcdError::Unknown(why)) => {
+                let now = self.read_one(&Key::Spec).await?;
+                if now.is_some_and(|kv| kv.value == value) { Ok(applied) } else { Err(EtcdError::Unknown(why)) }
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    fn apply_txn(&self, mod_revision: i64, generation: u64, value: &[u8]) -> Txn {
+        let spec = self.keys.path(&Key::Spec);
+        let mut writes =
+            vec![TxnOp::put(spec.clone(), value, None), TxnOp::put(self.keys.path(&Key::SpecHistory(generation)), value, None)];
+        if let Some(old) = generation.checked_sub(SPEC_HISTORY_KEPT) {
+            writes.push(TxnOp::delete(self.keys.path(&Key::SpecHistory(old)), None));
+        }
+        Txn::new().when([Compare::mod_revision(spec, CompareOp::Equal, mod_revision)]).and_then(writes)
+    }
+
+    /// The spec in force.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or the record cannot be read.
+    pub async fn read_spec(&self) -> Result<Option<SpecRecord>, EtcdError> {
+        self.read_one(&Key::Spec).await?.map(|kv| parse(&Key::Spec, &kv)).transpose()
+    }
+
+    /// Generations that `spec-history/` has, in order.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked.
+    pub async fn spec_generations(&self) -> Result<Vec<u64>, EtcdError> {
+        let (from, to) = self.keys.folder("spec-history");
+        let response = self.range(from, GetOptions::new().with_range(to).with_keys_only()).await?;
+        let number = |key| if let Some(Key::SpecHistory(generation)) = key { Some(generation) } else { None };
+        let mut generations: Vec<u64> = response.kvs().iter().filter_map(|kv| number(self.keys.parse(kv.key()))).collect();
+        generations.sort_unstable();
+        Ok(generations)
+    }
+
+    /// An older spec.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or the record cannot be read.
+    pub async fn read_old_spec(&self, generation: u64) -> Result<Option<SpecRecord>, EtcdError> {
+        let key = Key::SpecHistory(generation);
+        self.read_one(&key).await?.map(|kv| parse(&key, &kv)).transpose()
+    }
+
+    /// Asks the cluster for something. The request goes away by itself after `ttl`. Answers with its id.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked; on [`EtcdError::Unknown`] the request may be there, until its ttl.
+    pub async fn create_request(&self, ask: Ask, by: &str, ttl: Duration) -> Result<String, EtcdError> {
+        let seconds = i64::try_from(ttl.as_secs().max(1)).unwrap_or(i64::MAX);
+        // Granted twice, the one that is not used runs out by itself.
+        let grant = move |mut client: etcd_client::Client| -> super::pool::Boxed<_> {
+            Box::pin(async move { client.lease_grant(seconds, None).await })
+        };
+        let (_, lease) = self.pool.ask(Kind::Write, grant).await?;
+        // A lease id is unique in its etcd cluster, and so is the request's.
+        let id = format!("{:x}", lease.id());
+        let key = Key::Request(id.clone());
+        let record = RequestRecord { ask, by: by.to_owned(), at: wall_clock(), progress: RequestProgress::Created };
+        let path = self.keys.path(&key);
+        let txn = Txn::new().when([Compare::create_revision(path.clone(), CompareOp::Equal, 0)]).and_then([TxnOp::put(
+            path,
+            json(&key, &record)?,
+            Some(PutOptions::new().with_lease(lease.id())),
+        )]);
+        self.transact(txn).await?;
+        Ok(id)
+    }
+
+    /// Says how far a request got, if nobody else did since `mod_revision`. It keeps its expiry.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or it is not known whether it was written.
+    pub async fn update_request(&self, id: &str, mod_revision: Revision, progress: RequestProgress) -> Result<bool, EtcdError> {
+        let key = Key::Request(id.to_owned());
+        let path = self.keys.path(&key);
+        let Some(found) = self.read_one(&key).await? else { return Ok(false) };
+        let record = RequestRecord { progress, ..parse(&key, &found)? };
+        let value = json(&key, &record)?;
+        let txn = Txn::new()
+            .when([Compare::mod_revision(path.clone(), CompareOp::Equal, mod_revision.0)])
+            .and_then([TxnOp::put(path.clone(), value.clone(), Some(PutOptions::new().with_ignore_lease()))])
+            .or_else([TxnOp::get(path, None)]);
+        let response = self.transact(txn).await?;
+        Ok(response.succeeded() || found_one(&response, 0).is_some_and(|kv| kv.value == value))
+    }
+
+    /// A request as it stands; None when it is answered and deleted, or expired.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or the record cannot be read.
+    pub async fn read_request(&self, id: &str) -> Result<Option<RequestKey>, EtcdError> {
+        let key = Key::Request(id.to_owned());
+        let Some(kv) = self.read_one(&key).await? else { return Ok(None) };
+        Ok(Some(RequestKey { record: parse(&key, &kv)?, mod_revision: Revision(kv.mod_revision) }))
+    }
+
+    /// Takes a request back, or clears it away; its lease runs out by itself.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or did not answer.
+    pub async fn delete_request(&self, id: &str) -> Result<(), EtcdError> {
+        let path = self.keys.path(&Key::Request(id.to_owned()));
+        self.transact(Txn::new().and_then([TxnOp::delete(path, None)])).await.map(|_| ())
+    }
+
+    /// Records a decision. Now and then it also deletes the oldest.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or did not answer.
+    pub async fn append_event(&self, event: &DecisionRecord) -> Result<(), EtcdError> {
+        let count = self.events.fetch_add(1, Ordering::Relaxed);
+        if self.pool.revision() == Revision(0) {
+            self.read(&[&Key::Leader]).await?;
+        }
+        let key = self.keys.event(self.pool.revision().0, &event.member, count);
+        let value = json(&Key::Event(String::new()), event)?;
+        self.transact(Txn::new().and_then([TxnOp::put(key, value, None)])).await?;
+        if count.is_multiple_of(EVENTS_BETWEEN_TRIMS) {
+            self.trim_events().await?;
+        }
+        Ok(())
+    }
+
+    async fn trim_events(&self) -> Result<(), EtcdError> {
+        let (from, to) = self.keys.folder("events");
+        let all = GetOptions::new().with_range(to.clone());
+        let count = self.range(from.clone(), all.clone().with_count_only()).await?.count();
+        let surplus = count - i64::from(EVENTS_KEPT);
+        if surplus <= 0 {
+            return Ok(());
+        }
+        // One more than goes, so that its key is where the deletion ends.
+        let oldest = self.range(from.clone(), all.with_keys_only().with_limit(surplus + 1)).await?;
+        let Some(first_kept) = oldest.kvs().last().filter(|_| oldest.kvs().len() as i64 == surplus + 1) else { return Ok(()) };
+        self.delete_range(from, String::from_utf8_lossy(first_kept.key()).into_owned()).await
+    }
+
+    /// The last `limit` decisions, oldest first. One that cannot be read is left out.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked.
+    pub async fn read_events(&self, limit: u32) -> Result<Vec<DecisionRecord>, EtcdError> {
+        let (from, to) = self.keys.folder("events");
+        let newest = GetOptions::new().with_range(to).with_sort(SortTarget::Key, SortOrder::Descend).with_limit(i64::from(limit.max(1)));
+        let response = self.range(from, newest).await?;
+        Ok(response.kvs().iter().rev().filter_map(|kv| serde_json::from_slice(kv.value()).ok()).collect())
+    }
+}
+
+fn generation_of(kv: &Kv) -> Option<u64> {
+    super::view::json::<SpecRecord>(kv).ok().map(|record| record.generation)
+}
+
+fn parse<T: serde::de::DeserializeOwned>(key: &Key, kv: &Kv) -> Result<T, EtcdError> {
+    super::view::json(kv).map_err(|why| EtcdError::Unreadable { key: relative(key), why })
+}
