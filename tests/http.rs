@@ -1,5 +1,7 @@
 //! The HTTP API over real sockets: what a stranger may cost, and that the clock alone turns leader paths to 503.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;

@@ -11,5 +11,4 @@ mod bootstrap;
 mod crash;
 mod network;
 mod operator;
-mod rig_works;
 mod versions;
