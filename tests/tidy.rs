@@ -129,6 +129,21 @@ fn a_pure_module_names_neither_the_outside_world_nor_a_clock() {
 }
 
 #[test]
+fn the_guard_names_nothing_of_the_crate_that_would_make_it_heavy() {
+    let light = ["crate::types", "crate::clock", "crate::facts", "crate::policy::deadlines", "crate::guard"];
+    let mut offences = Vec::new();
+    for file in rust_files().iter().filter(|file| file.path.starts_with("src/guard/")) {
+        for (at, line) in file.code().0 {
+            let named = line.match_indices("crate::").map(|(start, _)| &line[start..]);
+            for name in named.filter(|name| !light.iter().any(|light| name.starts_with(light))) {
+                offences.push(format!("{}:{at} names {name}", file.path));
+            }
+        }
+    }
+    none("the guard's memory is locked, and locking costs what it weighs", &offences);
+}
+
+#[test]
 fn every_source_file_says_first_what_it_is_for() {
     let offences: Vec<String> = rust_files().iter().filter(|file| !file.text.starts_with("//! ")).map(|file| file.path.clone()).collect();
     none("a file starts with a //! header", &offences);

@@ -1,1 +1,281 @@
-//! The content of postgresql.conf.
+//! Makes postgresql.conf, whole, and the few settings of the command line. Never asks a server.
+//!
+//! Later lines win in PostgreSQL's files, so the order is: pgherd's defaults, the spec's parameters, the member's, and last what pgherd
+//! owns. What must not be lower on a standby than it was on the primary is raised to the control file's values: a server below them
+//! does not start as a standby, and a standby below them cannot be promoted (SAFETY row 50).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::facts::postgres::StandbyFloor;
+use crate::types::ClusterName;
+
+/// Parameters as in a spec: the value as PostgreSQL's own text; None = PostgreSQL's default.
+pub type Parameters = BTreeMap<String, Option<String>>;
+
+/// All that postgresql.conf is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigInputs {
+    /// PostgreSQL's `cluster_name`.
+    pub cluster: ClusterName,
+    /// Major version of the server.
+    pub major_version: u32,
+    /// The node's `listen`; loopback is added.
+    pub listen: String,
+    /// Port.
+    pub port: u16,
+    /// Directory of the Unix socket.
+    pub socket_dir: String,
+    /// Directory of PostgreSQL's log; None = standard error.
+    pub log_dir: Option<String>,
+    /// `spec.postgres.parameters`.
+    pub parameters: Parameters,
+    /// `spec.postgres.member_parameters` of this member.
+    pub member_parameters: Parameters,
+    /// `archive_command`.
+    pub archive_command: Option<String>,
+    /// `restore_command`.
+    pub restore_command: Option<String>,
+    /// Where a standby streams from; None = nowhere (a primary, or nobody leads).
+    pub primary_conninfo: Option<String>,
+    /// Its slot there.
+    pub primary_slot_name: Option<String>,
+    /// Who must confirm commits, in PostgreSQL's syntax; None = nobody.
+    pub synchronous_standby_names: Option<String>,
+    /// What the control file demands of a standby; None for a server that never was one.
+    pub floor: Option<StandbyFloor>,
+}
+
+/// A parameter whose value in the spec is below what this data directory can start with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Raised {
+    /// Which.
+    pub name: String,
+    /// What the spec says, or PostgreSQL's default.
+    pub wanted: u32,
+    /// What is used instead.
+    pub used: u32,
+}
+
+/// postgresql.conf, and what was raised in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Configuration {
+    /// The file.
+    pub text: String,
+    /// For a condition.
+    pub raised: Vec<Raised>,
+}
+
+/// Defaults of pgherd's that differ from PostgreSQL's, or that initdb would have written. The spec overrides them.
+const DEFAULTS: [(&str, &str); 24] = [
+    // What bounds the time until a standby follows a new primary, or notices that the old one is gone (SAFETY row 58).
+    ("wal_retrieve_retry_interval", "1s"),
+    ("wal_receiver_timeout", "15s"),
+    ("wal_sender_timeout", "15s"),
+    ("tcp_keepalives_idle", "10s"),
+    ("tcp_keepalives_interval", "5s"),
+    ("tcp_keepalives_count", "3"),
+    // What replication and rewind need; the numbers are those of PATRONI.md.
+    ("wal_level", "replica"),
+    ("wal_log_hints", "on"),
+    ("max_wal_senders", "10"),
+    ("max_replication_slots", "10"),
+    ("wal_keep_size", "128MB"),
+    ("max_connections", "100"),
+    ("max_worker_processes", "8"),
+    ("max_prepared_transactions", "0"),
+    ("max_locks_per_transaction", "64"),
+    ("password_encryption", "scram-sha-256"),
+    // What initdb would have written from the environment: the same on every member.
+    ("shared_buffers", "128MB"),
+    ("dynamic_shared_memory_type", "posix"),
+    ("timezone", "UTC"),
+    ("log_timezone", "UTC"),
+    ("lc_messages", "C"),
+    ("datestyle", "iso, mdy"),
+    ("default_text_search_config", "pg_catalog.english"),
+    ("log_line_prefix", "%m [%p] %q%u@%d "),
+];
+
+/// What pgherd sets itself: a spec that names one of these is refused, with where it is said instead.
+const OWNED: [(&str, &str); 27] = [
+    ("listen_addresses", "postgres.listen in the node document"),
+    ("port", "port of the member"),
+    ("unix_socket_directories", "postgres.socket_dir in the node document"),
+    ("cluster_name", "metadata.name"),
+    ("data_directory", "postgres.data_dir in the node document"),
+    ("config_file", "nowhere: pgherd writes it"),
+    ("hba_file", "nowhere: pgherd writes it from postgres.pg_hba"),
+    ("ident_file", "nowhere: pgherd writes it from postgres.pg_ident"),
+    ("external_pid_file", "nowhere"),
+    ("hot_standby", "nowhere: it is always on"),
+    ("primary_conninfo", "nowhere: it follows the leader"),
+    ("primary_slot_name", "replication.use_slots"),
+    ("promote_trigger_file", "nowhere: pgherd promotes"),
+    ("recovery_target", "nowhere: standbys follow the latest timeline"),
+    ("recovery_target_timeline", "nowhere: standbys follow the latest timeline"),
+    ("recovery_target_action", "nowhere: standbys follow the latest timeline"),
+    ("recovery_target_lsn", "nowhere: standbys follow the latest timeline"),
+    ("recovery_target_name", "nowhere: standbys follow the latest timeline"),
+    ("recovery_target_time", "nowhere: standbys follow the latest timeline"),
+    ("recovery_target_xid", "nowhere: standbys follow the latest timeline"),
+    ("synchronous_standby_names", "replication.mode"),
+    ("archive_mode", "postgres.archive_command"),
+    ("archive_command", "postgres.archive_command"),
+    ("restore_command", "postgres.restore_command"),
+    ("restart_after_crash", "nowhere: it is always on"),
+    ("allow_alter_system", "nowhere: settings are in the spec"),
+    ("event_source", "nowhere"),
+];
+
+/// Where a parameter that pgherd owns is said instead; None for one that a spec may set.
+pub fn owned_elsewhere(name: &str) -> Option<&'static str> {
+    OWNED.iter().find(|(owned, _)| owned.eq_ignore_ascii_case(name)).map(|(_, instead)| *instead)
+}
+
+/// Whether the text can be the name of a parameter: `work_mem`, `pg_stat_statements.track`.
+pub fn is_name(name: &str) -> bool {
+    let part = |part: &str| {
+        part.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || "_$".contains(c))
+    };
+    !name.is_empty() && name.split('.').count() <= 2 && name.split('.').all(part)
+}
+
+/// A value as PostgreSQL's configuration files quote it (guc-file.l, DeescapeQuotedString). None if it holds a NUL, which none can.
+pub fn quote(value: &str) -> Option<String> {
+    let mut quoted = String::from("'");
+    for c in value.chars() {
+        match c {
+            '\0' => return None,
+            '\'' => quoted.push_str("''"),
+            '\\' => quoted.push_str("\\\\"),
+            '\n' => quoted.push_str("\\n"),
+            '\r' => quoted.push_str("\\r"),
+            other => quoted.push(other),
+        }
+    }
+    quoted.push('\'');
+    Some(quoted)
+}
+
+/// The whole file. An error is a sentence that names the parameter.
+pub fn postgresql_conf(inputs: &ConfigInputs) -> Result<Configuration, String> {
+    let chosen = chosen(inputs);
+    let owned = owned(inputs);
+    let raised = raised(inputs, &chosen);
+    let mut text = String::from("# Written by pgherd from the cluster's spec: edits are undone.\n");
+    let own_names: BTreeSet<&str> = owned.iter().map(|(name, _)| *name).collect();
+    for (name, value) in chosen.iter().filter(|(name, _)| !own_names.contains(name.as_str())) {
+        push(&mut text, name, value)?;
+    }
+    if !raised.is_empty() {
+        text.push_str("# Raised to what this data directory was last run with: a standby must not have less.\n");
+    }
+    for one in &raised {
+        push(&mut text, &one.name, &one.used.to_string())?;
+    }
+    text.push_str("# What pgherd owns.\n");
+    for (name, value) in &owned {
+        push(&mut text, name, value)?;
+    }
+    Ok(Configuration { text, raised })
+}
+
+/// Settings for the command line: none of them ever changes by a reload, and no file and no ALTER SYSTEM wins over them.
+pub fn command_line(inputs: &ConfigInputs) -> Vec<(String, String)> {
+    let own = owned(inputs);
+    let fixed = ["listen_addresses", "port", "unix_socket_directories", "cluster_name", "hot_standby"];
+    own.into_iter().filter(|(name, _)| fixed.contains(name)).map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+/// Every parameter this file sets, with the value it should have: for comparing with pg_settings.
+pub fn wanted(inputs: &ConfigInputs) -> BTreeMap<String, String> {
+    let mut all = chosen(inputs);
+    for one in raised(inputs, &all) {
+        all.insert(one.name, one.used.to_string());
+    }
+    all.extend(owned(inputs).into_iter().map(|(name, value)| (name.to_owned(), value)));
+    all
+}
+
+fn push(text: &mut String, name: &str, value: &str) -> Result<(), String> {
+    if !is_name(name) {
+        return Err(format!("`{name}` cannot be the name of a PostgreSQL parameter"));
+    }
+    let quoted = quote(value).ok_or_else(|| format!("the value of {name} holds a NUL byte"))?;
+    text.push_str(&format!("{name} = {quoted}\n"));
+    Ok(())
+}
+
+/// pgherd's defaults, the spec's over them, the member's over those. Parameter names are the same in any case of letters.
+fn chosen(inputs: &ConfigInputs) -> BTreeMap<String, String> {
+    let mut chosen: BTreeMap<String, String> = DEFAULTS.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    for (name, value) in inputs.parameters.iter().chain(&inputs.member_parameters) {
+        let name = name.to_ascii_lowercase();
+        match value {
+            Some(value) => chosen.insert(name, value.clone()),
+            None => chosen.remove(&name),
+        };
+    }
+    chosen
+}
+
+fn owned(inputs: &ConfigInputs) -> Vec<(&'static str, String)> {
+    let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    let mut owned = vec![
+        ("listen_addresses", listen_addresses(&inputs.listen)),
+        ("port", inputs.port.to_string()),
+        ("unix_socket_directories", list_element(&inputs.socket_dir)),
+        ("cluster_name", inputs.cluster.to_string()),
+        ("hot_standby", "on".to_owned()),
+        ("restart_after_crash", "on".to_owned()),
+        ("recovery_target_timeline", "latest".to_owned()),
+        ("primary_conninfo", text(&inputs.primary_conninfo)),
+        ("primary_slot_name", text(&inputs.primary_slot_name)),
+        ("synchronous_standby_names", text(&inputs.synchronous_standby_names)),
+        ("restore_command", text(&inputs.restore_command)),
+        ("archive_mode", if inputs.archive_command.is_some() { "on" } else { "off" }.to_owned()),
+        ("archive_command", text(&inputs.archive_command)),
+    ];
+    match &inputs.log_dir {
+        Some(directory) => owned.extend([("logging_collector", "on".to_owned()), ("log_directory", directory.clone())]),
+        None => owned.extend([("logging_collector", "off".to_owned()), ("log_destination", "stderr".to_owned())]),
+    }
+    if inputs.major_version >= 17 {
+        owned.push(("allow_alter_system", "off".to_owned()));
+    }
+    owned
+}
+
+/// The node's addresses, and loopback unless they already hold it.
+fn listen_addresses(listen: &str) -> String {
+    let mut addresses: Vec<&str> = listen.split(',').map(str::trim).filter(|address| !address.is_empty()).collect();
+    let everywhere = addresses.iter().any(|address| matches!(*address, "*" | "0.0.0.0"));
+    if !everywhere && !addresses.iter().any(|address| address.starts_with("127.") || *address == "localhost") {
+        addresses.push("127.0.0.1");
+    }
+    addresses.join(",")
+}
+
+/// An element of a list parameter: in double quotes, so that commas and blanks in it stay.
+fn list_element(text: &str) -> String {
+    format!("\"{}\"", text.replace('"', "\"\""))
+}
+
+/// What the floor raises. A value that is no plain number is left to PostgreSQL to refuse.
+fn raised(inputs: &ConfigInputs, chosen: &BTreeMap<String, String>) -> Vec<Raised> {
+    let Some(floor) = inputs.floor else { return Vec::new() };
+    let floors = [
+        ("max_connections", floor.max_connections),
+        ("max_worker_processes", floor.max_worker_processes),
+        ("max_wal_senders", floor.max_wal_senders),
+        ("max_prepared_transactions", floor.max_prepared_transactions),
+        ("max_locks_per_transaction", floor.max_locks_per_transaction),
+    ];
+    let default_of = |name: &str| DEFAULTS.iter().find(|(default, _)| *default == name).map_or("0", |(_, value)| value);
+    let below = floors.into_iter().filter_map(|(name, used)| {
+        let wanted = chosen.get(name).map_or(default_of(name), String::as_str).trim().parse::<u32>().ok()?;
+        (wanted < used).then(|| Raised { name: name.to_owned(), wanted, used })
+    });
+    below.collect()
+}

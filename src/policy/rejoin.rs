@@ -237,11 +237,11 @@ fn divergence(inputs: Inputs<'_>) -> Option<(String, Lsn)> {
         }
         None => leader.lsn,
     };
-    past(local, wal, limit)
+    past(local, wal, leader.timeline, limit)
 }
 
 /// Whether anything starts at or after `limit`, the first position that is not in the leader's past.
-fn past(local: &ControlFacts, wal: &LocalWal, limit: Lsn) -> Option<(String, Lsn)> {
+fn past(local: &ControlFacts, wal: &LocalWal, leader_timeline: TimelineId, limit: Lsn) -> Option<(String, Lsn)> {
     let own = wal.timeline;
     let replayed_past = local.min_recovery_timeline == own && local.min_recovery_end > limit;
     if (local.timeline == own && local.checkpoint >= limit) || replayed_past {
@@ -252,6 +252,8 @@ fn past(local: &ControlFacts, wal: &LocalWal, limit: Lsn) -> Option<(String, Lsn
             Some((format!("a WAL record at {start} is past {limit}, where the leader's history leaves timeline {own}"), limit))
         }
         LastRecord::Known(_) => None,
+        // A standby on the leader's own timeline received all it has from a primary of it; the walreceiver says so if it is ahead.
+        LastRecord::Unknown(_) if own == leader_timeline => None,
         LastRecord::Unknown(why) => {
             Some((format!("the end of this member's WAL is not known, which counts as past {limit}: {why}"), limit))
         }

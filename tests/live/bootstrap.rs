@@ -13,30 +13,9 @@ use crate::rig::world::{Setup, World};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Runs initdb as the servers' user into a node's data directory, past pgherd.
-fn foreign_initdb(world: &World, index: usize) {
-    let bin = &world.cluster.plan.programs.postgres_bin;
-    let user = &world.cluster.household().user;
-    let mut command = Command::new(bin.join("initdb"));
-    command.arg("-D").arg(world.cluster.data_dir(index)).args(["-A", "scram-sha-256", "--no-sync", "-k", "-U", &user.name, "--pwfile"]);
-    command.arg(world.cluster.plan.dir.join("secrets/superuser")).current_dir(world.cluster.node_dir(index));
-    if let Some((uid, gid)) = user.change_to {
-        use std::os::unix::process::CommandExt;
-        command.uid(uid).gid(gid);
-    }
-    let said = run(command, LIMIT).unwrap();
-    assert_eq!(said.code, Some(0), "{said:?}");
-}
-
 /// Database system identifier: the first eight bytes of pg_control.
 fn system_id(data_dir: &Path) -> Option<[u8; 8]> {
     fs::read(data_dir.join("global/pg_control")).ok()?.get(..8)?.try_into().ok()
-}
-
-fn start_all(world: &World) {
-    for index in 0..world.nodes() {
-        world.cluster.start_node(index).unwrap();
-    }
 }
 
 #[test]
@@ -50,10 +29,10 @@ fn three_empty_members_become_one_cluster_with_one_initdb() {
 #[test]
 fn no_initdb_is_run_beside_a_data_directory_that_is_full() {
     let world = World::lay_out(&Setup::default());
-    foreign_initdb(&world, 1);
+    world.foreign_initdb(1);
     let before = system_id(&world.cluster.data_dir(1)).unwrap();
     world.start_etcd_and_apply();
-    start_all(&world);
+    world.start_all();
     let untouched = || {
         system_id(&world.cluster.data_dir(0)).is_none()
             && system_id(&world.cluster.data_dir(2)).is_none()
@@ -79,7 +58,7 @@ fn no_initdb_is_run_before_every_declared_member_has_reported() {
 fn an_initdb_that_is_cut_off_does_not_wedge_the_cluster() {
     let world = World::lay_out(&Setup::default());
     world.start_etcd_and_apply();
-    start_all(&world);
+    world.start_all();
     let begun = |index: usize| world.cluster.data_dir(index).exists() || begun_beside(&world.cluster.node_dir(index));
     let mut first = None;
     world.settle("somebody has begun", || {
@@ -150,7 +129,7 @@ fn a_member_with_another_clusters_data_is_not_touched_and_says_why() {
     let replica = world.replica();
     world.stop_node(replica);
     fs::remove_dir_all(world.cluster.data_dir(replica)).unwrap();
-    foreign_initdb(&world, replica);
+    world.foreign_initdb(replica);
     let foreign = system_id(&world.cluster.data_dir(replica));
     world.cluster.start_node(replica).unwrap();
     world.settle("a condition names the system identifier", || world.has_condition(replica, "system"));
@@ -201,7 +180,7 @@ fn a_member_that_is_not_declared_serves_health_and_touches_nothing() {
     let setup = Setup { nodes: 4, document: |document| drop(document.members.pop()), ..Setup::default() };
     let mut world = World::lay_out(&setup);
     world.start_etcd_and_apply();
-    start_all(&world);
+    world.start_all();
     world.settle("the three declared are whole", || world.status().is_whole(3));
     world.start_prober();
     assert_eq!(world.http(3, "/health"), Some(503), "it answers");

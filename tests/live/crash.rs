@@ -196,7 +196,7 @@ fn all_members_cut_off_at_once_and_back_again_lead_with_every_row() {
     let world = World::up(&Setup::default());
     let timeline = world.timeline();
     (0..world.nodes()).for_each(|index| world.cluster.cut_power(index));
-    (0..world.nodes()).for_each(|index| drop(world.cluster.start_node(index).unwrap()));
+    world.start_all();
     world.wait_whole("after all came back");
     world.wait_writes(world.leader());
     assert!(world.timeline() >= timeline);
@@ -210,7 +210,7 @@ fn two_full_restarts_in_good_order_keep_every_row() {
         let leader = world.leader();
         world.others(leader).into_iter().for_each(|index| world.stop_node(index));
         world.stop_node(leader);
-        (0..world.nodes()).for_each(|index| drop(world.cluster.start_node(index).unwrap()));
+        world.start_all();
         world.wait_whole(&format!("after the {round} restart"));
         world.wait_writes(world.leader());
     }

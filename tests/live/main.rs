@@ -11,4 +11,5 @@ mod bootstrap;
 mod crash;
 mod network;
 mod operator;
+mod rig_works;
 mod versions;

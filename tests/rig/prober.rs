@@ -78,11 +78,6 @@ impl Prober {
         Prober { log, threads }
     }
 
-    /// Everything tried so far.
-    pub fn probes(&self) -> Vec<Probe> {
-        self.log.probes.lock().unwrap().clone()
-    }
-
     pub fn claims(&self) -> Vec<Claim> {
         self.log.claims.lock().unwrap().clone()
     }

@@ -6,11 +6,13 @@
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use pgherd::cli::demo::cluster::{LocalCluster, NodePlan, Plan, Said};
+use pgherd::cli::demo::cluster::{LocalCluster, NodePlan, Plan, Said, run};
 use pgherd::cli::demo::documents::ClusterDocument;
 use pgherd::cli::demo::http;
 use pgherd::cli::demo::ledger::{judge, switch_points};
@@ -105,14 +107,19 @@ impl World {
     pub fn up(setup: &Setup) -> World {
         let mut world = World::lay_out(setup);
         world.start_etcd_and_apply();
-        for index in 0..world.nodes() {
-            world.cluster.start_node(index).unwrap();
-        }
+        world.start_all();
         world.wait_whole("after the bootstrap");
         world.start_prober();
         let leader = world.leader();
         world.wait_writes(leader);
         world
+    }
+
+    /// Starts the daemon of every node.
+    pub fn start_all(&self) {
+        for index in 0..self.nodes() {
+            self.cluster.start_node(index).unwrap();
+        }
     }
 
     pub fn start_etcd_and_apply(&self) {
@@ -127,8 +134,12 @@ impl World {
 
     /// Makes the ledger on the leader and writes to all nodes from now on.
     pub fn start_prober(&mut self) {
-        let leader = self.cluster.connection(self.port(self.leader())).unwrap();
-        in_own_thread(async move { Writer::create_table(&leader, LIMIT).await }).unwrap();
+        self.create_table(self.leader());
+        self.probe_all();
+    }
+
+    /// Writes to all nodes from now on.
+    pub fn probe_all(&mut self) {
         let target = |index| Target {
             node: self.cluster.name(index).to_owned(),
             postgres: self.cluster.connection(self.port(index)).unwrap(),
@@ -241,6 +252,36 @@ impl World {
     /// What OPTIONS of a path says on a node; None when nobody answers.
     pub fn http(&self, index: usize, path: &str) -> Option<u16> {
         http::ask("OPTIONS", self.cluster.plan.nodes[index].api_listen, path, LIMIT).ok().map(|(code, _)| code)
+    }
+
+    /// Runs initdb as the servers' user into a node's data directory, past pgherd.
+    pub fn foreign_initdb(&self, index: usize) {
+        let user = &self.cluster.household().user;
+        let mut command = Command::new(self.cluster.plan.programs.postgres_bin.join("initdb"));
+        command.arg("-D").arg(self.cluster.data_dir(index)).args(["-A", "scram-sha-256", "--no-sync", "-k", "-U", &user.name, "--pwfile"]);
+        command.arg(self.cluster.plan.dir.join("secrets/superuser")).current_dir(self.cluster.node_dir(index));
+        if let Some((uid, gid)) = user.change_to {
+            command.uid(uid).gid(gid);
+        }
+        run(command, PATIENCE).unwrap().must_succeed("initdb");
+    }
+
+    /// Starts a PostgreSQL on a node's data directory and ports, past pgherd.
+    pub fn foreign_postgres(&self, index: usize) -> ProcessId {
+        let run_dir = self.cluster.node_dir(index).join("run");
+        let mut command = Command::new(self.cluster.plan.programs.postgres_bin.join("postgres"));
+        command.arg("-D").arg(self.cluster.data_dir(index)).arg("-p").arg(self.port(index).to_string()).arg("-k").arg(run_dir);
+        self.cluster.household().spawn(&format!("postgres-{index}"), command, &self.cluster.node_log(index), true).unwrap()
+    }
+
+    /// Makes the ledger on one node.
+    pub fn create_table(&self, index: usize) {
+        let connection = self.cluster.connection(self.port(index)).unwrap();
+        let made = || {
+            let connection = connection.clone();
+            in_own_thread(async move { Writer::create_table(&connection, LIMIT).await }).is_ok()
+        };
+        self.settle("the table is made", made);
     }
 
     /// Whether the status shows a condition for this member whose text has `word` in it.

@@ -163,3 +163,50 @@ spec:
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cluster_document_is_one_that_apply_takes() {
+        let member = |name: &str, port| DeclaredMember {
+            name: name.into(),
+            address: "127.0.0.1".into(),
+            port,
+            api_port: port + 1,
+            tags: [("nofailover".to_owned(), "true".to_owned())].into(),
+        };
+        let document = ClusterDocument {
+            name: "demo".into(),
+            members: vec![member("n1", 1025), member("n2", 1027)],
+            ttl_s: 5,
+            loop_wait_s: 1,
+            failsafe: false,
+            mode: "async".into(),
+            version: 15,
+            parameters: [("archive_command".to_owned(), r#"test "a\b" = 'c'"#.to_owned())].into(),
+            pg_hba: vec!["host all all 127.0.0.0/8 scram-sha-256".into()],
+        };
+        let loaded = crate::spec::cluster::load("cluster.yaml", &document.to_yaml()).unwrap();
+        assert_eq!(crate::spec::unbuilt::refusals(&loaded.spec), Vec::new());
+    }
+
+    #[test]
+    fn the_node_document_is_valid_and_names_no_real_watchdog() {
+        let document = NodeDocument {
+            name: "n1".into(),
+            cluster: "demo".into(),
+            endpoints: vec!["http://127.0.0.1:2379".into()],
+            api_listen: "127.0.0.1:8008".into(),
+            postgres_listen: "127.0.0.1".into(),
+            os_user: "postgres".into(),
+            bin_dir: "/usr/lib/postgresql/15/bin".into(),
+            dir: "/tmp/demo/n1".into(),
+            secrets: "/tmp/demo/secrets".into(),
+        };
+        let text = document.to_yaml();
+        crate::spec::node::load("node.yaml", &text).unwrap();
+        assert!(text.contains("no-watchdog"));
+    }
+}

@@ -1,0 +1,114 @@
+//! Clones the leader: pg_basebackup into a directory beside, then a swap into the data directory's place.
+//!
+//! Until the copy is complete, synced and marked as a standby nothing of the old directory is touched. What cannot work is refused before
+//! a byte is copied: tablespaces, no room, a `kept/` that is occupied, a leader of another major version.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::installation::Installation;
+use super::layout::Layout;
+use super::leader::LeaderFacts;
+use super::program::Program;
+use super::swap::{self, Keep, SwapError};
+use super::{files, history_files, postmaster};
+
+/// The first version whose server compresses a plain-format backup on the wire.
+const SERVER_COMPRESSION_MAJOR: u32 = 15;
+
+/// One clone.
+#[derive(Debug, Clone)]
+pub struct CloneJob {
+    /// Connection string of the leader, as the replication user, with its passfile ([`super::conninfo::build`]).
+    pub conninfo: String,
+    /// What the leader said before.
+    pub leader: LeaderFacts,
+    /// Most bytes per second; None = as fast as it goes.
+    pub max_rate_bytes: Option<u64>,
+    /// `gzip`, `lz4`, `zstd`, with a level if wanted (`zstd:3`); ignored before PostgreSQL 15.
+    pub compress: Option<String>,
+    /// Whether the leader checkpoints at once instead of over its usual time.
+    pub checkpoint_fast: bool,
+    /// What becomes of the old directory.
+    pub keep: Keep,
+    /// How long it may take in all.
+    pub limit: Duration,
+}
+
+/// Runs it. Afterwards the data directory is the clone, marked as a standby, and was never started. PostgreSQL is stopped throughout.
+pub async fn clone_from(installation: &Installation, layout: &Layout, job: &CloneJob) -> Result<(), SwapError> {
+    layout.prepare()?;
+    swap::check(layout, &job.keep)?;
+    refuse_hopeless(installation, layout, job)?;
+    let work = layout.clone_dir();
+    // An earlier attempt's copy never served anybody.
+    swap::remove(layout, &work).await.context("removing what an earlier clone left")?;
+    files::make_directory(&layout.work())?;
+    program(installation, layout, job)?.run_ok(job.limit).await?;
+    finish_copy(&work, job)?;
+    // Also of an earlier swap: the new one needs the place.
+    swap::remove_discarded(layout).await?;
+    swap::swap(layout, &work, &job.keep)?;
+    Ok(swap::remove_discarded(layout).await?)
+}
+
+/// The copy is synced by pg_basebackup itself; what we add to it is synced here.
+fn finish_copy(work: &std::path::Path, job: &CloneJob) -> Result<()> {
+    // The leader's own leftovers, if its data directory is a mount point.
+    let inside = work.join(super::layout::INSIDE_NAME);
+    files::remove_directory_if_there(&inside).with_context(|| format!("removing {}", inside.display()))?;
+    history_files::bring(work, &job.leader.history_files)?;
+    postmaster::set_standby(work, true)
+}
+
+fn refuse_hopeless(installation: &Installation, layout: &Layout, job: &CloneJob) -> Result<()> {
+    let leader = &job.leader;
+    if leader.lineage.major_version != installation.major {
+        bail!(
+            "the leader runs PostgreSQL {}, this host has {}: a clone needs the same major version",
+            leader.lineage.major_version,
+            installation.major
+        );
+    }
+    if !leader.tablespaces.is_empty() {
+        bail!(
+            "the leader has tablespaces ({}), which a clone would write outside the data directory: clone by hand, or drop them",
+            leader.tablespaces.join(", ")
+        );
+    }
+    let work = layout.work();
+    let place = work.ancestors().find(|path| path.is_dir()).context("no directory to clone into")?;
+    let free = nix::sys::statvfs::statvfs(place).with_context(|| format!("asking for the room in {}", place.display()))?;
+    let free_bytes = free.blocks_available().saturating_mul(free.fragment_size());
+    match leader.database_bytes {
+        Some(bytes) if bytes > free_bytes => bail!(
+            "the leader's databases are {} MB, {} has room for {} MB: make room (is something in {}?), or reinit this member by name",
+            bytes >> 20,
+            place.display(),
+            free_bytes >> 20,
+            layout.kept_dir().display()
+        ),
+        _ => Ok(()),
+    }
+}
+
+fn program(installation: &Installation, layout: &Layout, job: &CloneJob) -> Result<Program> {
+    let mut program = Program::new(installation.program("pg_basebackup"))
+        .option("pgdata", layout.clone_dir())
+        .option("dbname", &job.conninfo)
+        .arg("--wal-method=stream")
+        .arg("--no-password")
+        .option("checkpoint", if job.checkpoint_fast { "fast" } else { "spread" });
+    if let Some(bytes) = job.max_rate_bytes {
+        // 32 kB/s to 1 GB/s are pg_basebackup's own bounds.
+        program = program.option("max-rate", format!("{}k", (bytes / 1024).clamp(32, 1024 * 1024)));
+    }
+    if let Some(method) = job.compress.as_deref().filter(|_| installation.major >= SERVER_COMPRESSION_MAJOR) {
+        program = program.option("compress", if method.starts_with("server-") { method.to_owned() } else { format!("server-{method}") });
+    }
+    if let Some(wal) = swap::new_wal_directory(layout)? {
+        program = program.option("waldir", wal);
+    }
+    Ok(program)
+}
