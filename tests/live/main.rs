@@ -8,7 +8,9 @@
 mod rig;
 
 mod bootstrap;
+mod clock;
 mod crash;
+mod demo;
 mod network;
 mod operator;
 mod rig_works;

@@ -5,4 +5,5 @@ pub mod checker;
 pub mod prober;
 pub mod proxy;
 pub mod wait;
+pub mod wall_clock;
 pub mod world;
