@@ -41,6 +41,13 @@ pub enum LeaseEvent {
         /// Which.
         why: LeaseLoss,
     },
+    /// Member key and lock hang on another lease now, under the same epoch: the ttl was changed.
+    Moved {
+        /// The lease before.
+        from: LeaseIdentity,
+        /// The lease that counts.
+        to: LeaseIdentity,
+    },
     /// The guard did not acknowledge in time.
     GuardSilent,
 }

@@ -100,6 +100,8 @@ pub enum Operation {
         spec: Arc<ClusterSpec>,
         /// Its generation.
         generation: u64,
+        /// The start before this one failed: use the files that served last.
+        fall_back: bool,
     },
     /// Install files beside the running server, try them, reload.
     Configure {

@@ -113,6 +113,15 @@ pub enum Finished {
     Looked(DataDirectory),
     /// The guard was asked to start a postmaster.
     Started(Result<StartId, Failure>),
+    /// A postmaster was started, with the files that served before: those of this generation are not wanted by PostgreSQL.
+    StartedOnOldFiles {
+        /// What was aimed at.
+        generation: u64,
+        /// Which start.
+        start: StartId,
+        /// Why.
+        why: Failure,
+    },
     /// Configuration was brought to a generation.
     Configured {
         /// What was aimed at.

@@ -19,6 +19,7 @@ use std::time::Duration;
 use statig::prelude::*;
 
 use crate::clock::BootTime;
+use crate::facts::cluster::MemberRole;
 
 use self::action::{Action, LeaseOrder, Operation, OperationKind};
 use self::event::Event;
@@ -65,6 +66,16 @@ impl Machine {
     /// What is known.
     pub fn world(&self) -> &World {
         &self.world
+    }
+
+    /// What this member's PostgreSQL is, as its member key says.
+    pub fn role(&self) -> MemberRole {
+        publish::role(&self.world)
+    }
+
+    /// Patroni's word for its state.
+    pub fn patroni_state(&self) -> &'static str {
+        publish::patroni_state(&self.world, self.state())
     }
 
     /// Takes in what happened and says what to do, in order.

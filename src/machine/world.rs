@@ -342,7 +342,10 @@ impl World {
             LeaseEvent::Renewed { .. } => None,
             LeaseEvent::Proved { lock, sent, until } => {
                 self.lease = Some(lock.lease);
-                if self.lock.identity() == Some(lock) || self.lock == Lock::None && self.guard_lock() == Some(lock) {
+                // The epoch names the leadership; a changed ttl brings it another lease.
+                let known = self.lock.identity().or(self.guard_lock()).map(|known| known.epoch);
+                if known == Some(lock.epoch) {
+                    self.holding = Some(lock);
                     let announce_at = self.times().map_or(until, |times| times.deadlines(sent).announce_at);
                     self.lock = Lock::Proved { identity: lock, until, announce_at };
                 }
@@ -364,6 +367,12 @@ impl World {
                     _ => "the lease is gone".to_owned(),
                 })
             }
+            LeaseEvent::Moved { from, to } => {
+                if self.lease == Some(from) {
+                    self.lease = Some(to);
+                }
+                None
+            }
             LeaseEvent::GuardSilent => {
                 self.guard_gone = true;
                 None
@@ -376,6 +385,16 @@ impl World {
             return;
         }
         let was = self.start_and_phase();
+        let served = self.sql().is_some();
+        if let (Some(start), PostmasterFacts::ProvedEmpty { last: Some(end) }) = (was.0, &facts.postmaster)
+            && end.start == start
+            && end.rung.is_none()
+            && !served
+        {
+            let how = end.exit_status.map_or_else(|| format!("signal {}", end.signal.unwrap_or(0)), |status| format!("status {status}"));
+            self.ended(now, OperationKind::Start, false);
+            self.warn("start_failed", format!("PostgreSQL ended with {how} before it took connections; see its log"));
+        }
         self.guard = Some(facts);
         self.guard_gone = false;
         if self.start_and_phase() != was {
@@ -399,6 +418,10 @@ impl World {
     }
 
     fn absorb_probe(&mut self, now: BootTime, probe: Probe) {
+        if matches!(probe.outcome, ProbeOutcome::Accepting(_)) {
+            self.backoff.remove(&OperationKind::Start);
+            self.clear("start_failed");
+        }
         let streaming = match &probe.outcome {
             ProbeOutcome::Accepting(sql) => sql.walreceiver.as_ref().is_some_and(|receiver| receiver.status == "streaming"),
             ProbeOutcome::NotYet(_) | ProbeOutcome::Unknown(_) => false,
@@ -422,7 +445,13 @@ impl World {
                     self.in_force = None;
                     self.data = DataDirectory::Unknown;
                 }
-                self.judge(now, Kind::Start, result, "start_failed");
+                self.judge_start(now, result);
+            }
+            Finished::StartedOnOldFiles { generation, start, why } => {
+                self.in_force = self.in_force.take().map(|files| InForce { generation: 0, ..files });
+                self.refused_generation = Some(generation);
+                self.fail("configuration_refused", format!("PostgreSQL runs on the files that served before generation {generation}: {why}"));
+                self.judge_start(now, Ok(start));
             }
             Finished::Configured { generation, upstream, result } => self.absorb_configured(now, generation, upstream, result),
             Finished::Initialized(result) => self.judge(now, Kind::Initdb, result, "initdb_failed"),
@@ -453,7 +482,13 @@ impl World {
                     AcquireOutcome::Failed(_) => self.reserved = None,
                 }
             }
-            Finished::Released(result) => self.judge(now, Kind::Release, result.map(|_| ()), "release_failed"),
+            Finished::Released(result) => {
+                if result.is_err() {
+                    // The lease's thread let go of it first: it has to be told to hold again what is still ours.
+                    self.holding = None;
+                }
+                self.judge(now, Kind::Release, result, "release_failed");
+            }
             Finished::StatusWritten(result) => {
                 if result.is_err() {
                     self.status_written = None;
@@ -541,6 +576,14 @@ impl World {
         }
     }
 
+    /// Whether a server that was started is any good is seen later: its condition stays until it takes connections.
+    fn judge_start(&mut self, now: BootTime, result: Result<StartId, String>) {
+        self.ended(now, OperationKind::Start, result.is_ok());
+        if let Err(why) = result {
+            self.warn("start_failed", why);
+        }
+    }
+
     /// Books the end of an operation, with a condition if it failed.
     fn judge(&mut self, now: BootTime, kind: OperationKind, result: Result<impl Sized, String>, condition: &'static str) {
         match result {
@@ -558,7 +601,10 @@ impl World {
     fn ended(&mut self, now: BootTime, kind: OperationKind, succeeded: bool) {
         self.in_flight.remove(&kind);
         if succeeded {
-            self.backoff.remove(&kind);
+            // A start has succeeded only when the server takes connections.
+            if kind != OperationKind::Start {
+                self.backoff.remove(&kind);
+            }
             self.done.insert(kind);
             return;
         }
@@ -726,7 +772,7 @@ impl World {
     pub fn timeline_of(&self, lock: LockIdentity) -> Option<TimelineId> {
         let recorded = self.view.as_ref().filter(|view| view.revision.0 >= lock.epoch.0).and_then(|view| {
             let ours = |entry: &&HistoryEntry| {
-                entry.member == self.me.name && entry.lease == lock.lease.lease && entry.epoch.is_none_or(|epoch| epoch == lock.epoch)
+                entry.epoch.map_or(entry.member == self.me.name && entry.lease == lock.lease.lease, |epoch| epoch == lock.epoch)
             };
             view.history.iter().rev().find(ours).map(|entry| entry.timeline)
         });

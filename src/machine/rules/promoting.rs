@@ -109,8 +109,9 @@ fn start_in_place(promotion: &Promotion, context: &mut Context<'_>) -> Outcome<S
                 let why = "the data directory is not on the timeline that the lock was taken with".to_owned();
                 return Transition(State::Demoting { demotion: Demotion { why, then: Then::Release(promotion.lock) } });
             }
+            let fall_back = context.world.failures(OperationKind::Start) > 0;
             if let Some((generation, spec)) = context.world.spec.clone()
-                && context.start(Operation::Start { role: StartAs::Primary, spec, generation })
+                && context.start(Operation::Start { role: StartAs::Primary, spec, generation, fall_back })
             {
                 context.world.in_force = Some(crate::machine::world::InForce { generation, upstream: None });
             }

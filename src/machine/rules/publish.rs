@@ -80,7 +80,7 @@ fn bounded(mut record: MemberRecord) -> MemberRecord {
     record
 }
 
-fn role(world: &World) -> MemberRole {
+pub(crate) fn role(world: &World) -> MemberRole {
     match (world.running(), world.sql()) {
         (Some(_), Some(sql)) if sql.in_recovery => MemberRole::Replica,
         (Some((_, Word::Writable)), Some(_)) => MemberRole::Primary,

@@ -92,7 +92,8 @@ fn start_following(context: &mut Context<'_>) -> Outcome<State> {
 /// Asks for a postmaster in recovery.
 pub(crate) fn start_standby(context: &mut Context<'_>, upstream: Option<Upstream>) {
     let Some((generation, spec)) = context.world.spec.clone() else { return };
-    if context.start(Operation::Start { role: StartAs::Standby(upstream.clone()), spec, generation }) {
+    let fall_back = context.world.failures(OperationKind::Start) > 0;
+    if context.start(Operation::Start { role: StartAs::Standby(upstream.clone()), spec, generation, fall_back }) {
         context.world.in_force = Some(crate::machine::world::InForce { generation, upstream });
     }
 }

@@ -29,7 +29,7 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
 
 /// The guard's memory first: a lease of an earlier run of this daemon goes on, and with it the member key and the lock.
 fn adopt_or_ask_for_a_lease(context: &mut Context<'_>) {
-    if context.world.lease.is_some() || context.world.lease_asked {
+    if context.world.lease.is_some() || context.world.lease_asked || context.world.spec().is_none() {
         return;
     }
     let kept = context.world.guard.as_ref().and_then(|guard| guard.lease);

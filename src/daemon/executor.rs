@@ -1,0 +1,284 @@
+//! Carries out the machine's actions, in order. Decides nothing; every operation ends in exactly one event, also when it is cancelled.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, oneshot};
+
+use crate::clock::BootTime;
+use crate::etcd::lease::{self, Acknowledged, LeaseHandle};
+use crate::etcd::{Etcd, Moved};
+use crate::facts::lease::LeaseEvent;
+use crate::guard::protocol::Request;
+use crate::http::peer;
+use crate::machine::Machine;
+use crate::machine::action::{Action, Decision, LeaseOrder, Operation};
+use crate::machine::event::{AcquireOutcome, Event, Finished, PutOutcome};
+use crate::policy::deadlines::LeaseTimes;
+use crate::spec::cluster::ClusterSpec;
+use crate::types::{LeaseId, LeaseIdentity, LockIdentity, MemberName};
+
+use super::guard_link::{GuardLink, Sink};
+use super::host::Host;
+use super::jobs;
+use super::records;
+
+/// How long a peer may take to say whether it is writable. A dead host costs this much of a failover without a release.
+const PEER_TIMEOUT_MS: u64 = 700;
+/// Decisions that may wait to be written; further ones are in the log only.
+const EVENTS_IN_FLIGHT_MAX: usize = 32;
+
+/// The edges, and what runs.
+pub struct Executor {
+    host: Arc<Host>,
+    etcd: Etcd,
+    guard: Arc<GuardLink>,
+    sink: Sink,
+    lease: Option<LeaseHandle>,
+    times: Option<LeaseTimes>,
+    cancel: Option<oneshot::Sender<()>>,
+    events: Arc<Semaphore>,
+}
+
+impl Executor {
+    /// Nothing runs yet.
+    pub fn new(host: Arc<Host>, etcd: Etcd, guard: Arc<GuardLink>, sink: Sink) -> Self {
+        let events = Arc::new(Semaphore::new(EVENTS_IN_FLIGHT_MAX));
+        Executor { host, etcd, guard, sink, lease: None, times: None, cancel: None, events }
+    }
+
+    /// A new spec: the lease may have to have other times.
+    pub fn spec_changed(&mut self, spec: &ClusterSpec) {
+        let times = LeaseTimes { ttl: spec.ha.ttl, safety_margin: spec.watchdog.safety_margin, watchdog: None };
+        if self.times != Some(times) {
+            self.times = Some(times);
+            if let Some(lease) = &self.lease {
+                lease.change_times(times);
+            }
+        }
+    }
+
+    /// Looks at an event before the machine does: a lease is noted for the next run, and a lease of another ttl gets our keys first.
+    pub fn before_machine(&mut self, machine: &Machine, event: Event) -> Option<Event> {
+        if let Event::Lease(LeaseEvent::Granted { identity, .. }) = &event {
+            let world = machine.world();
+            if let (Some(old), Some(record)) = (world.lease.filter(|old| old != identity), world.written.as_ref().map(|(record, _)| record.clone())) {
+                self.move_keys(world.lock.identity(), record, old, *identity);
+                return None;
+            }
+            self.note_lease(*identity);
+        }
+        if let Event::Lease(LeaseEvent::Moved { to, .. }) = &event
+            && let Some(lease) = &self.lease
+        {
+            let lock = machine.world().lock.identity().map(|lock| LockIdentity { lease: *to, ..lock });
+            lease.adopt(*to, lock);
+        }
+        Some(event)
+    }
+
+    /// The guard hands the lease to the next daemon; the file is for a reboot, after which no guard is left.
+    fn note_lease(&self, identity: LeaseIdentity) {
+        self.guard.order(Request::Lease { identity: Some(identity) });
+        let host = Arc::clone(&self.host);
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = host.write_lease_file(identity) {
+                tracing::warn!(error = format!("{error:#}"), "the file that names our lease could not be written");
+            }
+        });
+    }
+
+    /// A changed ttl: member key and lock move to the new lease under the same epoch; only then it counts.
+    fn move_keys(&self, lock: Option<LockIdentity>, record: crate::facts::cluster::MemberRecord, old: LeaseIdentity, new: LeaseIdentity) {
+        let (etcd, name, sink) = (self.etcd.clone(), self.host.node.name.clone(), Arc::clone(&self.sink));
+        self.note_lease(new);
+        tokio::spawn(async move {
+            let moved = etcd.move_to_lease(&name, &record, lock.map(|lock| lock.epoch), old.lease, new.lease).await;
+            match moved {
+                Ok(Moved::Moved) => sink(Event::Lease(LeaseEvent::Moved { from: old, to: new })),
+                Ok(Moved::NotOurs) => tracing::warn!("our keys do not hang on our lease: they were not moved to the one with the new ttl"),
+                Err(error) => tracing::warn!(error = %error, "our keys could not be moved to the lease with the new ttl"),
+            }
+        });
+    }
+
+    /// Carries out one action.
+    pub fn perform(&mut self, machine: &Machine, action: Action) {
+        match action {
+            Action::Do(operation) => self.begin(machine, operation),
+            Action::CancelJob => drop(self.cancel.take()),
+            Action::Lease(order) => self.order_lease(order),
+            Action::Stop(mode) => self.guard.stop(mode),
+            Action::ForgetLock(epoch) => self.guard.order(Request::NoLock { epoch }),
+            Action::Record(decision) => self.record(decision),
+            // The loop leaves; see `good_bye`.
+            Action::Exit(_) => {}
+        }
+    }
+
+    fn order_lease(&mut self, order: LeaseOrder) {
+        let Some(times) = self.times else { return };
+        if self.lease.is_none() {
+            match self.spawn_lease(times) {
+                Ok(handle) => self.lease = Some(handle),
+                Err(error) => {
+                    tracing::error!(error = format!("{error:#}"), "the lease's thread could not be started");
+                    (self.sink)(Event::Lease(LeaseEvent::Lost { why: crate::facts::lease::LeaseLoss::LeaseNotFound }));
+                    return;
+                }
+            }
+        }
+        let Some(lease) = &self.lease else { return };
+        match order {
+            LeaseOrder::Adopt(identity, lock) => lease.adopt(identity, lock),
+            LeaseOrder::Grant => lease.grant(),
+            LeaseOrder::Hold(lock) => lease.hold(lock),
+            LeaseOrder::LetGo => lease.let_go(),
+        }
+    }
+
+    fn spawn_lease(&self, times: LeaseTimes) -> anyhow::Result<LeaseHandle> {
+        let (guard, sink) = (Arc::clone(&self.guard), Arc::clone(&self.sink));
+        let acknowledge = move |lock: LockIdentity, sent: BootTime, times: LeaseTimes| match guard.acknowledge(lock, sent, times) {
+            Ok(()) => Acknowledged::Yes,
+            Err(error) => {
+                tracing::error!(error = %error, "the guard did not acknowledge the proof of the lock");
+                Acknowledged::No
+            }
+        };
+        lease::spawn(self.host.etcd_settings()?, times, Box::new(acknowledge), Box::new(move |event| sink(Event::Lease(event))))
+    }
+
+    fn record(&self, decision: Decision) {
+        tracing::info!(kind = decision.kind, facts = ?decision.facts, "{}", decision.message);
+        let Ok(permit) = Arc::clone(&self.events).try_acquire_owned() else { return };
+        let (etcd, record) = (self.etcd.clone(), records::decision_record(&self.host.node.name, decision));
+        tokio::spawn(async move {
+            if let Err(error) = etcd.append_event(&record).await {
+                tracing::debug!(error = %error, "a decision could not be recorded in etcd");
+            }
+            drop(permit);
+        });
+    }
+
+    fn begin(&mut self, machine: &Machine, operation: Operation) {
+        if operation.kind().is_job() {
+            self.begin_job(operation);
+        } else {
+            self.begin_record(machine, operation);
+        }
+    }
+
+    /// A job can be cancelled: its future is dropped, which ends its child processes, and its end is reported as a failure.
+    fn begin_job(&mut self, operation: Operation) {
+        let (cancel, cancelled) = oneshot::channel();
+        self.cancel = Some(cancel);
+        let kind = operation.kind();
+        let job = jobs::run(Arc::clone(&self.host), Arc::clone(&self.guard), operation);
+        self.spawn(async move {
+            tokio::select! {
+                event = job => event,
+                _ = cancelled => Event::Finished(jobs::failed(kind, "cancelled: something more urgent came up".to_owned())),
+            }
+        });
+    }
+
+    fn spawn(&self, work: impl Future<Output = Event> + Send + 'static) {
+        let sink = Arc::clone(&self.sink);
+        tokio::spawn(async move { sink(work.await) });
+    }
+
+    fn begin_record(&self, machine: &Machine, operation: Operation) {
+        let etcd = self.etcd.clone();
+        let name = self.host.node.name.clone();
+        let lease = machine.world().lease.map(|identity| identity.lease);
+        match operation {
+            Operation::PutMember(record) => {
+                let Some(lease) = lease else { return self.end(Finished::MemberPut(PutOutcome::Failed("there is no lease".to_owned()))) };
+                self.spawn(async move { records::put_member(etcd, name, *record, lease).await });
+            }
+            Operation::Acquire { judged_on, history, initialize } => {
+                let Some(lease) = lease else { return self.end(Finished::Acquired(AcquireOutcome::Beaten)) };
+                self.spawn(async move { records::acquire(etcd, name, lease, &judged_on, history, initialize).await });
+            }
+            Operation::Release { epoch, record } => {
+                // Before the key goes, or the lease's thread would take its absence for a loss.
+                if let Some(lease) = &self.lease {
+                    lease.let_go();
+                }
+                self.spawn(records::release(etcd, epoch, record));
+            }
+            Operation::WriteStatus(status) => self.spawn(records::write_status(etcd, status)),
+            Operation::RecordPromotion { epoch, history } => {
+                let host = Arc::clone(&self.host);
+                self.spawn(async move {
+                    let history = jobs::with_switch_point(&host, history);
+                    records::record_promotion(etcd, epoch, history).await
+                });
+            }
+            Operation::ClaimInitialize => {
+                let Some(lease) = lease else { return self.end(Finished::InitializeClaimed(Err("there is no lease".to_owned()))) };
+                self.spawn(records::claim_initialize(etcd, name, lease));
+            }
+            Operation::GiveUpInitialize => self.spawn(records::give_up_initialize(etcd, lease.unwrap_or(LeaseId(0)))),
+            Operation::AnswerRequest { id, mod_revision, progress } => {
+                self.spawn(records::answer_request(etcd, id, mod_revision, progress));
+            }
+            Operation::AskPeers { vacancy, peers } => self.spawn(ask_peers(vacancy, peers)),
+            Operation::FenceByScan => {
+                let guard = Arc::clone(&self.guard);
+                self.spawn(async move {
+                    let result = tokio::task::spawn_blocking(move || guard.fence_by_scan()).await;
+                    let result = result.map_err(|error| error.to_string()).and_then(|result| result.map_err(|error| format!("{error:#}")));
+                    Event::Finished(Finished::FencedByScan(result))
+                });
+            }
+            job => tracing::error!(kind = ?job.kind(), "a job came the way of the records"),
+        }
+    }
+
+    fn end(&self, finished: Finished) {
+        (self.sink)(Event::Finished(finished));
+    }
+
+    /// Passwords may have changed on disk: the passfile is written anew.
+    pub fn reread_secrets(&self) {
+        let host = Arc::clone(&self.host);
+        tokio::task::spawn_blocking(move || match host.write_passfile() {
+            Ok(()) => tracing::info!("secrets were read again; other changes of the node document need a restart (SIGUSR2, then start)"),
+            Err(error) => tracing::error!(error = format!("{error:#}"), "secrets could not be read again; the old passfile stays"),
+        });
+    }
+
+    /// SIGUSR2: the daemon leaves, guard and PostgreSQL stay, and the lock with them until A.
+    pub async fn leave(&mut self) {
+        if let Some(lease) = self.lease.take() {
+            let _ = tokio::task::spawn_blocking(move || lease.stop()).await;
+        }
+        let guard = Arc::clone(&self.guard);
+        let _ = tokio::task::spawn_blocking(move || guard.leave(false)).await;
+    }
+
+    /// The end: PostgreSQL has ended. The lease goes, with the member key; the guard ends.
+    pub async fn good_bye(&mut self) {
+        if let Some(lease) = self.lease.take() {
+            lease.revoke();
+            let _ = tokio::task::spawn_blocking(move || lease.stop()).await;
+        }
+        let guard = Arc::clone(&self.guard);
+        let _ = tokio::task::spawn_blocking(move || guard.leave(true)).await;
+    }
+}
+
+/// Asks all at once. No answer, or one that makes no sense, defers nobody: a dead host cannot be waited for.
+async fn ask_peers(vacancy: crate::types::Revision, peers: Vec<(MemberName, String)>) -> Event {
+    let sent = BootTime::now();
+    let questions = peers.into_iter().map(|(name, url)| async move {
+        let answer = peer::ask_writable(&url, Duration::from_millis(PEER_TIMEOUT_MS)).await;
+        answer.is_ok_and(|answer| answer.writable == Some(true)).then_some(name)
+    });
+    let writable = futures_util::future::join_all(questions).await.into_iter().flatten().collect();
+    Event::Finished(Finished::PeersAsked { vacancy, sent, writable })
+}
+

@@ -1,0 +1,197 @@
+//! The daemon's end of the guard: who it is now, orders to it in their order, its facts as events, and what happens when it is gone.
+//!
+//! The rule that surprises: a guard that is gone or silent is replaced only after every process of PostgreSQL was ended by scan, by
+//! the daemon itself. Until then nothing is known to be dead.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Context as _;
+
+use crate::clock::BootTime;
+use crate::facts::guard::GuardFacts;
+use crate::guard::client::{self, GuardClient, GuardError};
+use crate::guard::protocol::{ByeReason, Refusal, Request, StopOrder};
+use crate::guard::scan;
+use crate::machine::action::StopMode;
+use crate::machine::event::Event;
+use crate::policy::deadlines::LeaseTimes;
+use crate::types::LockIdentity;
+
+/// How long an order may take. The guard never waits for anything itself.
+pub const ORDER_TIMEOUT_MS: u64 = 2_000;
+/// How long processes may take to vanish after SIGKILL before the daemon reports that it could not fence.
+const SCAN_TIMEOUT_MS: u64 = 30_000;
+/// Orders that may wait; each is repeated by the machine until it is seen to be done.
+const ORDERS_MAX: usize = 64;
+/// Between a fast stop's patience and SIGKILL: what an immediate stop may take.
+const IMMEDIATE_PATIENCE_MS: u64 = 5_000;
+
+/// Why no guard could be had, and the daemon's exit code for it.
+#[derive(Debug, thiserror::Error)]
+pub enum NoGuard {
+    /// Three daemons were ended by a signal within 60 s (SAFETY row 5).
+    #[error("{0}; find out why it crashed, then start it once with --clear-crashes")]
+    CrashLoop(String),
+    /// Another daemon owns the guard.
+    #[error("{0}: another daemon runs for this data directory")]
+    Owned(String),
+    /// Anything else.
+    #[error(transparent)]
+    Other(#[from] anyhow::Error),
+}
+
+/// Sends events into the daemon's queue from any thread.
+pub type Sink = Arc<dyn Fn(Event) + Send + Sync>;
+
+/// The guard of this run directory.
+pub struct GuardLink {
+    run_dir: PathBuf,
+    data_dir: PathBuf,
+    binary: PathBuf,
+    sink: Sink,
+    client: Mutex<Arc<GuardClient>>,
+    orders: mpsc::SyncSender<Request>,
+}
+
+impl GuardLink {
+    /// Finds the guard that is there, or starts one. Blocking; before the runtime.
+    ///
+    /// # Errors
+    /// [`NoGuard`], which names the exit code.
+    pub fn open(run_dir: &Path, data_dir: &Path, binary: &Path, clear_crashes: bool, sink: Sink) -> Result<Arc<Self>, NoGuard> {
+        if clear_crashes && let Ok(Some(looker)) = GuardClient::connect(run_dir, false) {
+            looker.request(&Request::Clear, Duration::from_millis(ORDER_TIMEOUT_MS)).context("clearing the crash count")?;
+        }
+        let client = match GuardClient::connect(run_dir, true) {
+            Ok(Some(client)) => client,
+            Ok(None) => GuardClient::spawn(binary, run_dir, data_dir)?,
+            Err(GuardError::Version(_)) => {
+                client::upgrade(run_dir, binary)?;
+                GuardClient::connect(run_dir, true).map_err(anyhow::Error::from)?.context("the upgraded guard does not answer")?
+            }
+            Err(GuardError::Refused { reason: Refusal::CrashLoop, message, .. }) => return Err(NoGuard::CrashLoop(message)),
+            Err(GuardError::Refused { reason: Refusal::Owned, message, .. }) => return Err(NoGuard::Owned(message)),
+            Err(other) => return Err(NoGuard::Other(anyhow::Error::from(other).context("connecting to the guard"))),
+        };
+        let (orders, queue) = mpsc::sync_channel(ORDERS_MAX);
+        let link = Arc::new(GuardLink {
+            run_dir: run_dir.to_owned(),
+            data_dir: data_dir.to_owned(),
+            binary: binary.to_owned(),
+            sink,
+            client: Mutex::new(Arc::new(client)),
+            orders,
+        });
+        link.listen()?;
+        let worker = Arc::clone(&link);
+        thread::Builder::new()
+            .name("guard-orders".into())
+            .spawn(move || worker.carry_out(&queue))
+            .context("starting the thread for orders to the guard")?;
+        Ok(link)
+    }
+
+    fn listen(&self) -> anyhow::Result<()> {
+        let (facts, ended, died) = (Arc::clone(&self.sink), Arc::clone(&self.sink), Arc::clone(&self.sink));
+        let client = self.client();
+        client.on_death(move || died(Event::GuardGone))?;
+        client::subscribe(&self.run_dir, move |each| facts(Event::Guard(each)), move || ended(Event::GuardGone))
+    }
+
+    fn carry_out(&self, queue: &mpsc::Receiver<Request>) {
+        while let Ok(request) = queue.recv() {
+            match self.client().request(&request, Duration::from_millis(ORDER_TIMEOUT_MS)) {
+                Ok(facts) => (self.sink)(Event::Guard(facts)),
+                Err(GuardError::Refused { message, facts, .. }) => {
+                    tracing::info!(message, "the guard refused an order");
+                    if let Some(facts) = facts {
+                        (self.sink)(Event::Guard(*facts));
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(error = %error, "the guard does not do its work");
+                    (self.sink)(Event::GuardGone);
+                }
+            }
+        }
+    }
+
+    fn client(&self) -> Arc<GuardClient> {
+        Arc::clone(&self.client.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Gives an order; the machine repeats it until it is seen to be done, so a full queue loses nothing.
+    pub fn order(&self, request: Request) {
+        if self.orders.try_send(request).is_err() {
+            tracing::warn!("too many orders to the guard are waiting; this one is given again later");
+        }
+    }
+
+    /// Orders the end of PostgreSQL.
+    pub fn stop(&self, mode: StopMode) {
+        let now = BootTime::now();
+        let order = match mode {
+            StopMode::Fast { patience } => {
+                let immediate = now + patience;
+                StopOrder::planned(now, immediate, immediate + Duration::from_millis(IMMEDIATE_PATIENCE_MS))
+            }
+            StopMode::Kill => StopOrder::at_once(now),
+        };
+        self.order(Request::Stop(order));
+    }
+
+    /// Asks and waits. Blocking: not on the runtime's threads.
+    ///
+    /// # Errors
+    /// The guard's refusal, or its silence.
+    pub fn ask(&self, request: &Request) -> Result<GuardFacts, GuardError> {
+        self.client().request(request, Duration::from_millis(ORDER_TIMEOUT_MS))
+    }
+
+    /// Tells the guard until when the lock is proved, and waits for its acknowledgement. Called on the lease's thread.
+    ///
+    /// # Errors
+    /// No acknowledgement within a renewal interval.
+    pub fn acknowledge(&self, identity: LockIdentity, sent: BootTime, times: LeaseTimes) -> Result<(), GuardError> {
+        match self.client().request(&Request::Lock { identity, sent, times }, times.renewal_interval()) {
+            Ok(_) => Ok(()),
+            // Recorded all the same: the ladder runs to its end, and PostgreSQL can be started again under this lock.
+            Err(GuardError::Refused { reason: Refusal::LadderRuns, .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Ends every process of PostgreSQL without the guard, then has a new guard. Blocking.
+    ///
+    /// # Errors
+    /// When processes are left, or no guard can be started.
+    pub fn fence_by_scan(&self) -> anyhow::Result<()> {
+        scan::fence_by_scan(&self.data_dir, Duration::from_millis(SCAN_TIMEOUT_MS)).context("ending PostgreSQL without the guard")?;
+        if let Ok(facts) = self.ask(&Request::Facts) {
+            // It lives and answers: what it saw is up to date again.
+            (self.sink)(Event::Guard(facts));
+            return Ok(());
+        }
+        let fresh = match GuardClient::connect(&self.run_dir, true) {
+            Ok(Some(client)) => client,
+            Ok(None) | Err(_) => GuardClient::spawn(&self.binary, &self.run_dir, &self.data_dir)?,
+        };
+        *self.client.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(fresh);
+        self.listen()
+    }
+
+    /// Says good-bye; with `end`, the guard is told to end too, which it does only if nothing of PostgreSQL is left.
+    pub fn leave(&self, end: bool) {
+        let reason = if end { ByeReason::Stopping } else { ByeReason::Leaving };
+        if let Err(error) = self.ask(&Request::Bye { reason }) {
+            tracing::warn!(error = %error, "could not say good-bye to the guard");
+        }
+        if end && let Err(error) = self.ask(&Request::Shutdown) {
+            // It ends its connections with itself: an answer may be missing.
+            tracing::debug!(error = %error, "the guard gave no answer to its shutdown");
+        }
+    }
+}

@@ -1,0 +1,294 @@
+//! The operations that change PostgreSQL or its files. One runs at a time; each can be cancelled at any await, and run again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+
+use crate::facts::cluster::HistoryEntry;
+use crate::facts::guard::{PostmasterFacts, StartId, Word};
+use crate::facts::postgres::{ControlFacts, DataDirectory};
+use crate::guard::protocol::{Request, StartOrder};
+use crate::machine::action::{Operation, OperationKind, StartAs, Upstream};
+use crate::machine::event::{Configured, Event, Finished};
+use crate::policy::parameters;
+use crate::policy::rejoin::{self, Inputs, LostRange, OwnPromotion, Rejoin};
+use crate::postgres::{
+    CloneJob, InitdbJob, Keep, Outcome, clone_from, configure, data_directory, history_files, initdb, postmaster_command,
+    recover_interrupted_swap, set_standby, wal,
+};
+use crate::spec::cluster::{Checkpoint, ClusterSpec};
+use crate::types::{LockIdentity, TimelineId};
+
+use super::guard_link::GuardLink;
+use super::host::Host;
+
+/// A statement on the local server.
+const SQL_LIMIT: Duration = Duration::from_secs(10);
+/// A checkpoint of a busy server on a slow disk.
+const CHECKPOINT_LIMIT: Duration = Duration::from_secs(120);
+/// A statement of post_init.
+const POST_INIT_LIMIT: Duration = Duration::from_secs(600);
+/// A question to the leader.
+const LEADER_LIMIT: Duration = Duration::from_secs(10);
+/// A copy of the leader: terabytes over a slow line are somebody's normal case.
+const CLONE_LIMIT: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// Runs a job to its event.
+pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, operation: Operation) -> Event {
+    let kind = operation.kind();
+    let finished = match operation {
+        Operation::Look => look(&host).await,
+        Operation::Start { role, spec, generation, fall_back } => start(&host, &guard, role, &spec, generation, fall_back).await,
+        Operation::Configure { spec, generation, upstream } => {
+            let result = apply_configuration(&host, &spec, upstream.as_ref()).await.map_err(|error| format!("{error:#}"));
+            Ok(Finished::Configured { generation, upstream, result })
+        }
+        Operation::Initdb { spec } => make_cluster(&host, &spec).await.map(|()| Finished::Initialized(Ok(()))),
+        Operation::Clone { from, spec, lost, replaceable } => {
+            copy(&host, &from, &spec, lost, replaceable).await.map(|()| Finished::Cloned(Ok(())))
+        }
+        Operation::PlanRejoin { leader, history, .. } => plan(&host, &leader, &history).await.map(|plan| Finished::RejoinPlanned(Ok(plan))),
+        Operation::Promote { lock, timeline, parent } => {
+            promote(&host, &guard, lock, timeline, parent).await.map(|()| Finished::PromotionAsked(Ok(())))
+        }
+        Operation::EnsureRoles { spec, post_init } => roles(&host, &spec, post_init).await.map(|()| Finished::RolesEnsured(Ok(()))),
+        Operation::Checkpoint => checkpoint(&host).await.map(|()| Finished::Checkpointed(Ok(()))),
+        other => Err(anyhow::anyhow!("{:?} is not a job", other.kind())),
+    };
+    Event::Finished(finished.unwrap_or_else(|error| failed(kind, format!("{error:#}"))))
+}
+
+/// The end of a job that came to nothing. What it was about is unknown now.
+pub fn failed(kind: OperationKind, why: String) -> Finished {
+    match kind {
+        OperationKind::Start => Finished::Started(Err(why)),
+        OperationKind::Configure => Finished::Configured { generation: 0, upstream: None, result: Err(why) },
+        OperationKind::Initdb => Finished::Initialized(Err(why)),
+        OperationKind::Clone => Finished::Cloned(Err(why)),
+        OperationKind::PlanRejoin => Finished::RejoinPlanned(Err(why)),
+        OperationKind::Promote => Finished::PromotionAsked(Err(why)),
+        OperationKind::EnsureRoles => Finished::RolesEnsured(Err(why)),
+        OperationKind::Checkpoint => Finished::Checkpointed(Err(why)),
+        _ => Finished::Looked(DataDirectory::Unknown),
+    }
+}
+
+async fn look(host: &Host) -> anyhow::Result<Finished> {
+    // A copy whose swap a crash broke off is put in place, or back, first.
+    recover_interrupted_swap(&host.layout)?;
+    Ok(Finished::Looked(data_directory::look(&host.settled()?.installation, &host.layout).await))
+}
+
+async fn control(host: &Host) -> anyhow::Result<ControlFacts> {
+    match data_directory::look(&host.settled()?.installation, &host.layout).await {
+        DataDirectory::Full(control) => Ok(control),
+        DataDirectory::Unusable(why) => bail!(why),
+        DataDirectory::Empty | DataDirectory::Unknown => bail!("the data directory {} cannot be read", host.layout.data_dir().display()),
+    }
+}
+
+async fn start(
+    host: &Host,
+    guard: &Arc<GuardLink>,
+    role: StartAs,
+    spec: &ClusterSpec,
+    generation: u64,
+    fall_back: bool,
+) -> anyhow::Result<Finished> {
+    let control = control(host).await?;
+    let upstream = match &role {
+        StartAs::Standby(upstream) => upstream.as_ref(),
+        StartAs::Primary => None,
+    };
+    let inputs = host.config_inputs(spec, upstream, Some(control.floor))?;
+    let old_files = prepare_files(host, spec, &inputs, fall_back).await?;
+    set_standby(host.layout.data_dir(), role != StartAs::Primary)?;
+    if role != StartAs::Primary {
+        history_files::remove_unused_reservations(host.layout.data_dir(), control.timeline.max(control.min_recovery_timeline))?;
+    }
+    let word = if role == StartAs::Primary { Word::Writable } else { Word::Standby };
+    let start = spawn_postmaster(host, guard, &parameters::command_line(&inputs), word).await?;
+    Ok(match old_files {
+        None => Finished::Started(Ok(start)),
+        Some(why) => Finished::StartedOnOldFiles { generation, start, why },
+    })
+}
+
+/// Some = the files that served before are used, and why.
+async fn prepare_files(
+    host: &Host,
+    spec: &ClusterSpec,
+    inputs: &parameters::ConfigInputs,
+    fall_back: bool,
+) -> anyhow::Result<Option<String>> {
+    if fall_back && configure::fall_back(&host.layout)? {
+        return Ok(Some("PostgreSQL did not start with the new configuration; see its log".to_owned()));
+    }
+    let files = host.config_files(spec, inputs)?;
+    match configure::install_stopped(&host.settled()?.installation, &host.layout, &files).await? {
+        Outcome::PutBack { why } => Ok(Some(why)),
+        Outcome::Unchanged | Outcome::Installed { .. } | Outcome::Reloaded { .. } => Ok(None),
+    }
+}
+
+async fn spawn_postmaster(host: &Host, guard: &Arc<GuardLink>, settings: &[(String, String)], word: Word) -> anyhow::Result<StartId> {
+    let command = postmaster_command(&host.settled()?.installation, &host.layout, settings);
+    let text = |value: &std::ffi::OsString| value.to_string_lossy().into_owned();
+    let order = StartOrder {
+        program: command.program,
+        arguments: command.argv.iter().skip(1).map(text).collect(),
+        data_dir: host.layout.data_dir().to_owned(),
+        environment: command.env.iter().map(|(name, value)| (text(name), text(value))).collect(),
+        word,
+        stderr: None,
+    };
+    let facts = ask(guard, Request::Start(order)).await.context("starting PostgreSQL")?;
+    match facts.postmaster {
+        PostmasterFacts::Running { start, .. } | PostmasterFacts::Ending { start, .. } => Ok(start),
+        PostmasterFacts::ProvedEmpty { .. } | PostmasterFacts::Unclaimed { .. } => bail!("PostgreSQL ended at once; see its log"),
+    }
+}
+
+async fn ask(guard: &Arc<GuardLink>, request: Request) -> anyhow::Result<crate::facts::guard::GuardFacts> {
+    let guard = Arc::clone(guard);
+    Ok(tokio::task::spawn_blocking(move || guard.ask(&request)).await.context("asking the guard")??)
+}
+
+async fn apply_configuration(host: &Host, spec: &ClusterSpec, upstream: Option<&Upstream>) -> anyhow::Result<Configured> {
+    let settled = host.settled()?;
+    let control = control(host).await?;
+    let inputs = host.config_inputs(spec, upstream, Some(control.floor))?;
+    let files = host.config_files(spec, &inputs)?;
+    Ok(match configure::install_running(&settled.installation, &host.layout, &settled.sql, &files, SQL_LIMIT).await? {
+        Outcome::PutBack { why } => Configured::PutBack(why),
+        Outcome::Unchanged | Outcome::Installed { .. } | Outcome::Reloaded { .. } => Configured::Taken,
+    })
+}
+
+async fn make_cluster(host: &Host, spec: &ClusterSpec) -> anyhow::Result<()> {
+    let options = &spec.bootstrap.initdb;
+    let accounts = host.accounts()?;
+    let job = InitdbJob {
+        superuser: accounts.superuser.username,
+        password: accounts.superuser.password,
+        encoding: Some(options.encoding.clone()),
+        locale: Some(options.locale.clone()),
+        data_checksums: options.data_checksums,
+        auth_local: options.auth_local.clone(),
+        auth_host: options.auth_host.clone(),
+    };
+    initdb(&host.settled()?.installation, &host.layout, &job).await
+}
+
+async fn copy(host: &Host, from: &Upstream, spec: &ClusterSpec, lost: Option<LostRange>, replaceable: bool) -> anyhow::Result<()> {
+    let installation = &host.settled()?.installation;
+    let keep = match data_directory::look(installation, &host.layout).await {
+        DataDirectory::Empty => Keep::Empty,
+        DataDirectory::Unknown => bail!("what is in the data directory is not known: nothing takes its place"),
+        DataDirectory::Full(_) if replaceable => Keep::Nothing,
+        DataDirectory::Full(_) | DataDirectory::Unusable(_) => {
+            let why = lost.map_or_else(
+                || "it may hold WAL that is nowhere else".to_owned(),
+                |lost| match lost.to {
+                    Some(to) => format!("timeline {} from {} to {} is nowhere else ({} bytes)", lost.timeline, lost.from, to, to.bytes_since(lost.from)),
+                    None => format!("timeline {} from {} on is nowhere else; how far it goes could not be read", lost.timeline, lost.from),
+                },
+            );
+            Keep::Whole { why }
+        }
+    };
+    let leader = host.leader_server(from)?.look(LEADER_LIMIT).await.context("asking the leader before the copy")?;
+    let options = &spec.replication.basebackup;
+    let job = CloneJob {
+        conninfo: host.replication_conninfo(from),
+        leader,
+        max_rate_bytes: options.max_rate,
+        compress: options.compress.clone(),
+        checkpoint_fast: options.checkpoint == Checkpoint::Fast,
+        keep,
+        limit: CLONE_LIMIT,
+    };
+    clone_from(installation, &host.layout, &job).await?;
+    Ok(())
+}
+
+async fn plan(host: &Host, leader: &Upstream, history: &[HistoryEntry]) -> anyhow::Result<Rejoin> {
+    let local = control(host).await?;
+    let data_dir = host.layout.data_dir();
+    let wal = wal::end_of_wal(&host.settled()?.installation, data_dir, &local, wal::WAL_LIMIT).await;
+    let own_promotion = host.layout.promotion_file().read()?;
+    let promoted_under = history.iter().rev().find(|entry| entry.timeline == wal.timeline).and_then(|entry| entry.epoch);
+    let leader = host.leader_server(leader)?.look(LEADER_LIMIT).await.context("asking the leader for its history")?;
+    let plan = rejoin::decide(Inputs {
+        local: &local,
+        wal: &wal,
+        own_promotion: own_promotion.as_ref(),
+        promoted_under,
+        leader: &leader.lineage,
+    });
+    if plan == Rejoin::Follow {
+        history_files::bring(data_dir, &leader.history_files)?;
+    }
+    Ok(plan)
+}
+
+/// The guard's acknowledgement first; then what has to be on disk before PostgreSQL may choose its timeline; then promote.
+async fn promote(host: &Host, guard: &Arc<GuardLink>, lock: LockIdentity, timeline: TimelineId, parent: TimelineId) -> anyhow::Result<()> {
+    let facts = ask(guard, Request::Facts).await?;
+    let PostmasterFacts::Running { start, word, .. } = facts.postmaster else { bail!("PostgreSQL does not run") };
+    let data_dir = host.layout.data_dir();
+    let others: Vec<(TimelineId, String)> =
+        (parent.next().0..timeline.0).map(|id| (TimelineId(id), "another leadership".to_owned())).collect();
+    history_files::lay(data_dir, &others)?;
+    host.layout.promotion_file().write(&OwnPromotion { timeline, epoch: lock.epoch, parent, switch_lsn: None })?;
+    if word != Word::Writable {
+        // Last before the promotion: the guard refuses it from A on.
+        ask(guard, Request::Vouch { start, word: Word::Writable }).await.context("having the guard acknowledge the promotion")?;
+    }
+    host.settled()?.sql.promote(SQL_LIMIT).await.context("promoting PostgreSQL")
+}
+
+async fn roles(host: &Host, spec: &ClusterSpec, post_init: bool) -> anyhow::Result<()> {
+    let sql = &host.settled()?.sql;
+    crate::postgres::roles::ensure_roles(sql, &host.accounts()?, SQL_LIMIT).await.context("seeing to pgherd's roles")?;
+    if post_init {
+        sql.run_post_init(&spec.bootstrap.post_init, POST_INIT_LIMIT).await?;
+    }
+    Ok(())
+}
+
+async fn checkpoint(host: &Host) -> anyhow::Result<()> {
+    host.settled()?.sql.checkpoint(CHECKPOINT_LIMIT).await.context("making a checkpoint before the stop")
+}
+
+/// `history` with the parent and the switch point of our promotion, as the history file tells: the files decide.
+pub fn with_switch_point(host: &Host, mut history: Vec<HistoryEntry>) -> Vec<HistoryEntry> {
+    let ours = history.iter_mut().rev().find(|entry| entry.epoch.is_some() && entry.parent.is_none() && entry.timeline > TimelineId(1));
+    let Some(entry) = ours else { return history };
+    match history_files::read(host.layout.data_dir(), entry.timeline) {
+        Ok(Some(ancestors)) => {
+            if let (Some(switch), Some(epoch)) = (ancestors.0.last(), entry.epoch) {
+                entry.parent = Some(switch.parent);
+                entry.switch_lsn = Some(switch.at);
+                let own = OwnPromotion { timeline: entry.timeline, epoch, parent: switch.parent, switch_lsn: Some(switch.at) };
+                if let Err(error) = host.layout.promotion_file().write(&own) {
+                    tracing::warn!(error = format!("{error:#}"), "our own record of the promotion could not be completed");
+                }
+            }
+        }
+        Ok(None) => tracing::warn!(timeline = %entry.timeline, "PostgreSQL left no history file for the timeline it is on"),
+        Err(error) => tracing::warn!(error = format!("{error:#}"), "the history file of our timeline cannot be read"),
+    }
+    history
+}
+
+/// The files in place have served: a later start that fails can fall back to them.
+pub fn note_served(host: &Arc<Host>) {
+    let host = Arc::clone(host);
+    tokio::task::spawn_blocking(move || {
+        if let Err(error) = configure::served(&host.layout) {
+            tracing::warn!(error = format!("{error:#}"), "the configuration files that serve could not be kept beside");
+        }
+    });
+}

@@ -1,0 +1,105 @@
+//! The etcd operations: each action becomes one call, and its end one event. Decides nothing.
+
+use crate::clock;
+use crate::etcd::{AcquireRequest, Acquisition, Etcd, EtcdError, Fenced, PutMember, Released};
+use crate::facts::cluster::{ClusterView, DecisionRecord, HistoryEntry, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord};
+use crate::machine::action::Decision;
+use crate::machine::event::{AcquireOutcome, Event, Failure, Finished, PutOutcome};
+use crate::types::{Epoch, LeaseId, MemberName, Revision, SystemId};
+
+fn failure(error: &EtcdError) -> Failure {
+    error.to_string()
+}
+
+fn done(finished: Finished) -> Event {
+    Event::Finished(finished)
+}
+
+fn fenced(result: Result<Fenced, EtcdError>) -> Result<bool, Failure> {
+    result.map(|fenced| fenced == Fenced::Written).map_err(|error| failure(&error))
+}
+
+/// Writes the member key.
+pub async fn put_member(etcd: Etcd, name: MemberName, record: MemberRecord, lease: LeaseId) -> Event {
+    done(Finished::MemberPut(match etcd.put_member(&name, &record, lease).await {
+        Ok(PutMember::Written) => PutOutcome::Written,
+        Ok(PutMember::Foreign(key)) => PutOutcome::Foreign(key),
+        Err(error) => PutOutcome::Failed(failure(&error)),
+    }))
+}
+
+/// Races for the lock.
+pub async fn acquire(
+    etcd: Etcd,
+    member: MemberName,
+    lease: LeaseId,
+    judged_on: &ClusterView,
+    mut history: Vec<HistoryEntry>,
+    initialize: Option<SystemId>,
+) -> Event {
+    if let Some(entry) = history.last_mut() {
+        entry.at = clock::wall_clock();
+    }
+    let request = AcquireRequest {
+        member,
+        lease,
+        vacancy: judged_on.history_revision,
+        sync_revision: judged_on.sync_revision,
+        history,
+        initialize,
+    };
+    done(Finished::Acquired(match etcd.acquire(&request).await {
+        Ok(Acquisition::Acquired(lock)) => AcquireOutcome::Won(lock),
+        Ok(Acquisition::Beaten(_)) => AcquireOutcome::Beaten,
+        Ok(Acquisition::Unknown(why)) => AcquireOutcome::Failed(why),
+        Err(error) => AcquireOutcome::Failed(failure(&error)),
+    }))
+}
+
+/// Lets the lock go.
+pub async fn release(etcd: Etcd, epoch: Epoch, record: Option<ReleaseRecord>) -> Event {
+    let result = etcd.release(epoch, record.as_ref()).await;
+    done(Finished::Released(result.map(|released| released == Released::Released).map_err(|error| failure(&error))))
+}
+
+/// Writes `status`.
+pub async fn write_status(etcd: Etcd, status: StatusRecord) -> Event {
+    done(Finished::StatusWritten(fenced(etcd.write_status(status.epoch, &status).await)))
+}
+
+/// Completes `history`.
+pub async fn record_promotion(etcd: Etcd, epoch: Epoch, history: Vec<HistoryEntry>) -> Event {
+    done(Finished::PromotionRecorded(fenced(etcd.record_promotion(epoch, &history).await)))
+}
+
+/// Claims initialization.
+pub async fn claim_initialize(etcd: Etcd, member: MemberName, lease: LeaseId) -> Event {
+    done(Finished::InitializeClaimed(etcd.claim_initialize(&member, lease).await.map_err(|error| failure(&error))))
+}
+
+/// Gives the claim back.
+pub async fn give_up_initialize(etcd: Etcd, lease: LeaseId) -> Event {
+    done(Finished::InitializeGivenUp(etcd.give_up_initialize(lease).await.map_err(|error| failure(&error))))
+}
+
+/// Says how far a request got.
+pub async fn answer_request(etcd: Etcd, id: String, mod_revision: Revision, progress: RequestProgress) -> Event {
+    let answer = async {
+        let Some(key) = etcd.read_request(&id).await? else { return Ok(false) };
+        let mut record = key.record;
+        record.progress = progress;
+        etcd.update_request(&id, mod_revision, &record).await
+    };
+    done(Finished::RequestAnswered(answer.await.map_err(|error: EtcdError| failure(&error))))
+}
+
+/// A decision as it goes into `events/`.
+pub fn decision_record(member: &MemberName, decision: Decision) -> DecisionRecord {
+    DecisionRecord {
+        at: clock::wall_clock(),
+        member: member.clone(),
+        kind: decision.kind.to_owned(),
+        message: decision.message,
+        facts: decision.facts,
+    }
+}
