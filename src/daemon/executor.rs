@@ -1,7 +1,7 @@
 //! Carries out the machine's actions, in order. Decides nothing; every operation ends in exactly one event, also when it is cancelled.
 
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, oneshot};
@@ -15,7 +15,7 @@ use crate::http::peer;
 use crate::machine::Machine;
 use crate::machine::action::{Action, Decision, LeaseOrder, Operation};
 use crate::machine::event::{AcquireOutcome, Event, Finished, PutOutcome};
-use crate::policy::deadlines::LeaseTimes;
+use crate::policy::deadlines::{LeaseTimes, TTL_MIN_SECONDS};
 use crate::spec::cluster::ClusterSpec;
 use crate::types::{LeaseId, LeaseIdentity, LockIdentity, MemberName};
 
@@ -37,6 +37,8 @@ pub struct Executor {
     sink: Sink,
     lease: Option<LeaseHandle>,
     times: Option<LeaseTimes>,
+    /// What the lease's thread tells the guard to compute deadlines with.
+    guard_times: Arc<Mutex<LeaseTimes>>,
     cancel: Option<oneshot::Sender<()>>,
     events: Arc<Semaphore>,
 }
@@ -44,8 +46,9 @@ pub struct Executor {
 impl Executor {
     /// Nothing runs yet.
     pub fn new(host: Arc<Host>, etcd: Etcd, guard: Arc<GuardLink>, sink: Sink) -> Self {
+        let guard_times = Arc::new(Mutex::new(LeaseTimes::new(Duration::from_secs(TTL_MIN_SECONDS))));
         let events = Arc::new(Semaphore::new(EVENTS_IN_FLIGHT_MAX));
-        Executor { host, etcd, guard, sink, lease: None, times: None, cancel: None, events }
+        Executor { host, etcd, guard, sink, lease: None, times: None, guard_times, cancel: None, events }
     }
 
     /// A new spec: the lease may have to have other times.
@@ -53,6 +56,7 @@ impl Executor {
         let times = LeaseTimes { ttl: spec.ha.ttl, safety_margin: spec.watchdog.safety_margin, watchdog: None };
         if self.times != Some(times) {
             self.times = Some(times);
+            *self.guard_times.lock().unwrap_or_else(PoisonError::into_inner) = times;
             if let Some(lease) = &self.lease {
                 lease.change_times(times);
             }
@@ -63,7 +67,9 @@ impl Executor {
     pub fn before_machine(&mut self, machine: &Machine, event: Event) -> Option<Event> {
         if let Event::Lease(LeaseEvent::Granted { identity, .. }) = &event {
             let world = machine.world();
-            if let (Some(old), Some(record)) = (world.lease.filter(|old| old != identity), world.written.as_ref().map(|(record, _)| record.clone())) {
+            if let (Some(old), Some(record)) =
+                (world.lease.filter(|old| old != identity), world.written.as_ref().map(|(record, _)| record.clone()))
+            {
                 self.move_keys(world.lock.identity(), record, old, *identity);
                 return None;
             }
@@ -140,11 +146,12 @@ impl Executor {
 
     fn spawn_lease(&self, times: LeaseTimes) -> anyhow::Result<LeaseHandle> {
         let (guard, sink) = (Arc::clone(&self.guard), Arc::clone(&self.sink));
-        let acknowledge = move |lock: LockIdentity, sent: BootTime, times: LeaseTimes| match guard.acknowledge(lock, sent, times) {
-            Ok(()) => Acknowledged::Yes,
-            Err(error) => {
-                tracing::error!(error = %error, "the guard did not acknowledge the proof of the lock");
-                Acknowledged::No
+        let known = Arc::clone(&self.guard_times);
+        let acknowledge = move |lock: LockIdentity, sent: BootTime| {
+            let times = *known.lock().unwrap_or_else(PoisonError::into_inner);
+            match guard.acknowledge(lock, sent, times) {
+                Ok(()) => Acknowledged::Yes,
+                Err(error) => Acknowledged::No(error.to_string()),
             }
         };
         lease::spawn(self.host.etcd_settings()?, times, Box::new(acknowledge), Box::new(move |event| sink(Event::Lease(event))))
@@ -281,4 +288,3 @@ async fn ask_peers(vacancy: crate::types::Revision, peers: Vec<(MemberName, Stri
     let writable = futures_util::future::join_all(questions).await.into_iter().flatten().collect();
     Event::Finished(Finished::PeersAsked { vacancy, sent, writable })
 }
-

@@ -60,7 +60,10 @@ struct LeaseFile {
 impl Host {
     /// Looks at the host; changes nothing but the passfile in run_dir.
     pub fn find(node: NodeSpec) -> anyhow::Result<Self> {
-        ensure!(node.api.tls.is_none(), "api.tls is set, and HTTPS is not built yet: it is not served in plain text instead; remove api.tls");
+        ensure!(
+            node.api.tls.is_none(),
+            "api.tls is set, and HTTPS is not built yet: it is not served in plain text instead; remove api.tls"
+        );
         let layout = Layout::new(&node.postgres.data_dir, node.postgres.wal_dir.as_deref())?;
         let own = std::env::current_exe().context("finding the daemon's own program")?;
         let guard_binary = own.with_file_name("pgherd-guard");
@@ -168,7 +171,12 @@ impl Host {
     }
 
     /// What PostgreSQL's configuration is made of.
-    pub fn config_inputs(&self, spec: &ClusterSpec, upstream: Option<&Upstream>, floor: Option<StandbyFloor>) -> anyhow::Result<ConfigInputs> {
+    pub fn config_inputs(
+        &self,
+        spec: &ClusterSpec,
+        upstream: Option<&Upstream>,
+        floor: Option<StandbyFloor>,
+    ) -> anyhow::Result<ConfigInputs> {
         let member = spec.member(&self.node.name).context("this member is not in spec.members")?;
         let node = &self.node.postgres;
         Ok(ConfigInputs {

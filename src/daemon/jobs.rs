@@ -191,7 +191,13 @@ async fn copy(host: &Host, from: &Upstream, spec: &ClusterSpec, lost: Option<Los
             let why = lost.map_or_else(
                 || "it may hold WAL that is nowhere else".to_owned(),
                 |lost| match lost.to {
-                    Some(to) => format!("timeline {} from {} to {} is nowhere else ({} bytes)", lost.timeline, lost.from, to, to.bytes_since(lost.from)),
+                    Some(to) => format!(
+                        "timeline {} from {} to {} is nowhere else ({} bytes)",
+                        lost.timeline,
+                        lost.from,
+                        to,
+                        to.bytes_since(lost.from)
+                    ),
                     None => format!("timeline {} from {} on is nowhere else; how far it goes could not be read", lost.timeline, lost.from),
                 },
             );
@@ -220,13 +226,8 @@ async fn plan(host: &Host, leader: &Upstream, history: &[HistoryEntry]) -> anyho
     let own_promotion = host.layout.promotion_file().read()?;
     let promoted_under = history.iter().rev().find(|entry| entry.timeline == wal.timeline).and_then(|entry| entry.epoch);
     let leader = host.leader_server(leader)?.look(LEADER_LIMIT).await.context("asking the leader for its history")?;
-    let plan = rejoin::decide(Inputs {
-        local: &local,
-        wal: &wal,
-        own_promotion: own_promotion.as_ref(),
-        promoted_under,
-        leader: &leader.lineage,
-    });
+    let plan =
+        rejoin::decide(Inputs { local: &local, wal: &wal, own_promotion: own_promotion.as_ref(), promoted_under, leader: &leader.lineage });
     if plan == Rejoin::Follow {
         history_files::bring(data_dir, &leader.history_files)?;
     }

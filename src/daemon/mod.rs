@@ -64,23 +64,21 @@ pub fn run(node: NodeSpec, options: &Options) -> anyhow::Result<u8> {
         eprintln!("another daemon runs with run_dir {}: this one does not", node.run_dir.display());
         return Ok(EXIT_REFUSED);
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(WORKER_THREADS)
-        .enable_all()
-        .build()
-        .context("building the runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(WORKER_THREADS).enable_all().build().context("building the runtime")?;
     let host = Arc::new(Host::find(node)?);
     let (queue, events) = mpsc::channel(QUEUE_MAX);
     let (ended, ends) = mpsc::channel(ENDS_MAX);
     let sink = sink(queue, ended);
-    let guard = match GuardLink::open(&host.node.run_dir, host.layout.data_dir(), &host.guard_binary, options.clear_crashes, Arc::clone(&sink)) {
-        Ok(guard) => guard,
-        Err(NoGuard::Other(error)) => return Err(error),
-        Err(refused) => {
-            eprintln!("{refused}");
-            return Ok(if matches!(refused, NoGuard::CrashLoop(_)) { EXIT_CRASH_LOOP } else { EXIT_REFUSED });
-        }
-    };
+    let guard =
+        match GuardLink::open(&host.node.run_dir, host.layout.data_dir(), &host.guard_binary, options.clear_crashes, Arc::clone(&sink)) {
+            Ok(guard) => guard,
+            Err(NoGuard::Other(error)) => return Err(error),
+            Err(refused) => {
+                eprintln!("{refused}");
+                return Ok(if matches!(refused, NoGuard::CrashLoop(_)) { EXIT_CRASH_LOOP } else { EXIT_REFUSED });
+            }
+        };
     let code = runtime.block_on(shell::run(host, guard, sink, shell::Queue { events, ends }))?;
     // Tasks that still wait for a network or a child must not hold the process.
     runtime.shutdown_background();
@@ -99,17 +97,19 @@ fn sink(queue: mpsc::Sender<Event>, ends: mpsc::Sender<Event>) -> Sink {
 }
 
 fn make_private_directory(path: &Path) -> anyhow::Result<()> {
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .with_context(|| format!("making run_dir {}; the unit's RuntimeDirectory=, or an administrator, has to make it for the daemon's user", path.display()))
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).with_context(|| {
+        format!(
+            "making run_dir {}; the unit's RuntimeDirectory=, or an administrator, has to make it for the daemon's user",
+            path.display()
+        )
+    })
 }
 
 /// One daemon per run_dir. The lock goes with the process, however it ends.
 fn lock_run_dir(run_dir: &Path) -> anyhow::Result<Option<Flock<File>>> {
     let path = run_dir.join("daemon.lock");
-    let file = File::options().create(true).write(true).truncate(false).open(&path).with_context(|| format!("opening {}", path.display()))?;
+    let file =
+        File::options().create(true).write(true).truncate(false).open(&path).with_context(|| format!("opening {}", path.display()))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(Some(lock)),
         Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use crate::machine::event::Event;
 use super::guard_link::Sink;
 use super::host::Host;
+use crate::machine::event::Event;
 
 /// How long a server may take to answer before it counts as unknown.
 const PROBE_TIMEOUT_MS: u64 = 2_000;

@@ -23,7 +23,7 @@ fn fenced(result: Result<Fenced, EtcdError>) -> Result<bool, Failure> {
 pub async fn put_member(etcd: Etcd, name: MemberName, record: MemberRecord, lease: LeaseId) -> Event {
     done(Finished::MemberPut(match etcd.put_member(&name, &record, lease).await {
         Ok(PutMember::Written) => PutOutcome::Written,
-        Ok(PutMember::Foreign(key)) => PutOutcome::Foreign(key),
+        Ok(PutMember::Foreign { lease, .. }) => PutOutcome::Foreign(lease),
         Err(error) => PutOutcome::Failed(failure(&error)),
     }))
 }
@@ -40,14 +40,8 @@ pub async fn acquire(
     if let Some(entry) = history.last_mut() {
         entry.at = clock::wall_clock();
     }
-    let request = AcquireRequest {
-        member,
-        lease,
-        vacancy: judged_on.history_revision,
-        sync_revision: judged_on.sync_revision,
-        history,
-        initialize,
-    };
+    let request =
+        AcquireRequest { member, lease, vacancy: judged_on.history_revision, sync_revision: judged_on.sync_revision, history, initialize };
     done(Finished::Acquired(match etcd.acquire(&request).await {
         Ok(Acquisition::Acquired(lock)) => AcquireOutcome::Won(lock),
         Ok(Acquisition::Beaten(_)) => AcquireOutcome::Beaten,
@@ -84,13 +78,8 @@ pub async fn give_up_initialize(etcd: Etcd, lease: LeaseId) -> Event {
 
 /// Says how far a request got.
 pub async fn answer_request(etcd: Etcd, id: String, mod_revision: Revision, progress: RequestProgress) -> Event {
-    let answer = async {
-        let Some(key) = etcd.read_request(&id).await? else { return Ok(false) };
-        let mut record = key.record;
-        record.progress = progress;
-        etcd.update_request(&id, mod_revision, &record).await
-    };
-    done(Finished::RequestAnswered(answer.await.map_err(|error: EtcdError| failure(&error))))
+    let answer = etcd.update_request(&id, mod_revision, progress).await;
+    done(Finished::RequestAnswered(answer.map_err(|error| failure(&error))))
 }
 
 /// A decision as it goes into `events/`.

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
@@ -13,6 +12,7 @@ use crate::etcd::{Etcd, WatchEvent, WatchTimes};
 use crate::facts::cluster::{ClusterView, Versions};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::guard::protocol::{PROTOCOL_VERSION, Request};
+use crate::http;
 use crate::http::snapshot::Snapshot;
 use crate::machine::Machine;
 use crate::machine::action::Action;
@@ -49,7 +49,8 @@ pub struct Queue {
 pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: Queue) -> anyhow::Result<u8> {
     let etcd = Etcd::new(host.etcd_settings()?).context("etcd's settings in the node document")?;
     let (pace, pace_seen) = watch::channel(None);
-    let (published, answers) = watch::channel(Arc::new(Snapshot::unknown(BootTime::now(), host.node.name.clone(), host.node.cluster.clone())));
+    let (published, answers) =
+        watch::channel(Arc::new(Snapshot::unknown(BootTime::now(), host.node.name.clone(), host.node.cluster.clone())));
     let _watch = feed_watch(&etcd, &sink);
     tokio::spawn(prober::run(Arc::clone(&host), pace_seen, Arc::clone(&sink)));
     warn_of_old_etcd(etcd.clone());
@@ -58,14 +59,10 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
     let mut machine = Machine::new(Me {
         name: host.node.name.clone(),
         incarnation: host.incarnation.clone(),
-        versions: Versions {
-            pgherd: env!("CARGO_PKG_VERSION").to_owned(),
-            postgres: None,
-            guard_protocol: PROTOCOL_VERSION,
-        },
+        versions: Versions { pgherd: env!("CARGO_PKG_VERSION").to_owned(), postgres: None, guard_protocol: PROTOCOL_VERSION },
     });
     let mut executor = Executor::new(Arc::clone(&host), etcd, guard, sink);
-    let mut serving = Serving { host: Arc::clone(&host), answers, begun: false };
+    let mut serving = Serving { host: Arc::clone(&host), answers, server: None };
     let mut kept = snapshot::Kept::default();
     let mut spec_read = SpecReader::default();
     let mut served = None;
@@ -95,7 +92,7 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
             if let Event::SpecRead(_, spec) = &read {
                 host.settle(spec).await.context("finding PostgreSQL's programs")?;
                 executor.spec_changed(spec);
-                serving.begin(spec).await?;
+                serving.begin(spec)?;
             }
             step(&mut machine, &mut executor, &mut kept, read);
         }
@@ -188,12 +185,7 @@ fn end_lease_before_boot(host: &Host, guard: &GuardLink, etcd: Etcd) {
 
 fn signals() -> anyhow::Result<mpsc::Receiver<Signalled>> {
     let (sender, receiver) = mpsc::channel(8);
-    let kinds = [
-        (SignalKind::terminate(), 0),
-        (SignalKind::interrupt(), 0),
-        (SignalKind::user_defined2(), 1),
-        (SignalKind::hangup(), 2),
-    ];
+    let kinds = [(SignalKind::terminate(), 0), (SignalKind::interrupt(), 0), (SignalKind::user_defined2(), 1), (SignalKind::hangup(), 2)];
     for (kind, what) in kinds {
         let mut stream = signal(kind).context("listening for signals")?;
         let sender = sender.clone();
@@ -233,23 +225,20 @@ impl SpecReader {
     }
 }
 
-/// The HTTP API begins when the spec says on which port, or at once when the node document does.
+/// The HTTP API begins when the spec says on which port. It has a thread of its own.
 struct Serving {
     host: Arc<Host>,
     answers: watch::Receiver<Arc<Snapshot>>,
-    begun: bool,
+    server: Option<http::Server>,
 }
 
 impl Serving {
-    async fn begin(&mut self, spec: &spec::cluster::ClusterSpec) -> anyhow::Result<()> {
+    fn begin(&mut self, spec: &spec::cluster::ClusterSpec) -> anyhow::Result<()> {
         let port = spec.member(&self.host.node.name).map(|member| member.api_port);
         let listen = self.host.node.api.listen.clone().or_else(|| port.map(|port| format!("0.0.0.0:{port}")));
-        let Some(listen) = listen.filter(|_| !self.begun) else { return Ok(()) };
-        let listener = TcpListener::bind(&listen).await.with_context(|| format!("listening on {listen} for the HTTP API"))?;
+        let Some(listen) = listen.filter(|_| self.server.is_none()) else { return Ok(()) };
         tracing::info!(listen, "HTTP API");
-        self.begun = true;
-        let answers = self.answers.clone();
-        tokio::spawn(async move { crate::http::serve(listener, answers, crate::http::Limits::default()).await });
+        self.server = Some(http::start(http::serve::bind(&listen)?, self.answers.clone(), http::Limits::default())?);
         Ok(())
     }
 }

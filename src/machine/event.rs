@@ -5,13 +5,13 @@
 use std::sync::Arc;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::{ClusterView, MemberKey};
+use crate::facts::cluster::ClusterView;
 use crate::facts::guard::{GuardFacts, StartId};
 use crate::facts::lease::LeaseEvent;
 use crate::facts::postgres::{DataDirectory, Probe};
 use crate::policy::rejoin::Rejoin;
 use crate::spec::cluster::ClusterSpec;
-use crate::types::{LockIdentity, MemberName, Revision};
+use crate::types::{LeaseId, LockIdentity, MemberName, Revision};
 
 use super::action::Upstream;
 
@@ -177,8 +177,8 @@ pub enum Finished {
 pub enum PutOutcome {
     /// Written on our lease.
     Written,
-    /// A key of another incarnation is in the way.
-    Foreign(Box<MemberKey>),
+    /// A key on this lease, which is not ours, is in the way.
+    Foreign(LeaseId),
     /// Not known.
     Failed(Failure),
 }

@@ -15,7 +15,7 @@ use crate::facts::postgres::{ControlFacts, DataDirectory, Probe, ProbeOutcome, S
 use crate::policy::deadlines::LeaseTimes;
 use crate::policy::rejoin::Rejoin;
 use crate::spec::cluster::{ClusterSpec, Member};
-use crate::types::{Epoch, Incarnation, LeaseIdentity, LockIdentity, MemberName, Revision, TimelineId};
+use crate::types::{Epoch, Incarnation, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision, TimelineId};
 
 use super::action::{Action, LeaseOrder, OperationKind, StopMode, Upstream};
 use super::event::{AcquireOutcome, Configured, Event, Finished, PutOutcome};
@@ -176,8 +176,8 @@ pub struct World {
     pub written: Option<(MemberRecord, BootTime)>,
     /// What is being written.
     pub writing: Option<MemberRecord>,
-    /// Since when another incarnation's key is in the way, and the revision it had.
-    pub foreign: Option<(BootTime, MemberKey)>,
+    /// Since when another incarnation's key is in the way, and the lease it hangs on.
+    pub foreign: Option<(BootTime, LeaseId)>,
     /// `status` as last written, and when.
     pub status_written: Option<(StatusRecord, BootTime)>,
     /// The leadership whose promotion is in `history`.
@@ -450,7 +450,10 @@ impl World {
             Finished::StartedOnOldFiles { generation, start, why } => {
                 self.in_force = self.in_force.take().map(|files| InForce { generation: 0, ..files });
                 self.refused_generation = Some(generation);
-                self.fail("configuration_refused", format!("PostgreSQL runs on the files that served before generation {generation}: {why}"));
+                self.fail(
+                    "configuration_refused",
+                    format!("PostgreSQL runs on the files that served before generation {generation}: {why}"),
+                );
                 self.judge_start(now, Ok(start));
             }
             Finished::Configured { generation, upstream, result } => self.absorb_configured(now, generation, upstream, result),
@@ -558,14 +561,14 @@ impl World {
                 }
                 self.ended(now, OperationKind::PutMember, true);
             }
-            PutOutcome::Foreign(key) => {
+            PutOutcome::Foreign(lease) => {
                 self.written = None;
-                let since = self.foreign.as_ref().map_or(now, |(since, _)| *since);
+                let since = self.foreign.map_or(now, |(since, _)| since);
                 self.warn(
                     "name_taken",
                     format!("the member key of `{}` belongs to another run of the daemon; waiting for it to expire", self.me.name),
                 );
-                self.foreign = Some((since, *key));
+                self.foreign = Some((since, lease));
                 self.ended(now, OperationKind::PutMember, false);
             }
             PutOutcome::Failed(_) => {
