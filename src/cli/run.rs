@@ -16,15 +16,6 @@ use crate::spec::node::NodeSpec;
 use crate::spec::{Loaded, Problems, Severity};
 use crate::telemetry;
 
-/// What `pgherd run` was told beside the node document.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RunOptions {
-    /// The node document, as an absolute path: SIGHUP reads it again.
-    pub config: PathBuf,
-    /// Start although the daemon crashed repeatedly.
-    pub clear_crashes: bool,
-}
-
 /// Runs the daemon to its end.
 pub fn run(connection: Connection, clear_crashes: bool) -> Outcome {
     telemetry::abort_on_panic();
@@ -36,7 +27,7 @@ pub fn run(connection: Connection, clear_crashes: bool) -> Outcome {
     let node = load(&config)?;
     privileges::drop_to_os_user(&node.spec).map_err(|error| Failure { code: WRONG, error })?;
     let _telemetry = telemetry::start(node.spec.log)?;
-    Ok(daemon(node.spec, &RunOptions { config, clear_crashes })?)
+    Ok(crate::daemon::run(node.spec, &crate::daemon::Options { clear_crashes })?)
 }
 
 /// Reads the node document for a daemon: what `validate` warns of is an error here.
@@ -63,8 +54,4 @@ fn refuse_unbuilt(node: &NodeSpec) -> Result<(), Failure> {
         tell("warning: spec.api.auth has no effect: in this version nobody can change anything over HTTP");
     }
     Ok(())
-}
-
-fn daemon(node: NodeSpec, options: &RunOptions) -> anyhow::Result<u8> {
-    anyhow::bail!("the daemon is not part of this build ({} of {}, {})", node.name, node.cluster, options.config.display())
 }
