@@ -119,11 +119,22 @@ pub(super) fn etcd_prefix(text: &str) -> Result<(), String> {
     ))
 }
 
+/// What matters of an etcd endpoint.
+pub(super) struct Endpoint {
+    pub(super) tls: bool,
+    pub(super) loopback: bool,
+}
+
 /// An etcd endpoint; the error may come with a hint.
-pub(super) fn etcd_endpoint(text: &str) -> Result<(), (String, Option<String>)> {
+pub(super) fn etcd_endpoint(text: &str) -> Result<Endpoint, (String, Option<String>)> {
     let complaint = |hint: Option<String>| {
         (format!("expected a URL such as http://10.0.12.9:2379 or https://etcd1:2379, found `{}`", text.escape_debug()), hint)
     };
+    if text.contains('@') {
+        // What stands before the @ may be a password: it is not repeated.
+        let message = "expected a URL without a user such as http://10.0.12.9:2379".to_owned();
+        return Err((message, Some("users and passwords go to spec.etcd.username and password_file".to_owned())));
+    }
     let Some((scheme, rest)) = text.split_once("://") else {
         let scheme = if text.starts_with("https") { "https" } else { "http" };
         let address = text.trim_start_matches(scheme).trim_start_matches([':', '/']);
@@ -131,12 +142,16 @@ pub(super) fn etcd_endpoint(text: &str) -> Result<(), (String, Option<String>)> 
     };
     let bare = rest.trim_end_matches('/');
     match scheme {
-        "http" | "https" if authority(rest) => Ok(()),
+        "http" | "https" if authority(rest) => Ok(Endpoint { tls: scheme == "https", loopback: is_loopback(rest) }),
         "http" | "https" if authority(bare) => Err(complaint(Some(format!("did you mean `{scheme}://{bare}`?")))),
-        "http" | "https" if bare.contains('@') => {
-            Err(complaint(Some("users and passwords go to spec.etcd.username and password_file".to_owned())))
-        }
         _ => Err(complaint(None)),
+    }
+}
+
+fn is_loopback(authority: &str) -> bool {
+    match authority.parse::<SocketAddr>() {
+        Ok(address) => address.ip().is_loopback(),
+        Err(_) => authority.starts_with("localhost:"),
     }
 }
 

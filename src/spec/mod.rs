@@ -19,6 +19,8 @@ pub mod schema;
 pub mod unbuilt;
 
 mod checks;
+mod parameters;
+mod rules;
 mod shape;
 mod tree;
 mod walk;
@@ -89,8 +91,15 @@ pub fn load_any(source_name: &str, text: &str) -> Result<Document, Problems> {
             Err(Problems(report.into_parts().1))
         }
         None => {
-            if let Some(root) = root {
-                report.at(root.mark, "kind", "this key is missing; expected one of Cluster, Node".to_owned(), None);
+            match root {
+                Some(Node { mark, value: Value::Map(_) }) => {
+                    report.at(mark, "kind", "this key is missing; expected one of Cluster, Node".to_owned(), None);
+                }
+                Some(root) => {
+                    let found = root.describe();
+                    report.at(root.mark, "", format!("expected a mapping with apiVersion, kind, metadata and spec, found {found}"), None);
+                }
+                None => {}
             }
             Err(Problems(report.into_parts().1))
         }

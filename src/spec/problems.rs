@@ -88,6 +88,11 @@ impl fmt::Display for Problems {
 
 impl std::error::Error for Problems {}
 
+/// `a.b[1].c`, `a.b[1]`, `a.b`, `a`: the path and the keys above it.
+fn ancestors(path: &str) -> impl Iterator<Item = &str> {
+    std::iter::successors(Some(path), |path| path.rfind(['.', '[']).map(|end| &path[..end]))
+}
+
 /// A place in a document.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Mark {
@@ -108,16 +113,7 @@ impl Marks {
 
     /// The place of `path`, or of the nearest key above it that was typed.
     pub fn find(&self, path: &str) -> Mark {
-        let mut path = path;
-        loop {
-            if let Some(mark) = self.0.get(path) {
-                return *mark;
-            }
-            match path.rfind(['.', '[']) {
-                Some(end) => path = &path[..end],
-                None => return self.0.get("").copied().unwrap_or_default(),
-            }
-        }
+        ancestors(path).chain([""]).find_map(|path| self.0.get(path)).copied().unwrap_or_default()
     }
 
     /// Whether `path` was typed.
@@ -163,7 +159,8 @@ impl Report {
     }
 
     fn rule(&mut self, severity: Severity, path: &str, message: String, hint: Option<String>) {
-        if !self.unfit.contains(path) {
+        let unfit = ancestors(path).any(|path| self.unfit.contains(path));
+        if !unfit {
             self.push(severity, self.marks.find(path), path, message, hint);
         }
     }
@@ -190,7 +187,8 @@ pub(super) fn nearest<'a>(typed: &str, known: impl IntoIterator<Item = &'a str>)
     /// One slip per this many characters, and always at least one.
     const CHARACTERS_PER_SLIP: usize = 3;
     let typed = typed.to_lowercase();
-    let slips = (typed.chars().count() / CHARACTERS_PER_SLIP).max(1);
+    let length = typed.chars().count();
+    let slips = (length / CHARACTERS_PER_SLIP).max(1).min(length.saturating_sub(1));
     known
         .into_iter()
         .map(|word| (strsim::damerau_levenshtein(&typed, &word.to_lowercase()), word))

@@ -29,24 +29,29 @@ pub(super) static NODE_SHAPE: LazyLock<Entry> = LazyLock::new(|| compile(&node()
 
 fn generate<T: JsonSchema>() -> Json {
     let mut schema = SchemaSettings::draft2020_12().into_generator().into_root_schema_for::<T>().to_value();
-    forbid_null(&mut schema);
+    tidy(&mut schema);
     schema
 }
 
 /// The typed types are optional all over. Null is allowed where it is the default, and for sections and lists (an empty one in YAML is
-/// null); everywhere else it is taken out again.
-fn forbid_null(schema: &mut Json) {
+/// null); everywhere else it is taken out again. So are the widths of our integers: the ranges say more.
+fn tidy(schema: &mut Json) {
     if let Some(properties) = schema.get_mut("properties").and_then(Json::as_object_mut) {
         for property in properties.values_mut() {
             let scalar_default = property.get("default").is_some_and(|default| !default.is_null() && !default.is_array());
             if scalar_default {
                 take_null_out(property);
             }
+            if let Some(map) = property.as_object_mut()
+                && map.get("format").and_then(Json::as_str).is_some_and(|format| format.starts_with("uint"))
+            {
+                map.remove("format");
+            }
         }
     }
     match schema {
-        Json::Object(map) => map.values_mut().for_each(forbid_null),
-        Json::Array(items) => items.iter_mut().for_each(forbid_null),
+        Json::Object(map) => map.values_mut().for_each(tidy),
+        Json::Array(items) => items.iter_mut().for_each(tidy),
         _ => {}
     }
 }

@@ -68,6 +68,7 @@ pub(super) fn parse(text: &str, report: &mut Report) -> Option<Node> {
         flow_nesting_limit: NESTING_MAX_LEVELS,
         block_nesting_limit: NESTING_MAX_LEVELS,
         disallow_directives: true,
+        emit_unresolved_aliases: true,
     };
     options.set_emit_comments(false);
     let mut builder = Builder::default();
@@ -123,7 +124,7 @@ impl Builder {
             Event::SequenceStart(..) => self.open.push(Open::List(mark, Vec::new())),
             Event::MappingStart(..) => self.open.push(Open::Map(mark, Vec::new(), None)),
             Event::SequenceEnd | Event::MappingEnd => self.close(),
-            Event::Alias(_) => {
+            Event::Alias(_) | Event::UnresolvedAlias(_) => {
                 report.at(mark, "", "aliases are not used here; write the value out".to_owned(), None);
                 self.add(Node { mark, value: Value::Refused });
             }

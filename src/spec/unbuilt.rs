@@ -1,11 +1,12 @@
-//! What a cluster document may ask for and this version does not do yet.
+//! What a document may ask for and this version does not do yet.
 //!
-//! A setting that promises safety, or that cannot be undone, is refused by `apply` when somebody typed it: it is never accepted and
+//! A setting of a cluster that promises safety, or that cannot be undone, is refused by `apply` when somebody typed it: it is never accepted and
 //! ignored. A default that is not built, and everything else that was typed, gives one condition each, which tells what is in force
 //! instead. The surprise: a document without `replication.mode` is taken and runs async, one with `mode: quorum` is not taken.
 
 use super::cluster::typed::{self, OnRewindFailure, ReplicationMode, RestartPolicy, WatchdogMode};
 use super::cluster::{ClusterSpec, DEFAULT_PRIORITY, Tags};
+use super::node::NodeSpec;
 use crate::facts::cluster::{Condition, Severity};
 
 /// [`Condition::kind`] of everything that is not in force.
@@ -91,6 +92,33 @@ pub fn conditions(spec: &ClusterSpec) -> Vec<Condition> {
         idle.say("bootstrap.custom", "has no effect: a cluster is initialized by initdb");
     }
     stored.chain(idle.0).collect()
+}
+
+/// The settings of a node document that `run` must refuse: TLS that would not be there.
+pub fn node_refusals(node: &NodeSpec) -> Vec<Refusal> {
+    let reason = "this version serves its HTTP API without TLS; leave it out to accept that";
+    let tls = node.api.tls.iter().map(|tls| Refusal {
+        path: "spec.api.tls".to_owned(),
+        value: tls.cert_file.display().to_string(),
+        reason: reason.to_owned(),
+    });
+    tls.collect()
+}
+
+/// One informational condition for each setting of a node document that has no effect.
+pub fn node_conditions(node: &NodeSpec) -> Vec<Condition> {
+    let mut idle = Idle(Vec::new());
+    idle.say_if(node.api.auth.is_some(), "api.auth", "has no effect: no call of the HTTP API changes anything");
+    idle.say_if(!node.postgres.tablespace_map.is_empty(), "postgres.tablespace_map", "has no effect: tablespaces keep their paths");
+    idle.say_if(node.postgres.rewind.is_some(), "postgres.rewind", "has no effect: a diverged member is cloned anew");
+    idle.say_if(node.routing.interface.is_some(), "routing.interface", "has no effect: no virtual address is moved");
+    idle.say_if(
+        !node.routing.haproxy_sockets.is_empty(),
+        "routing.haproxy_sockets",
+        "has no effect: HAProxy sees a role change by its checks",
+    );
+    idle.say_if(!node.routing.manage.is_empty(), "routing.manage", "has no effect: no service is kept current");
+    idle.0
 }
 
 /// What has no effect.

@@ -3,6 +3,8 @@
 //!
 //! What does not fit is reported and left out of the result, so that the rules behind this can still look at the rest.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, Value as Json};
 
 use super::problems::{Mark, Report, nearest};
@@ -54,23 +56,27 @@ impl Walk<'_> {
     }
 
     fn wrong(&mut self, node: &Node, path: &str, expected: String, hint: Option<String>) {
+        // What stands where the name of a secret's file should be may be the secret.
+        if path.ends_with("password_file") {
+            return self.report.at(node.mark, path, "expected the absolute path of a file".to_owned(), None);
+        }
         self.report.at(node.mark, path, format!("expected {expected}, found {}", node.describe()), hint);
     }
 
     fn section(&mut self, mark: Mark, pairs: &[(Node, Node)], section: &Section, path: &str) -> Json {
         let mut fitted = Map::new();
-        let mut seen: Vec<(&str, Mark)> = Vec::new();
+        let mut seen: BTreeMap<&str, Mark> = BTreeMap::new();
         for (key, node) in pairs {
             let Value::Scalar { text: name, .. } = &key.value else {
                 self.report.at(key.mark, path, format!("expected a key, found {}", key.describe()), None);
                 continue;
             };
             let path = join(path, name);
-            if let Some((_, first)) = seen.iter().find(|(other, _)| other == name) {
+            if let Some(first) = seen.get(name.as_str()) {
                 self.report.at(key.mark, &path, format!("this key is already on line {}", first.line), None);
                 continue;
             }
-            seen.push((name, key.mark));
+            seen.insert(name, key.mark);
             let field = section.field(name);
             let Some(entry) = field.map(|field| &field.entry).or(section.others.as_deref()) else {
                 self.unknown(key, name, section, &path);
@@ -85,7 +91,7 @@ impl Walk<'_> {
                 None => {}
             }
         }
-        for field in section.fields.iter().filter(|field| field.required && !seen.iter().any(|(name, _)| *name == field.name)) {
+        for field in section.fields.iter().filter(|field| field.required && !seen.contains_key(field.name.as_str())) {
             let place = if path.is_empty() { mark } else { self.report.marks.find(path) };
             let message = format!("this key is missing; expected {}", expected(&field.entry.shape));
             self.report.at(place, &join(path, &field.name), message, None);
@@ -95,10 +101,15 @@ impl Walk<'_> {
 
     fn unknown(&mut self, key: &Node, name: &str, section: &Section, path: &str) {
         let known = || section.fields.iter().map(|field| field.name.as_str());
-        let near = nearest(name, known()).map(str::to_owned).or_else(|| self.root.find(name));
         let list: Vec<&str> = known().collect();
-        let message = format!("there is no such key here; expected one of {}", list.join(", "));
-        self.report.at(key.mark, path, message, near.map(|near| format!("did you mean `{near}`?")));
+        let near = nearest(name, known()).map(str::to_owned).or_else(|| self.root.find(name));
+        let hint = match near {
+            None if name == "password" && section.field("password_file").is_some() => {
+                Some("a secret is a file: `password_file`".to_owned())
+            }
+            near => near.map(|near| format!("did you mean `{near}`?")),
+        };
+        self.report.at(key.mark, path, format!("there is no such key here; expected one of {}", list.join(", ")), hint);
     }
 
     fn scalar(&mut self, node: &Node, text: &str, plain: bool, scalar: &Scalar, path: &str) -> Option<Json> {
@@ -111,8 +122,8 @@ impl Walk<'_> {
             Scalar::Integer { least, most } if plain => {
                 integer(text).filter(|number| (least..=most).contains(&number)).map(|number| Json::Number(number.into()))
             }
-            Scalar::Duration(range) if !node.is_null() => return self.measured(node, text, path, range.as_ref(), parse_duration),
-            Scalar::Size(range) if !node.is_null() => return self.measured(node, text, path, range.as_ref(), parse_size),
+            Scalar::Duration(range) if !node.is_null() => return self.measured(node, text, path, scalar, range.as_ref(), parse_duration),
+            Scalar::Size(range) if !node.is_null() => return self.measured(node, text, path, scalar, range.as_ref(), parse_size),
             Scalar::Word(words) => words.iter().any(|word| word == text).then(source).flatten(),
             _ => None,
         };
@@ -128,6 +139,7 @@ impl Walk<'_> {
         node: &Node,
         text: &str,
         path: &str,
+        scalar: &Scalar,
         range: Option<&(String, String)>,
         parse: fn(&str) -> Result<T, super::scalars::Complaint>,
     ) -> Option<Json> {
@@ -142,7 +154,7 @@ impl Walk<'_> {
             && let (Ok(low), Ok(high)) = (parse(least), parse(most))
             && !(low..=high).contains(&value)
         {
-            self.wrong(node, path, format!("a value from {least} to {most}"), None);
+            self.wrong(node, path, expected_scalar(scalar), None);
             return None;
         }
         Some(Json::String(text.to_owned()))

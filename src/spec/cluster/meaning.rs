@@ -10,16 +10,17 @@ use super::{
     Basebackup, BootstrapSpec, ClusterSpec, DEFAULT_PRIORITY, EtcdPeer, Ha, Haproxy, Initdb, Member, Pgbouncer, PostgresSpec, Replication,
     Routing, Tags, Vip, WatchdogSpec,
 };
-use crate::spec::checks;
+use crate::policy::deadlines::default_safety_margin;
 use crate::spec::problems::{Report, nearest};
 use crate::spec::scalars::{Text, TypedDuration, show_duration};
 use crate::spec::walk::join;
+use crate::spec::{checks, rules};
 use crate::types::MemberName;
 
 /// Default of ha.ttl.
 const TTL: Duration = Duration::from_secs(10);
-/// The default safety margin is this part of the ttl.
-const TTL_PER_SAFETY_MARGIN: u32 = 20;
+/// Most members; each publishes a key, and one transaction of etcd takes 128 operations.
+const MEMBERS_MAX: usize = 64;
 /// Default of pg_hba.
 const PG_HBA: &str = "host all all {members} scram-sha-256";
 
@@ -37,7 +38,11 @@ pub(super) fn cluster(typed: typed::Cluster, report: &mut Report) -> Option<Clus
     let bootstrap = bootstrap(spec.bootstrap.unwrap_or_default(), report);
     let watchdog = watchdog(spec.watchdog.unwrap_or_default(), ha.ttl);
     let routing = routing(spec.routing.unwrap_or_default(), report);
-    Some(ClusterSpec { name: name?, labels, members, ha, replication, postgres, bootstrap, watchdog, routing, typed: original })
+    // A wrong name must not hide what the rules find; its problem is in the report, so the spec goes nowhere.
+    let name = name.or_else(|| "unnamed".parse().ok())?;
+    let spec = ClusterSpec { name, labels, members, ha, replication, postgres, bootstrap, watchdog, routing, typed: original };
+    rules::check(&spec, report);
+    Some(spec)
 }
 
 fn duration(typed: Option<TypedDuration>, default: Duration) -> Duration {
@@ -55,6 +60,9 @@ fn labels(typed: BTreeMap<String, Text>, report: &mut Report) -> BTreeMap<String
 fn members(typed: Vec<typed::Member>, report: &mut Report) -> Vec<Member> {
     if typed.is_empty() {
         report.error("spec.members", "expected at least one member");
+    }
+    if typed.len() > MEMBERS_MAX {
+        report.error("spec.members", format!("expected at most {MEMBERS_MAX} members, found {}", typed.len()));
     }
     let members = typed.into_iter().enumerate();
     members.filter_map(|(index, member)| self::member(member, &format!("spec.members[{index}]"), report)).collect()
@@ -216,7 +224,7 @@ fn bootstrap(typed: typed::Bootstrap, report: &mut Report) -> BootstrapSpec {
 }
 
 fn watchdog(typed: typed::Watchdog, ttl: Duration) -> WatchdogSpec {
-    WatchdogSpec { mode: WatchdogMode::Off, safety_margin: duration(typed.safety_margin, ttl / TTL_PER_SAFETY_MARGIN) }
+    WatchdogSpec { mode: WatchdogMode::Off, safety_margin: duration(typed.safety_margin, default_safety_margin(ttl)) }
 }
 
 fn routing(typed: typed::Routing, report: &mut Report) -> Routing {

@@ -141,7 +141,7 @@ sections! {
     /// How the cluster should be.
     pub struct Spec {
         /// Only these may join; order breaks ties.
-        #[schemars(required)]
+        #[schemars(required, length(min = 1, max = 64))]
         pub members: Option<Vec<Member>>,
         /// Leader lock and failover.
         pub ha: Option<Ha>,

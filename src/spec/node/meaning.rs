@@ -46,6 +46,12 @@ fn path(typed: Option<String>, key: &str, report: &mut Report) -> Option<PathBuf
     typed.and_then(|typed| report.check(key, checks::absolute_path(&typed)))
 }
 
+/// The file of a secret. What was typed is not repeated: it may be the secret itself.
+fn secret(typed: Option<String>, key: &str, report: &mut Report) -> Option<PathBuf> {
+    let outcome = checks::absolute_path(&typed?).map_err(|_| "expected the absolute path of a file that holds the secret".to_owned());
+    report.check(key, outcome)
+}
+
 /// A section that may be left out: None in the outer option when it is there and cannot be used.
 fn section<T, S>(typed: Option<T>, read: impl FnOnce(T) -> Option<S>) -> Option<Option<S>> {
     match typed {
@@ -58,7 +64,7 @@ fn credential(typed: typed::Credential, key: &str, report: &mut Report) -> Optio
     if let Some(username) = &typed.username {
         report.check(&join(key, "username"), checks::identifier(username, "a user name"));
     }
-    let password_file = path(typed.password_file, &join(key, "password_file"), report);
+    let password_file = secret(typed.password_file, &join(key, "password_file"), report);
     Some(Credential { username: typed.username?, password_file: password_file? })
 }
 
@@ -77,7 +83,7 @@ fn etcd(typed: typed::Etcd, report: &mut Report) -> Option<EtcdSpec> {
     if let Some(username) = &typed.username {
         report.check("spec.etcd.username", checks::identifier(username, "a user name"));
     }
-    let password_file = path(typed.password_file, "spec.etcd.password_file", report);
+    let password_file = secret(typed.password_file, "spec.etcd.password_file", report);
     let tls = section(typed.tls, |tls| {
         if tls.cert_file.is_some() != tls.key_file.is_some() {
             report.error("spec.etcd.tls", "expected cert_file and key_file, or neither");
@@ -87,19 +93,27 @@ fn etcd(typed: typed::Etcd, report: &mut Report) -> Option<EtcdSpec> {
         let key_file = path(tls.key_file, "spec.etcd.tls.key_file", report);
         Some(ClientTls { ca_file: ca_file?, cert_file, key_file })
     });
+    self::endpoints(&endpoints, !matches!(tls, Some(None)), report);
+    Some(EtcdSpec { endpoints, prefix, username: typed.username, password_file, tls: tls? })
+}
+
+fn endpoints(endpoints: &[String], tls: bool, report: &mut Report) {
+    let mut in_the_clear = None;
     for (index, endpoint) in endpoints.iter().enumerate() {
         let key = format!("spec.etcd.endpoints[{index}]");
-        if let Err((message, hint)) = checks::etcd_endpoint(endpoint) {
-            match hint {
-                Some(hint) => report.error_hint(&key, message, hint),
-                None => report.error(&key, message),
-            }
-        }
-        if endpoint.starts_with("http://") && tls.as_ref().is_some_and(Option::is_some) {
-            report.error(&key, "an endpoint without TLS although spec.etcd.tls is set; expected https://");
+        match checks::etcd_endpoint(endpoint) {
+            Err((message, Some(hint))) => report.error_hint(&key, message, hint),
+            Err((message, None)) => report.error(&key, message),
+            Ok(_) if endpoints[..index].contains(endpoint) => report.error(&key, format!("{endpoint} is in the list already")),
+            Ok(url) if url.tls && !tls => report.error(&key, "an https endpoint needs spec.etcd.tls.ca_file"),
+            Ok(url) if !url.tls && tls => report.error(&key, "an endpoint without TLS although spec.etcd.tls is set; expected https://"),
+            Ok(url) if !url.tls && !url.loopback => in_the_clear = in_the_clear.or(Some(key)),
+            Ok(_) => {}
         }
     }
-    Some(EtcdSpec { endpoints, prefix, username: typed.username, password_file, tls: tls? })
+    if let Some(key) = in_the_clear {
+        report.warn(&key, "without TLS whoever can listen on this network can take the leader lock; expected https:// and spec.etcd.tls");
+    }
 }
 
 fn api(typed: typed::Api, report: &mut Report) -> Option<ApiSpec> {
