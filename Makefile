@@ -37,16 +37,15 @@ test: setup-tests ## every test: unit, properties, simulation, live cluster
 check: setup ## formatting, lints, the rules of this tree, schemas, licences
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
-	$(CARGO) test --locked --quiet --test tidy
-	@if ls tests/schemas.rs >/dev/null 2>&1; then $(CARGO) test --locked --quiet --test schemas; fi
+	$(CARGO) test --locked --quiet --test tidy --test documents
 	@if command -v cargo-deny >/dev/null && [ -f deny.toml ]; then $(CARGO) deny check; else echo "cargo-deny is not installed: licences and advisories were not checked"; fi
 
 fmt: ## format the source
 	$(CARGO) fmt
 
 schemas: build ## write schemas/ anew from the types
-	$(PGHERD) schema cluster > schemas/cluster.json
-	$(PGHERD) schema node > schemas/node.json
+	$(PGHERD) schema cluster > schemas/cluster.schema.json
+	$(PGHERD) schema node > schemas/node.schema.json
 
 bench: ## measure the outages of a crash and of a switchover
 	$(MAKE) build PROFILE=release

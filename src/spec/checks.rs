@@ -15,7 +15,7 @@ const PATH_MAX_BYTES: usize = 1024;
 
 /// What is typed may not hold what ends a line or a string somewhere further down.
 pub(super) fn one_line(text: &str) -> Result<(), String> {
-    match text.chars().find(|c| c.is_control()) {
+    match text.chars().find(|c| c.is_control() && *c != '\t') {
         Some(c) => Err(format!("`{}` may not be in here; expected one line without control characters", c.escape_debug())),
         None => Ok(()),
     }

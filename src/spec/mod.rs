@@ -147,3 +147,6 @@ fn load<T: DeserializeOwned, S>(
         _ => Err(Problems(problems)),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,36 +8,15 @@ use std::collections::BTreeMap;
 use super::checks::one_line;
 use super::problems::Report;
 use super::walk::join;
+use crate::policy::parameters::owned_elsewhere;
 
 /// Longest part of a parameter's name: PostgreSQL's NAMEDATALEN - 1.
 const NAME_PART_MAX_BYTES: usize = super::checks::IDENTIFIER_MAX_BYTES;
 /// Longest value.
 const VALUE_MAX_BYTES: usize = 8 * 1024;
 
-/// What pgherd sets itself, and where it comes from.
-const OWNED: &[(&str, &str)] = &[
-    ("archive_command", "set spec.postgres.archive_command instead"),
-    ("cluster_name", "it is metadata.name"),
-    ("config_file", "pgherd writes the configuration file"),
-    ("data_directory", "set spec.postgres.data_dir in the node document instead"),
-    ("external_pid_file", "pgherd and its guard know the postmaster"),
-    ("hba_file", "set spec.postgres.pg_hba instead"),
-    ("hot_standby", "it is always on"),
-    ("ident_file", "set spec.postgres.pg_ident instead"),
-    ("include", "pgherd writes the configuration file whole"),
-    ("include_dir", "pgherd writes the configuration file whole"),
-    ("include_if_exists", "pgherd writes the configuration file whole"),
-    ("listen_addresses", "set spec.postgres.listen in the node document instead"),
-    ("port", "set the member's port instead"),
-    ("primary_conninfo", "pgherd points standbys at the leader"),
-    ("primary_slot_name", "set spec.replication.use_slots instead"),
-    ("promote_trigger_file", "pgherd alone promotes"),
-    ("restore_command", "set spec.postgres.restore_command instead"),
-    ("standby_mode", "pgherd alone makes standbys"),
-    ("synchronous_standby_names", "set spec.replication instead"),
-    ("trigger_file", "pgherd alone promotes"),
-    ("unix_socket_directories", "set spec.postgres.socket_dir in the node document instead"),
-];
+/// Words that are no parameters, and would pull other files in where postgresql.conf has parameters.
+const DIRECTIVES: [&str; 3] = ["include", "include_dir", "include_if_exists"];
 
 /// Must be the same on all members: a standby with less than its primary stops replaying and cannot be promoted (PostgreSQL manual,
 /// "Hot Standby: Administrator's Overview"), and the others decide what is in the WAL.
@@ -74,8 +53,8 @@ pub(super) fn check(parameters: &BTreeMap<String, Option<String>>, path: &str, s
             }
             continue;
         }
-        if let Some(reason) = owned(name) {
-            report.error(&path, format!("pgherd sets this itself: {reason}"));
+        if let Some(place) = owned(name) {
+            report.error(&path, format!("pgherd sets this itself; expected in {place}"));
             continue;
         }
         if !shared && SAME_EVERYWHERE.contains(&name.as_str()) {
@@ -88,10 +67,13 @@ pub(super) fn check(parameters: &BTreeMap<String, Option<String>>, path: &str, s
 }
 
 fn owned(name: &str) -> Option<&'static str> {
-    if name.starts_with("recovery_target") {
-        return Some("a member follows its cluster to the end of WAL");
+    if DIRECTIVES.contains(&name) {
+        return Some("nowhere: pgherd writes the file whole");
     }
-    OWNED.iter().find(|(owned, _)| *owned == name).map(|(_, reason)| *reason)
+    if name.starts_with("recovery_target") {
+        return Some("nowhere: standbys follow the latest timeline");
+    }
+    owned_elsewhere(name)
 }
 
 fn check_name(name: &str) -> Result<(), String> {
@@ -100,7 +82,7 @@ fn check_name(name: &str) -> Result<(), String> {
             && part.starts_with(|c: char| c.is_ascii_lowercase() || c == '_')
             && part.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
     };
-    if name.split('.').all(part) {
+    if name.split('.').count() <= 2 && name.split('.').all(part) {
         return Ok(());
     }
     Err("expected the name of a PostgreSQL parameter: lower-case letters, digits and `_`, with a `.` for an extension's".to_owned())
@@ -152,10 +134,12 @@ mod tests {
 
     #[test]
     fn what_pgherd_owns_is_refused_with_the_place_to_set_it() {
-        for name in ["port", "listen_addresses", "primary_conninfo", "synchronous_standby_names", "hba_file", "recovery_target_timeline"] {
+        for name in
+            ["port", "listen_addresses", "primary_conninfo", "synchronous_standby_names", "hba_file", "recovery_target_timeline", "include"]
+        {
             assert!(matches!(problems(name, "x", true).as_slice(), [(Severity::Error, _)]), "{name}");
         }
-        assert!(problems("archive_command", "cp", true)[0].1.contains("spec.postgres.archive_command"));
+        assert!(problems("archive_command", "cp", true)[0].1.contains("postgres.archive_command"));
     }
 
     #[test]
@@ -168,7 +152,7 @@ mod tests {
 
     #[test]
     fn hostile_names_and_values_are_refused() {
-        for name in ["a b", "a'", "a\n", "", ".", "a..b", "a;b", "a=b", "../a", "\u{e4}", "1a"] {
+        for name in ["a b", "a'", "a\n", "", ".", "a..b", "a.b.c", "a;b", "a=b", "../a", "\u{e4}", "1a"] {
             assert!(matches!(problems(name, "x", true).as_slice(), [(Severity::Error, _)]), "{name:?}");
         }
         for value in ["a\nfsync = off", "a\0b", "a\rb"] {

@@ -14,6 +14,7 @@ use super::scalars::show_duration;
 use super::walk::join;
 use super::{checks, parameters};
 use crate::policy::deadlines::{LeaseTimes, WATCHDOG_MIN_SECONDS, WATCHDOG_TTL_MIN_SECONDS, usable_watchdog_timeout};
+use crate::policy::hba;
 
 /// PostgreSQL's own default.
 const MAX_WAL_SENDERS_DEFAULT: u64 = 10;
@@ -42,12 +43,16 @@ pub(super) fn check(spec: &ClusterSpec, report: &mut Report) {
     wal_senders(spec, standbys, report);
     slots(spec, standbys, &replication, report);
     methods(&replication, &bootstrap, report);
+    client_rules(spec, report);
     routing(spec, report);
 }
 
 /// The inequalities of DESIGN, "Time and the lock", with the numbers put in.
 fn time(spec: &ClusterSpec, watchdog: &typed::Watchdog, report: &mut Report) {
     let (ttl, safety_margin) = (spec.ha.ttl, spec.watchdog.safety_margin);
+    if ttl.subsec_nanos() != 0 {
+        return;
+    }
     let path = if watchdog.safety_margin.is_some() { "spec.watchdog.safety_margin" } else { "spec.ha.ttl" };
     let broken = |watchdog| LeaseTimes { ttl, safety_margin, watchdog }.validate().err().unwrap_or_default();
     let without = broken(None);
@@ -245,6 +250,23 @@ fn methods(replication: &typed::Replication, bootstrap: &typed::Bootstrap, repor
     }
     if replication.create_replica_methods.as_ref().is_some_and(Vec::is_empty) {
         report.error("spec.replication.create_replica_methods", "expected at least one method, such as basebackup");
+    }
+}
+
+/// Lines of pg_hba.conf and pg_ident.conf: one that PostgreSQL cannot read keeps a running server on its old rules.
+fn client_rules(spec: &ClusterSpec, report: &mut Report) {
+    for (index, line) in spec.postgres.pg_hba.iter().enumerate() {
+        let path = format!("spec.postgres.pg_hba[{index}]");
+        match checks::one_line(line).and_then(|()| hba::parse_line(line)) {
+            Err(message) if line.contains('{') && !line.contains(hba::MEMBERS) => {
+                report.error_hint(&path, message, format!("did you mean `{}`?", hba::MEMBERS));
+            }
+            outcome => drop(report.check(&path, outcome)),
+        }
+    }
+    for (index, line) in spec.postgres.pg_ident.iter().enumerate() {
+        let outcome = checks::one_line(line).and_then(|()| hba::parse_ident_line(line));
+        report.check(&format!("spec.postgres.pg_ident[{index}]"), outcome);
     }
 }
 
