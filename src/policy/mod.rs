@@ -5,3 +5,4 @@ pub mod election;
 pub mod hba;
 pub mod parameters;
 pub mod rejoin;
+pub mod timelines;

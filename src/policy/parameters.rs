@@ -7,6 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::facts::postgres::StandbyFloor;
+use crate::spec::cluster::ClusterSpec;
+use crate::spec::node::NodeSpec;
 use crate::types::ClusterName;
 
 /// Parameters as in a spec: the value as PostgreSQL's own text; None = PostgreSQL's default.
@@ -43,6 +45,29 @@ pub struct ConfigInputs {
     pub synchronous_standby_names: Option<String>,
     /// What the control file demands of a standby; None for a server that never was one.
     pub floor: Option<StandbyFloor>,
+}
+
+impl ConfigInputs {
+    /// What both documents say; None when the node is no member of the cluster. Where to follow and the floor are the caller's.
+    pub fn from_spec(cluster: &ClusterSpec, node: &NodeSpec, major_version: u32) -> Option<Self> {
+        let member = cluster.member(&node.name)?;
+        Some(Self {
+            cluster: cluster.name.clone(),
+            major_version,
+            listen: node.postgres.listen.clone().unwrap_or_else(|| member.address.clone()),
+            port: member.port,
+            socket_dir: node.socket_dir().display().to_string(),
+            log_dir: node.postgres.log_dir.as_ref().map(|directory| directory.display().to_string()),
+            parameters: cluster.postgres.parameters.clone(),
+            member_parameters: cluster.postgres.member_parameters.get(&node.name).cloned().unwrap_or_default(),
+            archive_command: cluster.postgres.archive_command.clone(),
+            restore_command: cluster.postgres.restore_command.clone(),
+            primary_conninfo: None,
+            primary_slot_name: None,
+            synchronous_standby_names: None,
+            floor: None,
+        })
+    }
 }
 
 /// A parameter whose value in the spec is below what this data directory can start with.
@@ -278,4 +303,153 @@ fn raised(inputs: &ConfigInputs, chosen: &BTreeMap<String, String>) -> Vec<Raise
         (wanted < used).then(|| Raised { name: name.to_owned(), wanted, used })
     });
     below.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn inputs() -> ConfigInputs {
+        ConfigInputs {
+            cluster: "main".parse().unwrap(),
+            major_version: 17,
+            listen: "10.0.12.9".into(),
+            port: 5432,
+            socket_dir: "/run/pg, herd".into(),
+            log_dir: None,
+            parameters: Parameters::new(),
+            member_parameters: Parameters::new(),
+            archive_command: None,
+            restore_command: None,
+            primary_conninfo: None,
+            primary_slot_name: None,
+            synchronous_standby_names: None,
+            floor: None,
+        }
+    }
+
+    fn parameters(pairs: &[(&str, Option<&str>)]) -> Parameters {
+        pairs.iter().map(|(name, value)| ((*name).to_owned(), value.map(str::to_owned))).collect()
+    }
+
+    /// What PostgreSQL makes of the file: the last value of each name.
+    fn values(text: &str) -> BTreeMap<String, String> {
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        lines.map(|line| line.split_once(" = ").unwrap()).map(|(name, value)| (name.to_owned(), unquote(value))).collect()
+    }
+
+    /// guc-file.l's DeescapeQuotedString.
+    fn unquote(quoted: &str) -> String {
+        let mut text = String::new();
+        let mut rest = quoted.strip_prefix('\'').unwrap().strip_suffix('\'').unwrap().chars();
+        while let Some(c) = rest.next() {
+            match (c, c == '\\' || c == '\'') {
+                ('\\', _) => match rest.next().unwrap() {
+                    'n' => text.push('\n'),
+                    'r' => text.push('\r'),
+                    other => text.push(other),
+                },
+                ('\'', _) => text.extend(rest.next().filter(|next| *next == '\'')),
+                (other, _) => text.push(other),
+            }
+        }
+        text
+    }
+
+    proptest! {
+        #[test]
+        fn a_value_comes_out_as_it_went_in_and_stays_on_its_line(value in "[^\0]{0,60}") {
+            let quoted = quote(&value).unwrap();
+            prop_assert!(!quoted.contains('\n'));
+            prop_assert_eq!(unquote(&quoted), value);
+        }
+
+        #[test]
+        fn no_hostile_name_becomes_a_line(name in ".{0,20}") {
+            let mut inputs = inputs();
+            inputs.parameters = parameters(&[(&name, Some("1"))]);
+            if let Ok(configuration) = postgresql_conf(&inputs) {
+                prop_assert!(is_name(&name));
+                prop_assert!(values(&configuration.text).contains_key(&name.to_ascii_lowercase()));
+            }
+        }
+    }
+
+    #[test]
+    fn the_member_wins_over_the_cluster_and_null_is_postgresqls_default() {
+        let mut inputs = inputs();
+        inputs.parameters = parameters(&[("Work_Mem", Some("8MB")), ("max_connections", Some("200")), ("wal_keep_size", None)]);
+        inputs.member_parameters = parameters(&[("work_mem", Some("16MB"))]);
+        let values = values(&postgresql_conf(&inputs).unwrap().text);
+        assert_eq!(values["work_mem"], "16MB");
+        assert_eq!(values["max_connections"], "200");
+        assert!(!values.contains_key("wal_keep_size"));
+    }
+
+    #[test]
+    fn what_pgherd_owns_is_said_once_whatever_the_spec_says() {
+        let mut inputs = inputs();
+        inputs.parameters = parameters(&[("hot_standby", Some("off")), ("PORT", Some("1")), ("recovery_target_timeline", Some("1"))]);
+        let text = postgresql_conf(&inputs).unwrap().text;
+        let values = values(&text);
+        assert_eq!((values["hot_standby"].as_str(), values["port"].as_str()), ("on", "5432"));
+        assert_eq!(values["recovery_target_timeline"], "latest");
+        assert_eq!(values["listen_addresses"], "10.0.12.9,127.0.0.1");
+        assert_eq!(values["unix_socket_directories"], "\"/run/pg, herd\"");
+        assert_eq!(text.matches("hot_standby").count(), 1);
+        assert!(command_line(&inputs).contains(&("hot_standby".into(), "on".into())));
+        assert!(owned_elsewhere("Primary_ConnInfo").is_some() && owned_elsewhere("work_mem").is_none());
+    }
+
+    #[test]
+    fn a_standby_never_starts_below_what_its_primary_had() {
+        let mut inputs = inputs();
+        inputs.parameters = parameters(&[("max_connections", Some("50")), ("max_wal_senders", None), ("max_worker_processes", Some("9"))]);
+        inputs.floor = Some(StandbyFloor {
+            max_connections: 200,
+            max_worker_processes: 8,
+            max_wal_senders: 12,
+            max_prepared_transactions: 5,
+            max_locks_per_transaction: 64,
+        });
+        let configuration = postgresql_conf(&inputs).unwrap();
+        let values = values(&configuration.text);
+        assert_eq!(values["max_connections"], "200");
+        assert_eq!(values["max_wal_senders"], "12");
+        assert_eq!(values["max_prepared_transactions"], "5");
+        assert_eq!(values["max_worker_processes"], "9");
+        let raised: Vec<_> = configuration.raised.iter().map(|one| (one.name.as_str(), one.wanted, one.used)).collect();
+        assert_eq!(raised, [("max_connections", 50, 200), ("max_wal_senders", 10, 12), ("max_prepared_transactions", 0, 5)]);
+        assert_eq!(wanted(&inputs)["max_connections"], "200");
+    }
+
+    #[test]
+    fn the_archive_is_on_exactly_when_there_is_a_command() {
+        let mut inputs = inputs();
+        assert_eq!(wanted(&inputs)["archive_mode"], "off");
+        inputs.archive_command = Some("cp %p '/a b/%f'".into());
+        let values = values(&postgresql_conf(&inputs).unwrap().text);
+        assert_eq!((values["archive_mode"].as_str(), values["archive_command"].as_str()), ("on", "cp %p '/a b/%f'"));
+    }
+
+    #[test]
+    fn every_default_and_every_owned_name_is_a_name_once() {
+        let names: BTreeSet<&str> = DEFAULTS.iter().map(|(name, _)| *name).chain(OWNED.iter().map(|(name, _)| *name)).collect();
+        assert_eq!(names.len(), DEFAULTS.len() + OWNED.len());
+        assert!(names.iter().all(|name| is_name(name)));
+        for (name, _) in owned(&inputs()) {
+            assert!(owned_elsewhere(name).is_some() || name.starts_with("log"), "{name} is owned, so a spec must not set it");
+        }
+    }
+
+    #[test]
+    fn loopback_is_added_only_where_it_is_missing() {
+        for (listen, addresses) in
+            [("*", "*"), ("10.0.0.1", "10.0.0.1,127.0.0.1"), ("127.0.0.5", "127.0.0.5"), ("a, localhost", "a,localhost")]
+        {
+            assert_eq!(listen_addresses(listen), addresses);
+        }
+    }
 }

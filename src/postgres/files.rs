@@ -99,15 +99,16 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// Polls until there is something, for at most 20 s.
+    /// Looks until there is something, for at most 20 s.
     pub(crate) async fn eventually<T>(mut look: impl FnMut() -> Option<T>) -> T {
         let deadline = Instant::now() + Duration::from_secs(20);
+        let mut looks = tokio::time::interval(Duration::from_millis(10));
         loop {
+            looks.tick().await;
             if let Some(found) = look() {
                 return found;
             }
             assert!(Instant::now() < deadline, "it did not come to pass within 20 s");
-            tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
 

@@ -82,6 +82,7 @@ pub fn check(layout: &Layout, keep: &Keep) -> Result<(), SwapError> {
 /// Puts `from` in the data directory's place. PostgreSQL is stopped, and proved so, until this returns.
 pub fn swap(layout: &Layout, from: &Path, keep: &Keep) -> Result<(), SwapError> {
     check(layout, keep)?;
+    crash_point()?;
     let aside = match keep {
         Keep::Empty => None,
         Keep::Whole { why } => {
@@ -97,6 +98,7 @@ pub fn swap(layout: &Layout, from: &Path, keep: &Keep) -> Result<(), SwapError> 
         }
     };
     let journal = Journal { from: from.to_owned(), aside, stage: Stage::Out };
+    crash_point()?;
     write_journal(layout, &journal)?;
     finish(layout, journal)?;
     Ok(())
@@ -118,16 +120,21 @@ pub fn recover_interrupted_swap(layout: &Layout) -> Result<bool> {
 }
 
 fn finish(layout: &Layout, mut journal: Journal) -> Result<()> {
+    crash_point()?;
     if journal.stage == Stage::Out {
         if let Some(aside) = &journal.aside {
             move_directory(layout.data_dir(), aside, Stage::Out)?;
         }
+        crash_point()?;
         journal.stage = Stage::In;
         write_journal(layout, &journal)?;
     }
+    crash_point()?;
     move_directory(&journal.from, layout.data_dir(), Stage::In)?;
+    crash_point()?;
     // The promotion on record was that of the directory that went out.
     layout.promotion_file().remove()?;
+    crash_point()?;
     files::remove_file_if_there(&layout.swap_journal()).context("removing the swap's journal")?;
     files::sync_directory(layout.beside())
 }
@@ -143,7 +150,7 @@ fn move_directory(from: &Path, to: &Path, stage: Stage) -> Result<()> {
         return Ok(());
     }
     let context = || format!("moving {} to {}", from.display(), to.display());
-    match fs::rename(from, to) {
+    match rename_whole(from, to) {
         Ok(()) => return sync_parents(from, to),
         Err(error) if goes_by_entry(&error) => {}
         Err(error) => return Err(error).with_context(context),
@@ -155,6 +162,7 @@ fn move_directory(from: &Path, to: &Path, stage: Stage) -> Result<()> {
     let mut names = entries(from)?;
     names.sort_by_key(|name| (name == "global") != (stage == Stage::Out));
     for name in names {
+        crash_point()?;
         renameat2(AT_FDCWD, &from.join(&name), AT_FDCWD, &to.join(&name), RenameFlags::RENAME_NOREPLACE)
             .map_err(io::Error::from)
             .with_context(|| format!("moving {} of {} to {}", name.display(), from.display(), to.display()))?;
@@ -164,6 +172,19 @@ fn move_directory(from: &Path, to: &Path, stage: Stage) -> Result<()> {
     // What is left is an empty directory, or a mount point with pgherd's own directory in it: then this fails, rightly.
     let _ = fs::remove_dir(from);
     sync_parents(from, to)
+}
+
+fn rename_whole(from: &Path, to: &Path) -> io::Result<()> {
+    #[cfg(test)]
+    tests::rename_whole_works()?;
+    fs::rename(from, to)
+}
+
+/// Between two effects: where the unit tests crash.
+fn crash_point() -> Result<()> {
+    #[cfg(test)]
+    tests::crash_if_due()?;
+    Ok(())
 }
 
 /// A mount point (EBUSY, EINVAL when it goes into its own `.pgherd`), a parent that is not ours, a move that was half done.
@@ -232,4 +253,176 @@ pub(super) fn new_wal_directory(layout: &Layout) -> Result<Option<PathBuf>> {
     let free = (1..=WAL_DIRECTORIES_MAX).map(|number| wal_dir.join(format!("{WAL_PREFIX}{number}"))).find(|path| !path.exists());
     free.map(Some)
         .with_context(|| format!("expected fewer than {WAL_DIRECTORIES_MAX} WAL directories in {}: remove old ones", wal_dir.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::collections::BTreeMap;
+
+    use anyhow::bail;
+
+    use super::*;
+
+    thread_local! {
+        static EFFECTS_LEFT: Cell<Option<usize>> = const { Cell::new(None) };
+        static BY_ENTRY: Cell<bool> = const { Cell::new(false) };
+    }
+
+    pub(super) fn crash_if_due() -> Result<()> {
+        match EFFECTS_LEFT.get() {
+            Some(0) => bail!("crash"),
+            left => EFFECTS_LEFT.set(left.map(|left| left - 1)),
+        }
+        Ok(())
+    }
+
+    pub(super) fn rename_whole_works() -> io::Result<()> {
+        if BY_ENTRY.get() { Err(Errno::EACCES.into()) } else { Ok(()) }
+    }
+
+    const OLD: [(&str, &str); 3] = [("PG_VERSION", "old"), ("global/pg_control", "old"), ("pg_wal/1", "diverged")];
+    const NEW: [(&str, &str); 4] = [("PG_VERSION", "new"), ("global/pg_control", "new"), ("pg_wal/1", "shared"), ("standby.signal", "")];
+
+    fn fill(directory: &Path, content: &[(&str, &str)]) {
+        for (name, text) in content {
+            let path = directory.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+    }
+
+    fn holds(directory: &Path, content: &[(&str, &str)]) -> bool {
+        fn walk(directory: &Path, root: &Path, found: &mut BTreeMap<String, String>) {
+            for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+                let path = entry.path();
+                let name = path.strip_prefix(root).unwrap().to_string_lossy().into_owned();
+                if path.is_dir() { walk(&path, root, found) } else { found.extend([(name, fs::read_to_string(&path).unwrap())]) }
+            }
+        }
+        let mut found = BTreeMap::new();
+        walk(directory, directory, &mut found);
+        found == content.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect()
+    }
+
+    struct Place {
+        _directory: tempfile::TempDir,
+        layout: Layout,
+    }
+
+    fn place(old: bool) -> Place {
+        // In memory: hundreds of swaps sync each step.
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let layout = Layout::new(&directory.path().join("data"), None).unwrap();
+        if old {
+            fill(layout.data_dir(), &OLD);
+        }
+        fill(&layout.clone_dir(), &NEW);
+        Place { _directory: directory, layout }
+    }
+
+    fn kept() -> Keep {
+        Keep::Whole { why: "diverged".into() }
+    }
+
+    /// Crashes before the n-th effect of a swap and before the m-th of its recovery, for every n and m.
+    fn crash_everywhere(old: bool, by_entry: bool, keep: &Keep, judge: impl Fn(&Layout)) {
+        BY_ENTRY.set(by_entry);
+        let (mut crashes, mut untouched, mut finished) = (0, 0, 0);
+        for first in 0.. {
+            let mut second = 0;
+            loop {
+                let place = place(old);
+                EFFECTS_LEFT.set(Some(first));
+                let swapped = swap(&place.layout, &place.layout.clone_dir(), keep);
+                EFFECTS_LEFT.set(Some(second));
+                let recovered = recover_interrupted_swap(&place.layout);
+                EFFECTS_LEFT.set(None);
+                recover_interrupted_swap(&place.layout).unwrap();
+                assert!(!place.layout.swap_journal().exists());
+                if swapped.is_err() && holds(place.layout.data_dir(), if old { &OLD } else { &[] }) {
+                    assert!(holds(&place.layout.clone_dir(), &NEW), "a swap that was not begun may be tried again");
+                    untouched += 1;
+                } else {
+                    assert!(holds(place.layout.data_dir(), &NEW));
+                    judge(&place.layout);
+                    finished += 1;
+                }
+                crashes += usize::from(recovered.is_err());
+                match (swapped.is_ok(), recovered.is_ok()) {
+                    (true, _) => {
+                        assert!(crashes > 0 && untouched > 0 && finished > 0, "{crashes} {untouched} {finished}");
+                        return;
+                    }
+                    (false, true) => break,
+                    (false, false) => second += 1,
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_diverged_directory_is_kept_whole_whatever_the_moment_of_the_crash() {
+        for by_entry in [false, true] {
+            crash_everywhere(true, by_entry, &kept(), |layout| {
+                assert!(holds(&layout.kept_dir().join("data"), &OLD));
+                assert!(fs::read_to_string(layout.kept_dir().join("why.json")).unwrap().contains("diverged"));
+            });
+        }
+    }
+
+    #[test]
+    fn a_replaceable_directory_is_whole_until_the_new_one_is_in_place() {
+        for by_entry in [false, true] {
+            crash_everywhere(true, by_entry, &Keep::Nothing, |layout| assert!(holds(&layout.discard_dir().join("data"), &OLD)));
+        }
+    }
+
+    #[test]
+    fn a_crash_while_an_empty_place_is_filled_is_finished_at_the_start() {
+        for by_entry in [false, true] {
+            crash_everywhere(false, by_entry, &Keep::Empty, |_| {});
+        }
+    }
+
+    #[test]
+    fn a_second_diverged_directory_is_refused_before_anything_moves() {
+        let place = place(true);
+        fill(&place.layout.kept_dir(), &[("data/PG_VERSION", "older")]);
+        assert!(matches!(swap(&place.layout, &place.layout.clone_dir(), &kept()), Err(SwapError::KeptOccupied(_))));
+        assert!(holds(place.layout.data_dir(), &OLD) && !place.layout.swap_journal().exists());
+    }
+
+    #[test]
+    fn nothing_is_initialized_over_a_full_directory() {
+        let place = place(true);
+        assert!(matches!(swap(&place.layout, &place.layout.clone_dir(), &Keep::Empty), Err(SwapError::NotEmpty(_))));
+        assert!(holds(place.layout.data_dir(), &OLD));
+    }
+
+    #[test]
+    fn a_file_that_appeared_in_the_meantime_is_never_overwritten() {
+        let place = place(false);
+        BY_ENTRY.set(true);
+        EFFECTS_LEFT.set(Some(5));
+        assert!(swap(&place.layout, &place.layout.clone_dir(), &Keep::Empty).is_err());
+        EFFECTS_LEFT.set(None);
+        fill(place.layout.data_dir(), &[("global/mine", "mine"), ("standby.signal", "mine")]);
+        assert!(recover_interrupted_swap(&place.layout).is_err());
+        assert_eq!(fs::read_to_string(place.layout.data_dir().join("standby.signal")).unwrap(), "mine");
+    }
+
+    #[tokio::test]
+    async fn what_is_discarded_goes_with_its_own_wal_and_no_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let wal_dir = directory.path().canonicalize().unwrap().join("wal");
+        fill(&wal_dir, &[("pgherd-1/000000010000000000000001", "old"), ("pgherd-2/000000010000000000000001", "new")]);
+        let layout = Layout::new(&directory.path().join("data"), Some(&wal_dir)).unwrap();
+        let discarded = layout.discard_dir().join("data");
+        fill(&discarded, &OLD[..2]);
+        std::os::unix::fs::symlink(wal_dir.join("pgherd-1"), discarded.join("pg_wal")).unwrap();
+        remove_discarded(&layout).await.unwrap();
+        assert!(!layout.discard_dir().exists() && !wal_dir.join("pgherd-1").exists() && wal_dir.join("pgherd-2").exists());
+        assert_eq!(new_wal_directory(&layout).unwrap(), Some(wal_dir.join("pgherd-1")), "the name is free again");
+    }
 }
