@@ -31,6 +31,6 @@ pub use initdb::{InitdbJob, initdb};
 pub use installation::Installation;
 pub use layout::{Layout, OwnPromotionFile};
 pub use leader::{LeaderFacts, LeaderServer};
-pub use postmaster::{set_standby, start_order};
+pub use postmaster::{PostmasterCommand, postmaster_command, set_standby};
 pub use sql::{Secret, Sql, SqlError};
 pub use swap::{Keep, SwapError, recover_interrupted_swap, remove_discarded};

@@ -4,6 +4,7 @@
 //! socket or take `hot_standby` away; anything else there would hide a pending restart.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -11,31 +12,34 @@ use anyhow::{Context, Result};
 use super::files;
 use super::installation::Installation;
 use super::layout::Layout;
-use crate::facts::guard::Word;
-use crate::guard::protocol::StartOrder;
 
-/// The order to start a postmaster on this data directory. `settings` are those of [`crate::policy::parameters::command_line`].
-/// `stderr` takes the postmaster's output until its own logging begins; None = the guard's own.
-pub fn start_order(
-    installation: &Installation,
-    layout: &Layout,
-    settings: &[(String, String)],
-    word: Word,
-    stderr: Option<PathBuf>,
-) -> Result<StartOrder> {
-    let text = |path: &Path| path.to_str().map(str::to_owned).with_context(|| format!("{} is not UTF-8", path.display()));
-    let mut arguments = vec!["-D".to_owned(), text(layout.data_dir())?];
+/// A postmaster as the guard starts it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PostmasterCommand {
+    /// The `postgres` program.
+    pub program: PathBuf,
+    /// All of argv, the program's name first.
+    pub argv: Vec<OsString>,
+    /// The whole environment.
+    pub env: BTreeMap<OsString, OsString>,
+}
+
+/// The command for this data directory. `settings` are those of [`crate::policy::parameters::command_line`].
+pub fn postmaster_command(installation: &Installation, layout: &Layout, settings: &[(String, String)]) -> PostmasterCommand {
+    let mut argv: Vec<OsString> = vec!["postgres".into(), "-D".into(), layout.data_dir().into()];
     for (name, value) in settings {
-        arguments.extend(["-c".to_owned(), format!("{name}={value}")]);
+        argv.push("-c".into());
+        argv.push(format!("{name}={value}").into());
     }
     // The C locale for the server's own messages; databases have their own. archive_command and friends find the usual programs.
-    let path = std::env::var("PATH").unwrap_or_else(|_| "/usr/local/bin:/usr/bin:/bin".to_owned());
-    let mut environment = BTreeMap::from([("LC_ALL".to_owned(), "C".to_owned()), ("PATH".to_owned(), path)]);
+    let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".into());
+    let mut env = BTreeMap::from([("LC_ALL".into(), "C".into()), ("PATH".into(), path)]);
     for name in ["HOME", "LD_LIBRARY_PATH", "TZ"] {
-        environment.extend(std::env::var(name).map(|value| (name.to_owned(), value)));
+        if let Some(value) = std::env::var_os(name) {
+            env.insert(name.into(), value);
+        }
     }
-    let data_dir = layout.data_dir().to_owned();
-    Ok(StartOrder { program: installation.program("postgres"), arguments, data_dir, environment, word, stderr })
+    PostmasterCommand { program: installation.program("postgres"), argv, env }
 }
 
 /// Makes the stopped server start as a standby, or not. Durable when this returns.
