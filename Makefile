@@ -34,11 +34,11 @@ demo-down: build ## end what a crashed demo left behind
 test: setup-tests ## every test: unit, properties, simulation, live cluster
 	@deploy/run-tests
 
-check: setup ## formatting, lints, the rules of this tree, schemas, licences
+check: setup ## formatting, lints, the rules of this tree, licences, schemas
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) test --locked --quiet --test tidy --test documents
-	@if command -v cargo-deny >/dev/null && [ -f deny.toml ]; then $(CARGO) deny check; else echo "cargo-deny is not installed: licences and advisories were not checked"; fi
+	@if command -v cargo-audit >/dev/null; then $(CARGO) audit; else echo "cargo-audit is not installed: advisories were not checked"; fi
 
 fmt: ## format the source
 	$(CARGO) fmt
