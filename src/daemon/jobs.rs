@@ -101,7 +101,9 @@ async fn start(
         StartAs::Standby(upstream) => upstream.as_ref(),
         StartAs::Primary => None,
     };
-    let inputs = host.config_inputs(spec, upstream, Some(control.floor))?;
+    // What must not be lower on a standby is lowered on the primary first (SAFETY row 50).
+    let floor = (role != StartAs::Primary).then_some(control.floor);
+    let inputs = host.config_inputs(spec, upstream, floor)?;
     let old_files = prepare_files(host, spec, &inputs, fall_back).await?;
     set_standby(host.layout.data_dir(), role != StartAs::Primary)?;
     if role != StartAs::Primary {
@@ -158,7 +160,8 @@ async fn ask(guard: &Arc<GuardLink>, request: Request) -> anyhow::Result<crate::
 async fn apply_configuration(host: &Host, spec: &ClusterSpec, upstream: Option<&Upstream>) -> anyhow::Result<Configured> {
     let settled = host.settled()?;
     let control = control(host).await?;
-    let inputs = host.config_inputs(spec, upstream, Some(control.floor))?;
+    let in_recovery = control.standby_signal;
+    let inputs = host.config_inputs(spec, upstream, in_recovery.then_some(control.floor))?;
     let files = host.config_files(spec, &inputs)?;
     Ok(match configure::install_running(&settled.installation, &host.layout, &settled.sql, &files, SQL_LIMIT).await? {
         Outcome::PutBack { why } => Configured::PutBack(why),

@@ -230,6 +230,10 @@ impl HandOver {
 
 impl Node {
     fn after_transition(&mut self, from: &State, to: &State, context: &mut Context<'_>) {
+        // What one state waits for is not true of the next.
+        for waiting in ["waiting_to_initialize", "waiting_to_lead", "rejoin_waits"] {
+            context.world.clear(waiting);
+        }
         let mut message = edges::reason(from, to).to_owned();
         if let State::Demoting { demotion } = to {
             message = format!("{message}: {}", demotion.why);

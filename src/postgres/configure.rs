@@ -94,6 +94,10 @@ impl Before {
 /// Before a start, the server stopped. [`Outcome::PutBack`] leaves what was there.
 pub async fn install_stopped(installation: &Installation, layout: &Layout, files: &ConfigFiles) -> Result<Outcome> {
     let undone = undo_alter_system(layout)?;
+    // What has served needs no check: a primary that crashed is back the sooner.
+    if undone.is_empty() && in_place(layout.data_dir(), files)? && in_place(&layout.last_good_dir(), files)? {
+        return Ok(Outcome::Unchanged);
+    }
     if let Some(why) = check_candidate(installation, layout, files).await? {
         return Ok(Outcome::PutBack { why });
     }
