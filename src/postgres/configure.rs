@@ -152,8 +152,8 @@ async fn try_on(sql: &Sql, held: &Connection, major: u32, limit: Duration) -> Re
 ///
 /// A setting that needs a restart is shown with an error too, though there is none: those `postgres -C` has read already.
 pub async fn file_errors(connection: &Connection, major: u32) -> Result<Vec<String>, SqlError> {
-    let mut question = "select format('%s line %s: %s: %s', sourcefile, sourceline, f.name, error) as error from pg_file_settings f \
-          left join pg_settings s on lower(s.name) = lower(f.name) where error is not null and s.context is distinct from 'postmaster' \
+    let mut question = "select format('%s line %s: %s: %s', f.sourcefile, f.sourceline, f.name, f.error) as error from pg_file_settings f \
+          left join pg_settings s on lower(s.name) = lower(f.name) where f.error is not null and s.context is distinct from 'postmaster' \
         union all select format('pg_hba.conf line %s: %s', line_number, error) from pg_hba_file_rules where error is not null"
         .to_owned();
     if major >= 15 {
