@@ -58,6 +58,10 @@ fn valid(document: &Document, name: &str) -> Result<(), Failure> {
             "cluster"
         }
         Document::Node(loaded) => {
+            for refusal in unbuilt::node_refusals(&loaded.spec) {
+                let message = format!("pgherd run will refuse this: {}", refusal.reason);
+                tell(&loaded.problem(Severity::Warning, &refusal.path, message, None).to_string());
+            }
             for problem in secret_files::problems(loaded, Severity::Warning) {
                 tell(&problem.to_string());
             }

@@ -13,7 +13,7 @@ use crate::cli::exit::{Failure, Outcome, REFUSED, WRONG};
 use crate::cli::output::tell;
 use crate::cli::{privileges, secret_files};
 use crate::spec::node::NodeSpec;
-use crate::spec::{Loaded, Problems, Severity};
+use crate::spec::{Loaded, Problems, Severity, unbuilt};
 use crate::telemetry;
 
 /// Runs the daemon to its end.
@@ -45,13 +45,9 @@ pub fn load(config: &Path) -> Result<Loaded<NodeSpec>, Failure> {
 }
 
 fn refuse_unbuilt(node: &NodeSpec) -> Result<(), Failure> {
-    if node.api.tls.is_some() {
-        let reason = "spec.api.tls: this version serves plain HTTP only and would not protect what you asked it to protect; \
-                      leave it out to accept that";
-        return Err(Failure::new(REFUSED, reason));
+    for condition in unbuilt::node_conditions(node) {
+        tell(&format!("note: {}", condition.message));
     }
-    if node.api.auth.is_some() {
-        tell("warning: spec.api.auth has no effect: in this version nobody can change anything over HTTP");
-    }
-    Ok(())
+    let refusals: Vec<String> = unbuilt::node_refusals(node).iter().map(ToString::to_string).collect();
+    if refusals.is_empty() { Ok(()) } else { Err(Failure::new(REFUSED, refusals.join("\n"))) }
 }

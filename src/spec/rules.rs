@@ -117,7 +117,7 @@ fn addresses(members: &[typed::Member], report: &mut Report) {
 
 fn somebody_may_lead(spec: &ClusterSpec, report: &mut Report) {
     if !spec.members.is_empty() && spec.members.iter().all(Member::nofailover) {
-        report.error("spec.members", "every member has nofailover or failover_priority 0; expected at least one that may lead");
+        report.warn("spec.members", "every member has nofailover or failover_priority 0: once nobody leads, nobody will");
     }
 }
 

@@ -60,7 +60,7 @@ impl Node {
 /// Reads `text`, which must hold exactly one document. None when it cannot be read at all; the problem is in the report.
 pub(super) fn parse(text: &str, report: &mut Report) -> Option<Node> {
     if text.len() > DOCUMENT_MAX_BYTES {
-        let message = format!("the document has {} bytes; expected at most {DOCUMENT_MAX_BYTES}", text.len());
+        let message = format!("the document is too long; expected at most {DOCUMENT_MAX_BYTES} bytes");
         report.at(Mark::default(), "", message, None);
         return None;
     }

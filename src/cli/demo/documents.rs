@@ -185,7 +185,7 @@ mod tests {
             failsafe: false,
             mode: "async".into(),
             version: 15,
-            parameters: [("archive_command".to_owned(), r#"test "a\b" = 'c'"#.to_owned())].into(),
+            parameters: [("log_line_prefix".to_owned(), r#"test "a\b" = 'c'"#.to_owned())].into(),
             pg_hba: vec!["host all all 127.0.0.0/8 scram-sha-256".into()],
         };
         let loaded = crate::spec::cluster::load("cluster.yaml", &document.to_yaml()).unwrap();
