@@ -15,6 +15,7 @@
 use statig::prelude::*;
 
 use crate::clock::BootTime;
+use crate::facts::guard::Word;
 
 use super::action::{Action, Decision, Operation, StopMode};
 use super::edges;
@@ -199,6 +200,8 @@ fn observe(context: &mut Context<'_>, event: &Input, rule: fn(&mut Context<'_>) 
 fn anywhere(context: &mut Context<'_>, event: &Input) -> Outcome<State> {
     match event {
         Input::Observe => Handled,
+        // A standby under its guard's word, or nothing at all, cannot write: it stays as it is.
+        Input::LockGone(_) if context.world.proved_empty() || matches!(context.world.running(), Some((_, Word::Standby))) => Handled,
         Input::LockGone(why) => {
             // A proof that ran out is not the end of the lock: it may be proved again once PostgreSQL has ended.
             let then = context.world.lock.identity().map_or(Then::Follow, Then::StartAgain);
@@ -239,6 +242,9 @@ impl Node {
             message = format!("{message}: {}", demotion.why);
         }
         let mut facts = context.world.decision_facts();
+        if let Some(edge) = edges::find(from.name(), to.name()) {
+            facts.insert("edge".to_owned(), edge.number.to_string());
+        }
         facts.insert("from".to_owned(), from.name().to_owned());
         facts.insert("to".to_owned(), to.name().to_owned());
         context.actions.push(Action::Record(Decision { kind: "transition", message, facts }));
