@@ -3,18 +3,21 @@
 //! The rule that surprises: a guard that is gone or silent is replaced only after every process of PostgreSQL was ended by scan, by
 //! the daemon itself. Until then nothing is known to be dead.
 
+use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use nix::sys::signal::Signal;
 
 use crate::clock::BootTime;
 use crate::facts::guard::GuardFacts;
 use crate::guard::client::{self, GuardClient, GuardError};
-use crate::guard::protocol::{ByeReason, Refusal, Request, StopOrder};
-use crate::guard::scan;
+use crate::guard::protocol::{ByeReason, Refusal, Request, SOCKET_NAME, StopOrder};
+use crate::guard::{scan, sys};
 use crate::machine::action::StopMode;
 use crate::machine::event::Event;
 use crate::policy::deadlines::LeaseTimes;
@@ -68,6 +71,12 @@ impl GuardLink {
         let client = match GuardClient::connect(run_dir, true) {
             Ok(Some(client)) => client,
             Ok(None) => GuardClient::spawn(binary, run_dir, data_dir)?,
+            // A frozen guard keeps no promise: what it keeps is ended without it, and it with that (SAFETY row 3).
+            Err(GuardError::Silent(_)) => {
+                scan::fence_by_scan(data_dir, Duration::from_millis(SCAN_TIMEOUT_MS)).context("ending PostgreSQL without the guard")?;
+                end_guard(run_dir)?;
+                GuardClient::spawn(binary, run_dir, data_dir)?
+            }
             Err(GuardError::Version(_)) => {
                 client::upgrade(run_dir, binary)?;
                 GuardClient::connect(run_dir, true).map_err(anyhow::Error::from)?.context("the upgraded guard does not answer")?
@@ -177,7 +186,11 @@ impl GuardLink {
         }
         let fresh = match GuardClient::connect(&self.run_dir, true) {
             Ok(Some(client)) => client,
-            Ok(None) | Err(_) => GuardClient::spawn(&self.binary, &self.run_dir, &self.data_dir)?,
+            Ok(None) => GuardClient::spawn(&self.binary, &self.run_dir, &self.data_dir)?,
+            Err(_) => {
+                end_guard(&self.run_dir)?;
+                GuardClient::spawn(&self.binary, &self.run_dir, &self.data_dir)?
+            }
         };
         *self.client.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(fresh);
         self.listen()
@@ -194,4 +207,18 @@ impl GuardLink {
             tracing::debug!(error = %error, "the guard gave no answer to its shutdown");
         }
     }
+}
+
+/// Ends a guard that does not answer, so that another can take its place: it holds the run directory's lock as long as it lives. Only
+/// after the proof that nothing of PostgreSQL is left.
+fn end_guard(run_dir: &Path) -> anyhow::Result<()> {
+    let Ok(stream) = UnixStream::connect(run_dir.join(SOCKET_NAME)) else { return Ok(()) };
+    let pid = sys::peer(&stream).context("finding the silent guard's process")?.pid;
+    let process = sys::pidfd_open(pid).context("holding the silent guard's process")?;
+    let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+    let is_guard = program.file_name().is_some_and(|name| name.to_string_lossy().starts_with("pgherd-guard"));
+    anyhow::ensure!(is_guard, "process {pid} listens on the guard's socket and is {}: end it by hand", program.display());
+    tracing::error!(pid, "the guard is alive and does not answer: it is ended");
+    sys::pidfd_send_signal(process.as_fd(), Signal::SIGKILL).context("ending the silent guard")?;
+    sys::wait_readable(&process).context("waiting for the end of the silent guard")
 }
