@@ -191,6 +191,25 @@ fn tls_that_was_asked_for_is_never_served_as_plain_http() {
 }
 
 #[test]
+fn the_daemon_gives_up_root_before_it_makes_anything_of_its_own() {
+    use std::os::unix::fs::MetadataExt;
+    let folder = tempfile::tempdir().unwrap();
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    // As systemd makes it; and a daemon that cannot write its passfile ends before it starts a guard.
+    fs::create_dir_all(folder.path().join("run/pgpass/full")).unwrap();
+    let output = run(&["run", "--config", &node(folder.path(), "")]);
+    assert_eq!(code(&output), 1, "{}", err(&output));
+    assert!(err(&output).contains("pgpass"), "{}", err(&output));
+    let owner = |path: &str| fs::metadata(folder.path().join(path)).unwrap_or_else(|e| panic!("{path}: {e}")).uid();
+    assert_eq!(owner("run/daemon.lock"), os_user().uid.as_raw());
+    if nix::unistd::Uid::effective().is_root() {
+        for made in ["run", "data", "data.pgherd"] {
+            assert_eq!(owner(made), os_user().uid.as_raw(), "{made} could not be made by the daemon itself");
+        }
+    }
+}
+
+#[test]
 fn nothing_is_asked_where_nobody_can_answer() {
     let output = run(&["run", "--config", "/no/such/node.yaml"]);
     assert_eq!(code(&output), 2, "{}", err(&output));
