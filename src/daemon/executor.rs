@@ -264,7 +264,7 @@ impl Executor {
             let _ = tokio::task::spawn_blocking(move || lease.stop()).await;
         }
         let guard = Arc::clone(&self.guard);
-        let _ = tokio::task::spawn_blocking(move || guard.leave(false)).await;
+        let _ = tokio::task::spawn_blocking(move || guard.leave()).await;
     }
 
     /// The end: PostgreSQL has ended. The lease goes, with the member key; the guard ends.
@@ -274,7 +274,7 @@ impl Executor {
             let _ = tokio::task::spawn_blocking(move || lease.stop()).await;
         }
         let guard = Arc::clone(&self.guard);
-        let _ = tokio::task::spawn_blocking(move || guard.leave(true)).await;
+        let _ = tokio::task::spawn_blocking(move || guard.end()).await;
     }
 }
 

@@ -196,15 +196,22 @@ impl GuardLink {
         self.listen()
     }
 
-    /// Says good-bye; with `end`, the guard is told to end too, which it does only if nothing of PostgreSQL is left.
-    pub fn leave(&self, end: bool) {
-        let reason = if end { ByeReason::Stopping } else { ByeReason::Leaving };
-        if let Err(error) = self.ask(&Request::Bye { reason }) {
+    /// SIGUSR2: guard and PostgreSQL stay, and our end is not a crash.
+    pub fn leave(&self) {
+        if let Err(error) = self.ask(&Request::Bye { reason: ByeReason::Leaving }) {
             tracing::warn!(error = %error, "could not say good-bye to the guard");
         }
-        if end && let Err(error) = self.ask(&Request::Shutdown) {
+    }
+
+    /// The guard is told to end, which it does only if nothing of PostgreSQL is left. If it stays, our end is not a crash all the same.
+    pub fn end(&self) {
+        match self.ask(&Request::Shutdown) {
             // It ends its connections with itself: an answer may be missing.
-            tracing::debug!(error = %error, "the guard gave no answer to its shutdown");
+            Ok(_) | Err(GuardError::Gone(_)) => {}
+            Err(error) => {
+                tracing::warn!(error = %error, "the guard does not end");
+                let _ = self.ask(&Request::Bye { reason: ByeReason::Stopping });
+            }
         }
     }
 }

@@ -4,7 +4,7 @@
 //! version; a changed port or version counts from the daemon's next start.
 
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -15,7 +15,7 @@ use crate::etcd;
 use crate::facts::postgres::StandbyFloor;
 use crate::machine::action::Upstream;
 use crate::policy::hba::{self, HbaInputs};
-use crate::policy::parameters::{self, ConfigInputs};
+use crate::policy::parameters::{self, ConfigInputs, Raised};
 use crate::postgres::conninfo::{self, PassfileEntry, Target};
 use crate::postgres::roles::{Account, Accounts};
 use crate::postgres::{ConfigFiles, Installation, Layout, LeaderServer, Secret, Sql, files};
@@ -39,6 +39,8 @@ pub struct Host {
     /// This run.
     pub incarnation: Incarnation,
     settled: OnceLock<Settled>,
+    /// What was last said of parameters that had to be raised: said once for each change.
+    raised: Mutex<Vec<Raised>>,
 }
 
 /// What the first spec settles.
@@ -70,7 +72,7 @@ impl Host {
         ensure!(guard_binary.exists(), "the guard's program is not at {}: install both programs in one directory", guard_binary.display());
         let boot_id = std::fs::read_to_string(BOOT_ID_FILE).with_context(|| format!("reading {BOOT_ID_FILE}"))?.trim().to_owned();
         let incarnation = Incarnation { boot_id, started_ns: BootTime::now().0 };
-        let host = Host { node, layout, guard_binary, incarnation, settled: OnceLock::new() };
+        let host = Host { node, layout, guard_binary, incarnation, settled: OnceLock::new(), raised: Mutex::default() };
         host.write_passfile()?;
         Ok(host)
     }
@@ -210,13 +212,15 @@ impl Host {
             pg_ident: spec.postgres.pg_ident.clone(),
         };
         let configuration = parameters::postgresql_conf(inputs).map_err(anyhow::Error::msg)?;
-        for raised in &configuration.raised {
-            tracing::warn!(
-                "{} is {} in the spec; the control file asks for {} on a standby, which is used until the primary has run with less",
-                raised.name,
-                raised.wanted,
-                raised.used
-            );
+        let mut said = self.raised.lock().unwrap_or_else(PoisonError::into_inner);
+        if *said != configuration.raised {
+            for raised in &configuration.raised {
+                let Raised { name, wanted, used } = raised;
+                tracing::warn!(
+                    "{name} is {wanted} in the spec; the control file asks for {used} on a standby, which is used until the primary has run with less"
+                );
+            }
+            said.clone_from(&configuration.raised);
         }
         Ok(ConfigFiles { postgresql_conf: configuration.text, pg_hba: hba::pg_hba_conf(&access), pg_ident: hba::pg_ident_conf(&access) })
     }

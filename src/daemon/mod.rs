@@ -29,6 +29,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 
 use crate::machine::event::Event;
 use crate::spec::node::NodeSpec;
@@ -90,8 +91,10 @@ pub fn run(node: NodeSpec, options: &Options) -> anyhow::Result<u8> {
 fn sink(queue: mpsc::Sender<Event>, ends: mpsc::Sender<Event>) -> Sink {
     Arc::new(move |event| {
         let way = if matches!(event, Event::Finished(_)) { &ends } else { &queue };
-        if way.try_send(event).is_err() {
-            tracing::error!("the queue of events is full or closed: an event is dropped");
+        match way.try_send(event) {
+            // The loop has left: nobody is there to be told.
+            Ok(()) | Err(TrySendError::Closed(_)) => {}
+            Err(TrySendError::Full(_)) => tracing::error!("the queue of events is full: an event is dropped"),
         }
     })
 }
