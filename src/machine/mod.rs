@@ -12,6 +12,8 @@ pub mod event;
 mod node;
 mod rules;
 pub mod state;
+#[cfg(test)]
+mod tests;
 pub mod world;
 
 use std::time::Duration;
@@ -20,6 +22,7 @@ use statig::prelude::*;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::MemberRole;
+use crate::facts::guard::Word;
 
 use self::action::{Action, LeaseOrder, Operation, OperationKind};
 use self::event::Event;
@@ -34,6 +37,8 @@ pub const PROBE_FAST_MS: u64 = 20;
 pub const PROBE_IDLE_MS: u64 = 1_000;
 /// Longest time between two looks of the machine at its facts.
 pub const TICK_MS: u64 = 1_000;
+/// A lease that was asked for and did not come is asked for again after so long.
+const LEASE_AGAIN_S: u64 = 5;
 /// Beyond ttl: how long a member key of another run is waited for.
 const FOREIGN_KEY_GRACE_S: u64 = 3;
 /// Transitions that one event may cause; more would be a circle.
@@ -88,7 +93,7 @@ impl Machine {
         if let Some(why) = gone {
             self.dispatch(now, &mut actions, Input::LockGone(why));
         }
-        if self.unlawful() {
+        if self.unlawful(now) {
             self.dispatch(now, &mut actions, Input::Unlawful);
         }
         if stop {
@@ -103,8 +108,10 @@ impl Machine {
         for _ in 0..TRANSITIONS_MAX {
             let before = self.state().clone();
             self.dispatch(now, actions, Input::Observe);
-            // A stop that was asked for in the middle of a promotion is remembered, and acted on when there is a primary.
-            if self.world.stop_requested && matches!(self.state(), State::Primary | State::Following | State::Candidate) {
+            // A stop that was asked for in the middle of something is remembered, and acted on when that is over.
+            let in_the_middle =
+                matches!(self.state(), State::Promoting { .. } | State::HandingOver { .. } | State::Demoting { .. } | State::Stopping);
+            if self.world.stop_requested && !in_the_middle {
                 self.dispatch(now, actions, Input::Stop);
             }
             if self.state().name() == before.name() {
@@ -113,7 +120,8 @@ impl Machine {
         }
         let state = self.state().clone();
         let mut context = Context { now, world: &mut self.world, actions };
-        publish::standing_conditions(context.world);
+        publish::standing_conditions(context.world, &state);
+        replace_guard(&mut context, &state);
         keep_lease(&mut context, &state);
         forget_lock(&mut context);
         release_orphan(&mut context, &state);
@@ -136,10 +144,17 @@ impl Machine {
         })
     }
 
-    /// Out of recovery with no lock that could allow it. With an unproved lock the guard's ladder decides.
-    fn unlawful(&self) -> bool {
-        let writable = self.world.sql().is_some_and(|sql| !sql.in_recovery);
-        writable && self.world.lock == Lock::None && !matches!(self.state(), State::Demoting { .. } | State::Stopping)
+    /// Out of recovery with no lock that could allow it, or with the guard in the belief that it is a standby: then nobody would fence it.
+    /// A writable one with an unproved lock is the guard's ladder's business.
+    fn unlawful(&self, now: BootTime) -> bool {
+        let writes = self.world.sql().is_some_and(|sql| !sql.in_recovery);
+        let allowed = match (self.state(), self.world.running()) {
+            (State::Demoting { .. } | State::Stopping, _) | (_, None) => true,
+            (_, Some((_, Word::Writable))) => self.world.lock != Lock::None,
+            // The guard's facts may come later than what the promotion that it agreed to led to.
+            (state, Some((_, Word::Standby))) => matches!(state, State::Promoting { .. }) && self.world.promotion_asked_lately(now),
+        };
+        writes && !allowed
     }
 
     /// When to call again at the latest.
@@ -170,18 +185,39 @@ impl Machine {
 
 /// A lease is asked for again when it is gone. Starting sees to the first one, which may be the guard's.
 fn keep_lease(context: &mut Context<'_>, state: &State) {
-    let wanted = !matches!(state, State::Starting | State::Undeclared | State::Stopping) || (context.world.foreign.is_some());
-    if wanted && context.world.lease.is_none() && !context.world.lease_asked && context.world.declared().is_some() {
-        context.world.lease_asked = true;
+    let world = &mut *context.world;
+    if let (true, Some(lease), Some(_), false) = (world.lease_silent, world.lease, &world.guard, world.guard_gone) {
+        world.lease_silent = false;
+        world.holding = world.lock.identity();
+        context.actions.push(Action::Lease(LeaseOrder::Adopt(lease, world.holding)));
+    }
+    let asked = world.lease_asked && context.now.since(world.lease_asked_at) < Duration::from_secs(LEASE_AGAIN_S);
+    let wanted = match state {
+        State::Undeclared | State::Stopping => false,
+        State::Starting => world.lease_asked,
+        _ => true,
+    };
+    if wanted && world.lease.is_none() && !asked && world.declared().is_some() {
+        world.lease_asked = true;
+        world.lease_asked_at = context.now;
         context.actions.push(Action::Lease(LeaseOrder::Grant));
+    }
+}
+
+/// Without a guard nothing can be started, and nobody would notice the end of what runs. The states that lead, and those on their way
+/// out, see to it themselves.
+fn replace_guard(context: &mut Context<'_>, state: &State) {
+    let elsewhere = state.is_leading() || matches!(state, State::Demoting { .. } | State::Stopping);
+    let absent = context.world.guard.is_none() && *state != State::Starting;
+    if !elsewhere && (context.world.guard_gone || absent) {
+        context.start(Operation::FenceByScan);
     }
 }
 
 /// The guard is told that the lock is not ours as soon as that is safe.
 fn forget_lock(context: &mut Context<'_>) {
     let known = context.world.guard.as_ref().and_then(|guard| guard.lock).map(|lock| lock.identity.epoch);
-    let harmless = context.world.proved_empty() || matches!(context.world.running(), Some((_, crate::facts::guard::Word::Standby)));
-    if let (Some(epoch), Lock::None, true) = (known, context.world.lock, harmless) {
+    if let (Some(epoch), Lock::None, true) = (known, context.world.lock, context.world.cannot_write(context.now)) {
         context.actions.push(Action::ForgetLock(epoch));
     }
 }
@@ -190,11 +226,13 @@ fn forget_lock(context: &mut Context<'_>) {
 fn release_orphan(context: &mut Context<'_>, state: &State) {
     let world = &context.world;
     let standby = matches!(state, State::Following | State::Candidate) && world.lock == Lock::None;
-    if !standby || world.in_flight.contains(&OperationKind::Acquire) || world.in_flight.contains(&OperationKind::Release) {
+    let busy = world.in_flight.contains(&OperationKind::Acquire) || world.in_flight.contains(&OperationKind::Release);
+    if !standby || busy || !world.cannot_write(context.now) {
         return;
     }
     let (Some(leader), Some(lease)) = (world.fresh_view().and_then(|view| view.leader.clone()), world.lease) else { return };
-    if leader.lease == lease.lease && leader.holder == world.me.name.as_str() {
+    let given_back = world.released == Some(leader.epoch);
+    if leader.lease == lease.lease && leader.holder == world.me.name.as_str() && !given_back {
         context.start(Operation::Release { epoch: leader.epoch, record: None });
     }
 }
@@ -206,7 +244,7 @@ fn leave_if_name_is_taken(context: &mut Context<'_>) {
     let untouched = context.world.running().is_none();
     if context.world.etcd == Etcd::Reachable
         && untouched
-        && context.now.since(*since) > ttl + Duration::from_secs(FOREIGN_KEY_GRACE_S)
+        && context.world.foreign_seen.since(*since) > ttl + Duration::from_secs(FOREIGN_KEY_GRACE_S)
         && !context.world.exited
     {
         let name = context.world.me.name.clone();

@@ -15,7 +15,6 @@
 use statig::prelude::*;
 
 use crate::clock::BootTime;
-use crate::facts::guard::Word;
 
 use super::action::{Action, Decision, Operation, StopMode};
 use super::edges;
@@ -50,6 +49,9 @@ impl Context<'_> {
         let may = self.world.may_start(self.now, kind);
         if may {
             self.world.in_flight.insert(kind);
+            if let Operation::Release { epoch, .. } = &operation {
+                self.world.releasing = Some(*epoch);
+            }
             self.actions.push(Action::Do(operation));
         }
         may
@@ -97,7 +99,7 @@ impl Node {
     #[superstate(superstate = "running")]
     fn leading(context: &mut Context<'_>, event: &Input) -> Outcome<State> {
         match event {
-            Input::LockGone(_) if context.world.proved_empty() => Transition(after_leading(context)),
+            Input::LockGone(_) if context.world.cannot_write(context.now) => Transition(after_leading(context)),
             Input::Observe | Input::LockGone(_) | Input::Unlawful | Input::Stop => Super,
         }
     }
@@ -201,15 +203,16 @@ fn anywhere(context: &mut Context<'_>, event: &Input) -> Outcome<State> {
     match event {
         Input::Observe => Handled,
         // A standby under its guard's word, or nothing at all, cannot write: it stays as it is.
-        Input::LockGone(_) if context.world.proved_empty() || matches!(context.world.running(), Some((_, Word::Standby))) => Handled,
+        Input::LockGone(_) if context.world.cannot_write(context.now) => Handled,
         Input::LockGone(why) => {
             // A proof that ran out is not the end of the lock: it may be proved again once PostgreSQL has ended.
             let then = context.world.lock.identity().map_or(Then::Follow, Then::StartAgain);
             Transition(State::Demoting { demotion: Demotion { why: why.clone(), then } })
         }
         Input::Unlawful => {
-            let why = "PostgreSQL is out of recovery without the lock".to_owned();
-            Transition(State::Demoting { demotion: Demotion { why, then: Then::Follow } })
+            let why = "PostgreSQL is out of recovery, and neither lock nor guard allow it".to_owned();
+            let then = context.world.lock.identity().map_or(Then::Follow, Then::Release);
+            Transition(State::Demoting { demotion: Demotion { why, then } })
         }
         Input::Stop => {
             if context.world.job().is_some() {

@@ -26,6 +26,14 @@ const BACKOFF_MAX_MS: u64 = 10_000;
 const BACKOFF_FIRST_MS: u64 = 250;
 /// An order to end PostgreSQL is given again after so long if nothing was seen of it.
 const STOP_AGAIN_MS: u64 = 1_000;
+/// How long a standby that was asked to promote is left before it is asked again.
+const PROMOTE_AGAIN_MS: u64 = 2_000;
+/// The same write is not tried again for so long after an answer that a newer view has to follow.
+const ANSWERED_PAUSE_MS: u64 = 250;
+/// A key of another run that is in the way is looked at again after so long.
+const FOREIGN_AGAIN_MS: u64 = 1_000;
+/// After a scan, a new guard is given so long to say what it sees.
+const NEW_GUARD_MS: u64 = 1_000;
 /// Window in which starts of the primary count as a crash loop (SAFETY row 9).
 pub const CRASH_WINDOW_S: u64 = 60;
 /// So many starts within the window and another member has to lead.
@@ -135,6 +143,10 @@ pub struct World {
     pub lease: Option<LeaseIdentity>,
     /// The lease's thread was asked for a lease or handed one, and has not said more.
     pub lease_asked: bool,
+    /// When it was.
+    pub lease_asked_at: BootTime,
+    /// The lease's thread renews nothing, because the guard did not acknowledge: it has to be told that there is a guard again.
+    pub lease_silent: bool,
     /// The leader lock.
     pub lock: Lock,
     /// The lock that the lease's thread was told to hold.
@@ -149,6 +161,8 @@ pub struct World {
     pub probe: Option<Probe>,
     /// When the present postmaster was first heard of.
     pub postmaster_since: BootTime,
+    /// A start that was answered, and that the guard's facts do not show yet: an answer overtakes them.
+    pub started: Option<StartId>,
     /// The data directory, read since the last postmaster ended.
     pub data: DataDirectory,
     /// Operations under way.
@@ -162,8 +176,12 @@ pub struct World {
     pub refused_generation: Option<u64>,
     /// The last judgement on how to get back behind the leader.
     pub rejoin: Option<Rejoin>,
-    /// Set when the last operation of a hand-over or bootstrap step succeeded.
-    pub done: BTreeSet<OperationKind>,
+    /// The checkpoint before a planned stop was made.
+    pub checkpointed: bool,
+    /// The leadership that is being given back.
+    pub releasing: Option<Epoch>,
+    /// The leadership that was given back last.
+    pub released: Option<Epoch>,
     /// What peers said.
     pub peers: Option<PeersAnswer>,
     /// Since when the lock is absent.
@@ -176,8 +194,12 @@ pub struct World {
     pub written: Option<(MemberRecord, BootTime)>,
     /// What is being written.
     pub writing: Option<MemberRecord>,
+    /// The lease that it is written on.
+    pub writing_on: Option<LeaseIdentity>,
     /// Since when another incarnation's key is in the way, and the lease it hangs on.
     pub foreign: Option<(BootTime, LeaseId)>,
+    /// When it was found there last.
+    pub foreign_seen: BootTime,
     /// `status` as last written, and when.
     pub status_written: Option<(StatusRecord, BootTime)>,
     /// The leadership whose promotion is in `history`.
@@ -186,18 +208,31 @@ pub struct World {
     pub roles_for: Option<StartId>,
     /// Since when a standby that should stream does not.
     pub not_streaming_since: Option<BootTime>,
+    /// Since when the present leader, in its present leadership, is seen to take writes.
+    pub leader_writes_since: Option<(Epoch, BootTime)>,
     /// `initialize` is claimed by us, on our lease.
     pub claimed: bool,
     /// When promotion was asked for last.
     pub promote_asked: Option<BootTime>,
     /// Requests that this member has acted on: each is tried once.
     pub tried_requests: BTreeSet<String>,
+    /// This member gave a leadership up that came to nothing, and leaves the lock to others until then.
+    pub abstains_until: Option<BootTime>,
     /// The order to leave was given.
     pub exited: bool,
     /// The last order to end a postmaster, and when it was given.
     pub stop_asked: Option<(StartId, StopMode, BootTime)>,
     /// This member ran initdb in this run, so post_init is owed.
     pub initialized_here: bool,
+}
+
+/// Whether what the guard says takes a start into account.
+fn knows_of(guard: &GuardFacts, start: StartId) -> bool {
+    match &guard.postmaster {
+        PostmasterFacts::Running { start: known, .. } | PostmasterFacts::Ending { start: known, .. } => *known >= start,
+        PostmasterFacts::ProvedEmpty { last } => last.is_some_and(|last| last.start >= start),
+        PostmasterFacts::Unclaimed { .. } => false,
+    }
 }
 
 impl World {
@@ -211,6 +246,8 @@ impl World {
             etcd: Etcd::Unknown,
             lease: None,
             lease_asked: false,
+            lease_asked_at: BootTime::default(),
+            lease_silent: false,
             lock: Lock::None,
             holding: None,
             reserved: None,
@@ -218,6 +255,7 @@ impl World {
             guard_gone: false,
             probe: None,
             postmaster_since: BootTime::default(),
+            started: None,
             data: DataDirectory::Unknown,
             in_flight: BTreeSet::new(),
             backoff: BTreeMap::new(),
@@ -225,21 +263,27 @@ impl World {
             in_force: None,
             refused_generation: None,
             rejoin: None,
-            done: BTreeSet::new(),
+            checkpointed: false,
+            releasing: None,
+            released: None,
             peers: None,
             vacancy: None,
             stop_requested: false,
             primary_starts: Vec::new(),
             written: None,
             writing: None,
+            writing_on: None,
             foreign: None,
+            foreign_seen: BootTime::default(),
             status_written: None,
             recorded: None,
             roles_for: None,
             not_streaming_since: None,
+            leader_writes_since: None,
             claimed: false,
             promote_asked: None,
             tried_requests: BTreeSet::new(),
+            abstains_until: None,
             exited: false,
             stop_asked: None,
             initialized_here: false,
@@ -275,7 +319,7 @@ impl World {
                 );
                 None
             }
-            Event::Lease(event) => self.absorb_lease(event),
+            Event::Lease(event) => self.absorb_lease(now, event),
             Event::Guard(facts) => {
                 self.absorb_guard(now, facts);
                 None
@@ -327,24 +371,31 @@ impl World {
         });
         self.view = Some(view);
         self.view_as_of = as_of;
+        let writes = self.other_leader().filter(|(_, key)| key.record.role == MemberRole::Primary).is_some();
+        let epoch = self.view.as_ref().and_then(|view| view.leader.as_ref()).map(|leader| leader.epoch).filter(|_| writes);
+        self.leader_writes_since = match (epoch, self.leader_writes_since) {
+            (Some(epoch), Some((known, since))) if epoch == known => Some((known, since)),
+            (epoch, _) => epoch.map(|epoch| (epoch, now)),
+        };
         gone?;
         self.lock = Lock::None;
         self.holding = None;
         Some("the lock's key was deleted or replaced".to_owned())
     }
 
-    fn absorb_lease(&mut self, event: LeaseEvent) -> Option<String> {
+    fn absorb_lease(&mut self, now: BootTime, event: LeaseEvent) -> Option<String> {
         match event {
             LeaseEvent::Granted { identity, .. } => {
                 self.lease = Some(identity);
+                self.lease_silent = false;
                 None
             }
             LeaseEvent::Renewed { .. } => None,
             LeaseEvent::Proved { lock, sent, until } => {
                 self.lease = Some(lock.lease);
-                // The epoch names the leadership; a changed ttl brings it another lease.
-                let known = self.lock.identity().or(self.guard_lock()).map(|known| known.epoch);
-                if known == Some(lock.epoch) {
+                // The epoch names the leadership; a changed ttl brings it another lease. A proof of a lock that was let go or taken
+                // meanwhile comes too late, and proves nothing about now.
+                if self.lock.identity().map(|known| known.epoch) == Some(lock.epoch) {
                     self.holding = Some(lock);
                     let announce_at = self.times().map_or(until, |times| times.deadlines(sent).announce_at);
                     self.lock = Lock::Proved { identity: lock, until, announce_at };
@@ -356,7 +407,9 @@ impl World {
                 let had = self.lock.identity().is_some();
                 if why != LeaseLoss::LockNotOurs {
                     self.lease = None;
-                    self.lease_asked = false;
+                    // Its thread gets another one by itself; if none comes, it is asked again.
+                    self.lease_asked = true;
+                    self.lease_asked_at = now;
                     self.written = None;
                     self.claimed = false;
                 }
@@ -375,6 +428,7 @@ impl World {
             }
             LeaseEvent::GuardSilent => {
                 self.guard_gone = true;
+                self.lease_silent = true;
                 None
             }
         }
@@ -392,9 +446,11 @@ impl World {
             && !served
         {
             let how = end.exit_status.map_or_else(|| format!("signal {}", end.signal.unwrap_or(0)), |status| format!("status {status}"));
-            self.ended(now, OperationKind::Start, false);
+            self.failed(now, OperationKind::Start);
             self.warn("start_failed", format!("PostgreSQL ended with {how} before it took connections; see its log"));
         }
+        let another = self.guard.as_ref().is_none_or(|known| known.pid != facts.pid);
+        self.started = self.started.filter(|start| !another && !knows_of(&facts, *start));
         self.guard = Some(facts);
         self.guard_gone = false;
         if self.start_and_phase() != was {
@@ -474,19 +530,28 @@ impl World {
                 }
                 self.judge(now, Kind::EnsureRoles, result, "roles_failed");
             }
-            Finished::Checkpointed(result) => self.judge(now, Kind::Checkpoint, result, "checkpoint_failed"),
+            Finished::Checkpointed(result) => {
+                self.checkpointed = result.is_ok();
+                self.judge(now, Kind::Checkpoint, result, "checkpoint_failed");
+            }
             Finished::MemberPut(outcome) => self.absorb_put(now, outcome),
             Finished::Acquired(outcome) => {
                 self.ended(now, Kind::Acquire, !matches!(outcome, AcquireOutcome::Failed(_)));
                 match outcome {
                     AcquireOutcome::Won(identity) => self.lock = Lock::Unproved(identity),
-                    AcquireOutcome::Beaten => self.reserved = None,
+                    AcquireOutcome::Beaten => {
+                        self.reserved = None;
+                        self.pause(now, Kind::Acquire, ANSWERED_PAUSE_MS);
+                    }
                     // Unknown: it may have been applied; a lock that turns out to be ours names its timeline in `history`.
                     AcquireOutcome::Failed(_) => self.reserved = None,
                 }
             }
             Finished::Released(result) => {
-                if result.is_err() {
+                let epoch = self.releasing.take();
+                if result.is_ok() {
+                    self.released = epoch;
+                } else {
                     // The lease's thread let go of it first: it has to be told to hold again what is still ours.
                     self.holding = None;
                 }
@@ -502,17 +567,21 @@ impl World {
                 if let (Ok(true), Some(lock)) = (&result, self.lock.identity()) {
                     self.recorded = Some(lock.epoch);
                 }
-                self.ended(now, Kind::RecordPromotion, result.is_ok());
+                self.ended(now, Kind::RecordPromotion, matches!(result, Ok(true)));
             }
             Finished::InitializeClaimed(result) => {
                 self.claimed = matches!(result, Ok(true));
                 self.ended(now, Kind::ClaimInitialize, self.claimed);
+                self.pause(now, Kind::ClaimInitialize, ANSWERED_PAUSE_MS);
             }
             Finished::InitializeGivenUp(result) => {
                 self.claimed = self.claimed && result.is_err();
                 self.ended(now, Kind::GiveUpInitialize, result.is_ok());
             }
-            Finished::RequestAnswered(result) => self.ended(now, Kind::AnswerRequest, result.is_ok()),
+            Finished::RequestAnswered(result) => {
+                self.ended(now, Kind::AnswerRequest, result.is_ok());
+                self.pause(now, Kind::AnswerRequest, ANSWERED_PAUSE_MS);
+            }
             Finished::PeersAsked { vacancy, sent, writable } => {
                 self.ended(now, Kind::AskPeers, true);
                 self.peers = Some(PeersAnswer { vacancy, sent, writable });
@@ -520,6 +589,7 @@ impl World {
             Finished::FencedByScan(result) => {
                 self.guard_gone = self.guard_gone && result.is_err();
                 self.judge(now, Kind::FenceByScan, result, "fence_failed");
+                self.pause(now, Kind::FenceByScan, NEW_GUARD_MS);
             }
         }
     }
@@ -556,9 +626,9 @@ impl World {
             PutOutcome::Written => {
                 self.foreign = None;
                 self.clear("name_taken");
-                if let (Some(record), Some(_)) = (record, self.lease) {
-                    self.written = Some((record, now));
-                }
+                // On a lease that is gone it is gone too.
+                let lasts = self.lease.is_some() && self.lease == self.writing_on;
+                self.written = record.filter(|_| lasts).map(|record| (record, now));
                 self.ended(now, OperationKind::PutMember, true);
             }
             PutOutcome::Foreign(lease) => {
@@ -569,7 +639,9 @@ impl World {
                     format!("the member key of `{}` belongs to another run of the daemon; waiting for it to expire", self.me.name),
                 );
                 self.foreign = Some((since, lease));
-                self.ended(now, OperationKind::PutMember, false);
+                self.foreign_seen = now;
+                self.ended(now, OperationKind::PutMember, true);
+                self.pause(now, OperationKind::PutMember, FOREIGN_AGAIN_MS);
             }
             PutOutcome::Failed(_) => {
                 // Unknown whether it was written: the next one decides.
@@ -582,8 +654,9 @@ impl World {
     /// Whether a server that was started is any good is seen later: its condition stays until it takes connections.
     fn judge_start(&mut self, now: BootTime, result: Result<StartId, String>) {
         self.ended(now, OperationKind::Start, result.is_ok());
-        if let Err(why) = result {
-            self.warn("start_failed", why);
+        match result {
+            Ok(start) => self.started = Some(start).filter(|start| !self.guard.as_ref().is_some_and(|guard| knows_of(guard, *start))),
+            Err(why) => self.warn("start_failed", why),
         }
     }
 
@@ -608,9 +681,12 @@ impl World {
             if kind != OperationKind::Start {
                 self.backoff.remove(&kind);
             }
-            self.done.insert(kind);
             return;
         }
+        self.failed(now, kind);
+    }
+
+    fn failed(&mut self, now: BootTime, kind: OperationKind) {
         let failures = self.backoff.get(&kind).map_or(0, |backoff| backoff.failures) + 1;
         let wait_ms = (BACKOFF_FIRST_MS << failures.min(10).saturating_sub(1)).min(BACKOFF_MAX_MS);
         self.backoff.insert(kind, Backoff { failures, not_before: now + Duration::from_millis(wait_ms) });
@@ -623,9 +699,21 @@ impl World {
             && !(kind.is_job() && self.job().is_some())
     }
 
+    /// Puts off the next attempt of an operation, at least for so long.
+    fn pause(&mut self, now: BootTime, kind: OperationKind, span_ms: u64) {
+        let not_before = now + Duration::from_millis(span_ms);
+        let backoff = self.backoff.entry(kind).or_insert(Backoff { failures: 0, not_before });
+        backoff.not_before = backoff.not_before.max(not_before);
+    }
+
+    /// A new attempt at something begins: what failed before does not count against it.
+    pub fn forget_failures(&mut self, kind: OperationKind) {
+        self.backoff.remove(&kind);
+    }
+
     /// Puts off the next attempt of an operation as if it had failed.
     pub fn retry_later(&mut self, now: BootTime, kind: OperationKind) {
-        self.ended(now, kind, false);
+        self.failed(now, kind);
     }
 
     /// Whether PostgreSQL's end may be ordered (again): a weaker order than the present one is not given.
@@ -712,10 +800,6 @@ impl World {
         self.spec().map(|spec| LeaseTimes { ttl: spec.ha.ttl, safety_margin: spec.watchdog.safety_margin, watchdog: None })
     }
 
-    fn guard_lock(&self) -> Option<LockIdentity> {
-        Some(self.guard.as_ref()?.lock?.identity)
-    }
-
     /// The postmaster that runs, and the daemon's word for it.
     pub fn running(&self) -> Option<(StartId, Word)> {
         match &self.guard.as_ref()?.postmaster {
@@ -737,9 +821,29 @@ impl World {
         matches!(self.guard.as_ref().map(|guard| &guard.postmaster), Some(PostmasterFacts::Unclaimed { .. }))
     }
 
-    /// Proved: no PostgreSQL process is left.
+    /// Proved: no PostgreSQL process is left, and none was started since.
     pub fn proved_empty(&self) -> bool {
-        !self.guard_gone && matches!(self.guard.as_ref().map(|guard| &guard.postmaster), Some(PostmasterFacts::ProvedEmpty { .. }))
+        !self.guard_gone
+            && self.started.is_none()
+            && matches!(self.guard.as_ref().map(|guard| &guard.postmaster), Some(PostmasterFacts::ProvedEmpty { .. }))
+    }
+
+    /// A promotion was asked for a moment ago, or is being asked for.
+    pub fn promotion_asked_lately(&self, now: BootTime) -> bool {
+        let lately = self.promote_asked.is_some_and(|at| now.since(at) < Duration::from_millis(PROMOTE_AGAIN_MS));
+        lately || self.in_flight.contains(&OperationKind::Promote)
+    }
+
+    /// Proved empty, and nothing under way that could bring up a server, or one that writes: the only ground on which a lock is let go,
+    /// a leadership is over, and the daemon leaves.
+    pub fn nothing_can_write(&self) -> bool {
+        self.proved_empty() && !self.in_flight.contains(&OperationKind::Start) && !self.in_flight.contains(&OperationKind::Promote)
+    }
+
+    /// Nothing can write, or the server that runs is a standby by the daemon's word and nobody is promoting it.
+    pub fn cannot_write(&self, now: BootTime) -> bool {
+        let standby = matches!(self.running(), Some((_, Word::Standby))) && !self.promotion_asked_lately(now);
+        self.nothing_can_write() || standby
     }
 
     /// What the running server said, if the last probe reached it.

@@ -118,7 +118,8 @@ fn by_rank(inputs: &Inputs<'_>, initialize: Option<SystemId>) -> Verdict {
     }
     let own_rank = rank(inputs.spec, inputs.me, inputs.own);
     let better: Vec<&MemberName> = valid_votes(inputs)
-        .filter(|(name, vote)| *name != inputs.me && may_lead(inputs.spec, name) && rank(inputs.spec, name, *vote) > own_rank)
+        .filter(|(name, vote)| *name != inputs.me && may_lead(inputs.spec, name) && off_lineage(inputs.view, *vote).is_none())
+        .filter(|(name, vote)| rank(inputs.spec, name, *vote) > own_rank)
         .map(|(name, _)| name)
         .collect();
     let turn = voters_until + Duration::from_millis(RANK_STEP_MS * better.len() as u64);
@@ -150,13 +151,13 @@ fn valid_votes<'a>(inputs: &'a Inputs<'_>) -> impl Iterator<Item = (&'a MemberNa
     })
 }
 
-/// Declared members that are there with data and have not voted. The former holder is not waited for.
+/// Declared members that may lead, are there with data and have not voted. The former holder is not waited for.
 fn silent_voters<'a>(inputs: &'a Inputs<'_>) -> impl Iterator<Item = &'a MemberName> + 'a {
     let former = inputs.view.history.last().map(|entry| &entry.member);
     inputs.view.members.iter().filter_map(move |(name, key)| {
         let counts = name != inputs.me
             && Some(name) != former
-            && inputs.spec.member(name).is_some()
+            && may_lead(inputs.spec, name)
             && key.record.data_directory == DataDirectoryReport::Full;
         let voted = key.record.vote.is_some_and(|vote| vote.vacancy == inputs.view.history_revision);
         (counts && !voted).then_some(name)
@@ -173,7 +174,10 @@ fn not_eligible(inputs: &Inputs<'_>) -> Option<String> {
     if inputs.view.spec.is_none() {
         return Some("there is no spec in etcd: nobody leads until one is applied".to_owned());
     }
-    too_far_behind(inputs).or_else(|| off_lineage(inputs))
+    if inputs.own.lsn == Lsn(0) {
+        return Some("how far this member's WAL reaches is not known, which is not the same as not behind".to_owned());
+    }
+    too_far_behind(inputs).or_else(|| off_lineage(inputs.view, inputs.own))
 }
 
 fn too_far_behind(inputs: &Inputs<'_>) -> Option<String> {
@@ -185,14 +189,18 @@ fn too_far_behind(inputs: &Inputs<'_>) -> Option<String> {
     (lag > limit).then(|| format!("{lag} bytes behind the last leader's {leader_lsn}, more than maximum_lag_on_failover of {limit} bytes"))
 }
 
-/// A timeline that a recorded leadership has left behind before our position is not the cluster's history any more.
-fn off_lineage(inputs: &Inputs<'_>) -> Option<String> {
-    let own = inputs.own;
-    let recorded = last_recorded(&inputs.view.history)?;
-    if own.timeline >= recorded.timeline {
+/// A timeline that a recorded leadership has left behind before this position is not the cluster's history any more. Nor is a later one
+/// that no leadership reserved: somebody promoted by hand (SAFETY row 66).
+fn off_lineage(view: &ClusterView, own: Vote) -> Option<String> {
+    let recorded = last_recorded(&view.history)?;
+    if own.timeline == recorded.timeline {
         return None;
     }
-    match switch_from(&inputs.view.history, recorded.timeline, own.timeline) {
+    if own.timeline > recorded.timeline {
+        let reserved = view.history.iter().any(|entry| entry.timeline == own.timeline);
+        return (!reserved).then(|| format!("timeline {} was reserved by no leadership: it was promoted by hand", own.timeline));
+    }
+    match switch_from(&view.history, recorded.timeline, own.timeline) {
         Some(switch) if own.lsn <= switch => None,
         Some(switch) => Some(format!("timeline {} was left at {switch} and this member is at {} on it", own.timeline, own.lsn)),
         None => Some(format!("timeline {} is not an ancestor of the last leader's timeline {}", own.timeline, recorded.timeline)),

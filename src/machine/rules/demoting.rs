@@ -9,10 +9,13 @@ use statig::prelude::*;
 use crate::facts::guard::Word;
 use crate::machine::action::{Action, Operation, OperationKind, StopMode};
 use crate::machine::node::{Context, after_leading};
-use crate::machine::rules::standby;
+use crate::machine::rules::{promoting, standby};
 use crate::machine::state::{Demotion, Promotion, State, Then, Way};
 use crate::machine::world::{Etcd, Lock};
 use crate::types::LockIdentity;
+
+/// How long a member whose leadership came to nothing leaves the lock to others, if there are any (SAFETY rows 9 and 51).
+const ABSTAIN_S: u64 = 20;
 
 pub(crate) fn rule(demotion: &mut Demotion, context: &mut Context<'_>) -> Outcome<State> {
     if !ended(context, StopMode::Kill) {
@@ -20,6 +23,9 @@ pub(crate) fn rule(demotion: &mut Demotion, context: &mut Context<'_>) -> Outcom
     }
     if context.world.lock == Lock::None {
         return Transition(after_leading(context));
+    }
+    if let Then::Release(lock) | Then::StartAgain(lock) = &mut demotion.then {
+        promoting::follow_lease(lock, context);
     }
     match demotion.then {
         Then::Follow => {
@@ -45,12 +51,13 @@ pub(crate) fn rule(demotion: &mut Demotion, context: &mut Context<'_>) -> Outcom
 /// Orders the end until it is proved.
 fn ended(context: &mut Context<'_>, mode: StopMode) -> bool {
     standby::cancel_job(context);
-    if context.world.guard_gone || context.world.unclaimed() {
+    if context.world.guard_gone || context.world.unclaimed() || context.world.guard.is_none() {
         context.start(Operation::FenceByScan);
         return false;
     }
     if context.world.proved_empty() {
-        return true;
+        // A start that was ordered before may still bring a server up.
+        return context.world.nothing_can_write();
     }
     context.stop(mode);
     false
@@ -58,9 +65,15 @@ fn ended(context: &mut Context<'_>, mode: StopMode) -> bool {
 
 /// Gives the lock back, without a record: nobody is promised anything.
 fn released(context: &mut Context<'_>, lock: LockIdentity) -> Outcome<State> {
-    if context.world.done.remove(&OperationKind::Release) {
+    if context.world.released == Some(lock.epoch) {
         context.world.let_go(context.actions);
+        context.world.abstains_until = Some(context.now + Duration::from_secs(ABSTAIN_S));
         return Transition(after_leading(context));
+    }
+    // Nobody can be told now. Reads are served meanwhile; the lock runs out, or is given back when etcd is there again.
+    if context.world.etcd != Etcd::Reachable && !context.world.stop_requested {
+        context.world.let_go(context.actions);
+        return Transition(State::Following);
     }
     context.start(Operation::Release { epoch: lock.epoch, record: None });
     Handled
@@ -77,7 +90,7 @@ pub(crate) fn stopping(context: &mut Context<'_>) -> Outcome<State> {
         return Handled;
     }
     if let Some(lock) = context.world.lock.identity() {
-        if context.world.done.remove(&OperationKind::Release) {
+        if context.world.released == Some(lock.epoch) {
             context.world.let_go(context.actions);
         } else {
             context.start(Operation::Release { epoch: lock.epoch, record: None });

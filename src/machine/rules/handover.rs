@@ -20,10 +20,13 @@ use crate::types::MemberName;
 /// How long a successor may take to have the shutdown checkpoint. One that streams has it before the stop ends.
 const SUCCESSOR_PATIENCE_MS: u64 = 3_000;
 
+/// How long reading the data directory may take.
+const LOOK_PATIENCE_S: u64 = 10;
+
 pub(crate) fn rule(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<State> {
     if context.world.lock == Lock::None {
         let then = Then::Follow;
-        return if context.world.proved_empty() {
+        return if context.world.nothing_can_write() {
             Transition(after_leading(context))
         } else {
             Transition(State::Demoting { demotion: Demotion { why: "the lock is not ours".to_owned(), then } })
@@ -43,11 +46,9 @@ pub(crate) fn rule(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outco
 
 fn checkpoint(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<State> {
     let ended = context.world.running().is_none();
-    let made = context.world.done.contains(&OperationKind::Checkpoint);
     let impatient =
         context.now.since(hand_over.since) > primary::CHECKPOINT_PATIENCE || context.world.failures(OperationKind::Checkpoint) > 0;
-    if ended || made || impatient {
-        context.world.done.remove(&OperationKind::Checkpoint);
+    if ended || context.world.checkpointed || impatient {
         standby::cancel_job(context);
         hand_over.enter(HandOverStage::Stop);
         return stop(hand_over, context);
@@ -57,7 +58,7 @@ fn checkpoint(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<St
 }
 
 fn stop(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<State> {
-    if context.world.proved_empty() {
+    if context.world.nothing_can_write() {
         hand_over.enter(HandOverStage::Wait { since: context.now });
         return wait(hand_over, context.now, context);
     }
@@ -67,7 +68,13 @@ fn stop(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<State> {
 }
 
 fn wait(hand_over: &mut HandOver, since: BootTime, context: &mut Context<'_>) -> Outcome<State> {
+    if context.world.job().is_some_and(|job| job != OperationKind::Look) {
+        standby::cancel_job(context);
+    }
     let control = match &context.world.data {
+        DataDirectory::Unknown if context.now.since(since) > Duration::from_secs(LOOK_PATIENCE_S) => {
+            return give_up(hand_over, context, "how PostgreSQL ended could not be read");
+        }
         DataDirectory::Unknown => {
             context.start(Operation::Look);
             return Handled;
@@ -128,7 +135,6 @@ fn begin_release(hand_over: &mut HandOver, context: &mut Context<'_>, control: &
         None => format!("releases the lock at {}, no member is known to have everything", record.lsn),
     };
     if context.start(Operation::Release { epoch: hand_over.lock.epoch, record: Some(record) }) {
-        context.world.done.remove(&OperationKind::Release);
         context.decide("releases", message);
         hand_over.enter(HandOverStage::Release);
     }
@@ -139,7 +145,7 @@ fn release(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<State
     if context.world.in_flight.contains(&OperationKind::Release) {
         return Handled;
     }
-    if context.world.done.remove(&OperationKind::Release) {
+    if context.world.released == Some(hand_over.lock.epoch) {
         context.world.let_go(context.actions);
         return Transition(after_leading(context));
     }

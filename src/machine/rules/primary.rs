@@ -9,7 +9,7 @@ use statig::prelude::*;
 
 use crate::facts::cluster::{HistoryEntry, MemberRole, StatusRecord};
 use crate::facts::guard::{Rung, Word};
-use crate::machine::action::{Operation, OperationKind};
+use crate::machine::action::Operation;
 use crate::machine::node::Context;
 use crate::machine::rules::requests;
 use crate::machine::state::{Demotion, HandOver, HandOverStage, Promotion, State, Then, Way};
@@ -35,8 +35,22 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
     if !matches!(context.world.running(), Some((_, Word::Writable))) {
         return Handled;
     }
+    if let Some(at) = context.world.sql().filter(|sql| sql.in_recovery).map(|sql| sql.timeline) {
+        return not_promoted_yet(context, lock, at);
+    }
     upkeep(context, lock);
     requests::taken_up(context)
+}
+
+/// Adopted from a daemon that ended between the guard's word and the promotion (SAFETY row 52): it is gone on with.
+fn not_promoted_yet(context: &Context<'_>, lock: LockIdentity, at: TimelineId) -> Outcome<State> {
+    let Some(timeline) = context.world.timeline_of(lock) else { return Handled };
+    if timeline == at {
+        let why = "PostgreSQL is in recovery on the timeline that the lock allows it to write on".to_owned();
+        return Transition(State::Demoting { demotion: Demotion { why, then: Then::StartAgain(lock) } });
+    }
+    let way = Way::Promote { timeline };
+    Transition(State::Promoting { promotion: Promotion { lock, way, since: context.now } })
 }
 
 /// SAFETY rows 6 and 9: once more in place; in a crash loop another member has to lead.
@@ -146,7 +160,7 @@ pub(crate) fn hand_over(context: &mut Context<'_>, to: Option<MemberName>, reque
         let why = "the lock is not ours".to_owned();
         return Transition(State::Demoting { demotion: Demotion { why, then: Then::Follow } });
     };
-    context.world.done.remove(&OperationKind::Checkpoint);
+    context.world.checkpointed = false;
     let stage = HandOverStage::Checkpoint;
     Transition(State::HandingOver { hand_over: HandOver { lock, to, request, since: context.now, stage } })
 }

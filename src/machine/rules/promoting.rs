@@ -13,16 +13,25 @@ use crate::machine::node::Context;
 use crate::machine::rules::standby;
 use crate::machine::state::{Demotion, Promotion, State, Then, Way};
 use crate::machine::world::{CRASH_LIMIT, Etcd, Lock};
-use crate::types::TimelineId;
+use crate::types::{LockIdentity, TimelineId};
 
-/// How long a standby that was asked to promote is left before it is asked again.
-const ASK_AGAIN_MS: u64 = 2_000;
+/// primary_start_timeout of zero means that another leads at once when a primary ends; a promotion has to end all the same.
+const NO_LIMIT_S: u64 = 60;
+/// How long a promotion may go on when the daemon is to stop.
+const STOP_PATIENCE_S: u64 = 10;
 
 pub(crate) fn rule(promotion: &mut Promotion, context: &mut Context<'_>) -> Outcome<State> {
+    follow_lease(&mut promotion.lock, context);
     let lock = promotion.lock;
     if context.world.holding != Some(lock) {
+        context.world.forget_failures(OperationKind::Promote);
+        context.world.forget_failures(OperationKind::Start);
         context.world.holding = Some(lock);
         context.actions.push(Action::Lease(LeaseOrder::Hold(lock)));
+    }
+    if context.world.guard_gone {
+        let why = "the guard is gone".to_owned();
+        return Transition(State::Demoting { demotion: Demotion { why, then: Then::StartAgain(lock) } });
     }
     if let Some(why) = failed(promotion, context) {
         return Transition(State::Demoting { demotion: Demotion { why, then: Then::Release(lock) } });
@@ -39,11 +48,23 @@ pub(crate) fn rule(promotion: &mut Promotion, context: &mut Context<'_>) -> Outc
     }
 }
 
+/// A changed ttl brings the lock another lease; the epoch names the leadership all the same.
+pub(crate) fn follow_lease(lock: &mut LockIdentity, context: &Context<'_>) {
+    if let Some(present) = context.world.lock.identity().filter(|present| present.epoch == lock.epoch) {
+        *lock = present;
+    }
+}
+
 /// Why this leadership comes to nothing.
 fn failed(promotion: &Promotion, context: &Context<'_>) -> Option<String> {
     let limit = context.world.spec().map(|spec| spec.ha.primary_start_timeout)?;
+    let limit = if limit.is_zero() { Duration::from_secs(NO_LIMIT_S) } else { limit };
     let taken = context.now.since(promotion.since);
-    if !limit.is_zero() && taken > limit {
+    let proved = matches!(context.world.lock, Lock::Proved { .. });
+    if context.world.stop_requested && (!proved || taken > Duration::from_secs(STOP_PATIENCE_S)) {
+        return Some("the daemon is to stop, and PostgreSQL does not take writes yet".to_owned());
+    }
+    if taken > limit {
         return Some(format!("PostgreSQL did not take writes within primary_start_timeout of {} s", limit.as_secs()));
     }
     if context.world.failures(OperationKind::Promote) >= 3 || context.world.failures(OperationKind::Start) >= 3 {
@@ -54,13 +75,21 @@ fn failed(promotion: &Promotion, context: &Context<'_>) -> Option<String> {
 }
 
 fn promote(promotion: &Promotion, timeline: TimelineId, context: &mut Context<'_>) -> Outcome<State> {
+    // Whatever else works on PostgreSQL has time, the cluster has not.
+    if context.world.job().is_some_and(|job| job != OperationKind::Promote) {
+        standby::cancel_job(context);
+    }
     let Some(sql) = context.world.sql() else { return Handled };
     let (in_recovery, at) = (sql.in_recovery, sql.timeline);
     if in_recovery {
-        let asked_lately = context.world.promote_asked.is_some_and(|at| context.now.since(at) < Duration::from_millis(ASK_AGAIN_MS));
-        if !asked_lately && context.start(Operation::Promote { lock: promotion.lock, timeline, parent: at }) {
+        if !context.world.promotion_asked_lately(context.now)
+            && context.start(Operation::Promote { lock: promotion.lock, timeline, parent: at })
+        {
             context.world.promote_asked = Some(context.now);
         }
+        return Handled;
+    }
+    if !matches!(context.world.running(), Some((_, Word::Writable))) {
         return Handled;
     }
     if at != timeline {
@@ -92,6 +121,9 @@ fn start_in_place(promotion: &Promotion, context: &mut Context<'_>) -> Outcome<S
         }
         None => {}
     }
+    if context.world.job().is_some_and(|job| !matches!(job, OperationKind::Look | OperationKind::Start)) {
+        standby::cancel_job(context);
+    }
     if !context.world.proved_empty() || context.world.job().is_some() {
         return Handled;
     }
@@ -105,9 +137,9 @@ fn start_in_place(promotion: &Promotion, context: &mut Context<'_>) -> Outcome<S
             if reserved.is_none() {
                 return Handled;
             }
+            // It ended before it was on the timeline that the lock was taken with: from a standby it is promoted there.
             if reserved != own {
-                let why = "the data directory is not on the timeline that the lock was taken with".to_owned();
-                return Transition(State::Demoting { demotion: Demotion { why, then: Then::Release(promotion.lock) } });
+                return Transition(State::Following);
             }
             let fall_back = context.world.failures(OperationKind::Start) > 0;
             if let Some((generation, spec)) = context.world.spec.clone()

@@ -2,6 +2,8 @@
 //!
 //! While a leader hands over, and while the lock is absent, positions decide who leads: then every change is written at once.
 
+use std::time::Duration;
+
 use crate::facts::cluster::{DataDirectoryReport, MemberRecord, MemberRole};
 use crate::facts::guard::{PostmasterFacts, Word};
 use crate::facts::postgres::{DataDirectory, ProbeOutcome};
@@ -11,6 +13,9 @@ use crate::machine::rules::standby;
 use crate::machine::state::State;
 use crate::machine::world::World;
 
+/// A key that was written so long ago has to be seen in etcd.
+const VANISHED_AFTER_MS: u64 = 1_000;
+
 /// Writes the member key if it has to be written.
 pub(crate) fn publish(context: &mut Context<'_>, state: &State) {
     if context.world.lease.is_none() || matches!(state, State::Undeclared) || context.world.exited {
@@ -19,6 +24,7 @@ pub(crate) fn publish(context: &mut Context<'_>, state: &State) {
     let Some(record) = record(context.world, state) else { return };
     let due = match &context.world.written {
         None => true,
+        Some((_, at)) if vanished(context.world) && context.now.since(*at) >= Duration::from_millis(VANISHED_AFTER_MS) => true,
         Some((last, at)) => {
             let positions_only = MemberRecord { receive_lsn: last.receive_lsn, replay_lsn: last.replay_lsn, ..record.clone() } == *last;
             let loop_wait = context.world.spec().map(|spec| spec.ha.loop_wait).unwrap_or_default();
@@ -27,8 +33,15 @@ pub(crate) fn publish(context: &mut Context<'_>, state: &State) {
     };
     if due && context.world.may_start(context.now, OperationKind::PutMember) {
         context.world.writing = Some(record.clone());
+        context.world.writing_on = context.world.lease;
         context.start(Operation::PutMember(Box::new(record)));
     }
+}
+
+/// Our key is not what we wrote, although we did not take it away: somebody's hand did. A view may be a little older than the key.
+fn vanished(world: &World) -> bool {
+    let key = world.fresh_view().map(|view| view.members.get(&world.me.name).map(|key| key.lease));
+    key.is_some_and(|key| key != world.lease.map(|lease| lease.lease))
 }
 
 /// Whether every change of position has to be seen by others at once.
@@ -43,7 +56,7 @@ fn record(world: &World, state: &State) -> Option<MemberRecord> {
     let system_id = sql.map(|sql| sql.system_id).or_else(|| world.control().map(|control| control.system_id));
     let timeline = sql.map(|sql| sql.timeline).or_else(|| world.control().map(|control| control.timeline));
     let last = world.written.as_ref().map(|(record, _)| record);
-    Some(MemberRecord {
+    Some(bounded(MemberRecord {
         incarnation: world.me.incarnation.clone(),
         role,
         state: patroni_state(world, state).to_owned(),
@@ -65,8 +78,7 @@ fn record(world: &World, state: &State) -> Option<MemberRecord> {
         pending_restart: sql.map(|sql| sql.pending_restart.clone()).unwrap_or_default(),
         tags: member.tags.set(),
         conditions: world.conditions.values().cloned().collect(),
-    })
-    .map(bounded)
+    }))
 }
 
 /// Conditions carry error texts of others: bounded, so that the key stays small.
@@ -130,12 +142,65 @@ pub(crate) fn patroni_state(world: &World, state: &State) -> &'static str {
     }
 }
 
-/// Conditions that follow from facts and belong to no single state.
-pub(crate) fn standing_conditions(world: &mut World) {
+/// Conditions that follow from facts and belong to no single state; and the end of those that are over with their state.
+pub(crate) fn standing_conditions(world: &mut World, state: &State) {
     let restart = world.sql().map(|sql| sql.pending_restart.clone()).unwrap_or_default();
     if restart.is_empty() {
         world.clear("pending_restart");
     } else {
         world.set_info("pending_restart", format!("takes effect with the next restart of PostgreSQL: {}", restart.join(", ")));
     }
+    match world.fresh_view().map(|view| view.spec.is_some()) {
+        Some(false) if world.spec().is_some() => {
+            let message = "the spec is gone from etcd; the last good one stays in force, and nobody takes the lock until one is applied";
+            world.warn("spec_missing", message.to_owned());
+        }
+        Some(_) => world.clear("spec_missing"),
+        None => {}
+    }
+    let at_work = world.sql().is_some();
+    let over: &[&'static str] = match state {
+        State::AwaitingLeader | State::Initializing => &["waiting_to_lead", "wrong_system_id", "data_directory_unusable", "rejoin_refused"],
+        State::Following if at_work => &BEHIND_A_LEADER,
+        State::Primary if at_work => &UNDER_THE_LOCK,
+        State::Following | State::Rejoining | State::Cloning => &["waiting_to_initialize", "waiting_to_lead"],
+        State::Candidate | State::Promoting { .. } | State::HandingOver { .. } => &["waiting_to_initialize"],
+        State::Starting | State::Undeclared | State::Primary | State::Demoting { .. } | State::Stopping => &[],
+    };
+    over.iter().for_each(|kind| world.clear(kind));
 }
+
+/// What is over when a standby is at work.
+const BEHIND_A_LEADER: [&str; 15] = [
+    "waiting_to_initialize",
+    "waiting_to_lead",
+    "wrong_system_id",
+    "data_directory_unusable",
+    "initdb_failed",
+    "clone_failed",
+    "rejoin_waits",
+    "rejoin_unclear",
+    "rejoin_refused",
+    "promotion_failed",
+    "checkpoint_failed",
+    "release_failed",
+    "roles_failed",
+    "fence_failed",
+    "configuration_waits",
+];
+
+/// What is over when a primary is at work.
+const UNDER_THE_LOCK: [&str; 12] = [
+    "waiting_to_initialize",
+    "waiting_to_lead",
+    "wrong_system_id",
+    "data_directory_unusable",
+    "initdb_failed",
+    "clone_failed",
+    "rejoin_waits",
+    "rejoin_unclear",
+    "rejoin_refused",
+    "promotion_failed",
+    "release_failed",
+    "fence_failed",
+];

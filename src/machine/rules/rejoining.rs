@@ -51,7 +51,7 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
         Some(Rejoin::Clone { why, lost }) => {
             let Some(spec) = context.world.spec().cloned() else { return Handled };
             let replaceable = lost.is_none();
-            if context.start(Operation::Clone { from: leader, spec, lost: lost.clone(), replaceable }) {
+            if context.start(Operation::Clone { from: leader, spec, lost, replaceable }) {
                 let kept = if replaceable { "its content is all elsewhere" } else { "the directory is kept beside, whole" };
                 context.decide("reclone", format!("a copy of the leader takes the data directory's place, {kept}: {why}"));
             }

@@ -7,7 +7,6 @@ use crate::machine::action::{Operation, OperationKind};
 use crate::machine::node::Context;
 use crate::machine::rules::primary;
 use crate::machine::state::State;
-use crate::machine::world::Lock;
 use crate::types::MemberName;
 
 /// A primary looks at what is asked. The refusal is written before PostgreSQL is touched.
@@ -86,8 +85,8 @@ pub(crate) fn settle(context: &mut Context<'_>, state: &State) {
                         RequestProgress::Done { message: format!("`{to}` leads") }
                     }
                     Some(leader) if leader == to.as_str() => continue,
-                    // An old view: the key that we have just deleted.
-                    Some(leader) if leader == me.as_str() && context.world.lock == Lock::None => continue,
+                    // Given back a moment ago: the view is older than that.
+                    Some(leader) if leader == me.as_str() && *state != State::Primary => continue,
                     Some(leader) => RequestProgress::Refused { reason: format!("the hand-over did not succeed: `{leader}` leads") },
                     None => continue,
                 }

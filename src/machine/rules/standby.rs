@@ -143,7 +143,8 @@ fn has_diverged(context: &Context<'_>) -> bool {
         return false;
     };
     let Some(leader) = key.record.timeline.filter(|_| key.record.role == MemberRole::Primary) else { return false };
-    let recorded = view.history.iter().any(|entry| entry.timeline == leader && entry.epoch.is_some());
+    let whole = |entry: &HistoryEntry| entry.timeline <= TimelineId(1) || entry.parent.is_some() && entry.switch_lsn.is_some();
+    let recorded = view.history.iter().any(|entry| entry.timeline == leader && entry.epoch.is_some() && whole(entry));
     match leader.cmp(&sql.timeline) {
         std::cmp::Ordering::Equal => false,
         std::cmp::Ordering::Less => recorded && view.leader.as_ref().is_some_and(|lock| is_of(view, leader, lock.epoch)),
@@ -158,8 +159,11 @@ fn is_of(view: &ClusterView, timeline: TimelineId, epoch: crate::types::Epoch) -
 }
 
 fn is_stuck(context: &Context<'_>) -> bool {
-    let leader_serves = context.world.other_leader().is_some_and(|(_, key)| key.record.role == MemberRole::Primary);
-    let since = context.world.not_streaming_since.filter(|_| leader_serves && context.world.etcd == Etcd::Reachable);
+    // Both for so long: no stream, and a leader to receive from.
+    let since = match (context.world.not_streaming_since, context.world.leader_writes_since) {
+        (Some(since), Some((_, serves))) if context.world.etcd == Etcd::Reachable => Some(since.max(serves)),
+        _ => None,
+    };
     let accepting = context.world.sql().is_some_and(|sql| sql.in_recovery);
     accepting && since.is_some_and(|since| context.now.since(since) > Duration::from_secs(STUCK_AFTER_S))
 }
@@ -184,6 +188,14 @@ fn can_be_candidate(context: &Context<'_>) -> bool {
         && world.written.is_some()
         && world.lock == Lock::None
         && world.declared().is_some_and(|member| !member.nofailover())
+        && !(world.abstains_until.is_some_and(|until| context.now < until) && somebody_else_could_lead(world))
+}
+
+fn somebody_else_could_lead(world: &crate::machine::world::World) -> bool {
+    let (Some(view), Some(spec)) = (world.fresh_view(), world.spec()) else { return false };
+    view.members.iter().any(|(name, key)| {
+        *name != world.me.name && key.record.role == MemberRole::Replica && spec.member(name).is_some_and(|member| !member.nofailover())
+    })
 }
 
 pub(crate) fn candidate(context: &mut Context<'_>) -> Outcome<State> {

@@ -34,6 +34,7 @@ fn adopt_or_ask_for_a_lease(context: &mut Context<'_>) {
     }
     let kept = context.world.guard.as_ref().and_then(|guard| guard.lease);
     let lock = context.world.guard.as_ref().and_then(|guard| guard.lock).map(|lock| lock.identity);
+    context.world.lease_asked_at = context.now;
     if let Some(identity) = kept {
         if let Some(lock) = lock {
             context.world.lock = Lock::Unproved(lock);

@@ -1,0 +1,176 @@
+//! A machine that is watched: whatever it is told, what it orders has to keep the claims. Every test of this module goes through here.
+
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
+
+use crate::clock::BootTime;
+use crate::facts::cluster::{DataDirectoryReport, Initialize};
+use crate::facts::guard::Word;
+use crate::machine::Machine;
+use crate::machine::action::{Action, LeaseOrder, Operation, OperationKind, StartAs};
+use crate::machine::edges;
+use crate::machine::event::{Event, Finished};
+use crate::machine::state::State;
+use crate::machine::world::{Lock, Me, World};
+
+/// More orders at once than any event can need.
+pub(crate) const ACTIONS_PER_EVENT_MAX: usize = 16;
+
+/// Transitions seen by any test of this process, for the test that every edge is reached.
+static SEEN: Mutex<BTreeSet<(&'static str, &'static str)>> = Mutex::new(BTreeSet::new());
+
+pub(crate) fn transitions_seen() -> BTreeSet<(&'static str, &'static str)> {
+    SEEN.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+/// The machine, and what it has under way as the outside sees it.
+pub(crate) struct Checked {
+    pub(crate) machine: Machine,
+    under_way: BTreeSet<OperationKind>,
+    exited: bool,
+}
+
+impl Checked {
+    pub(crate) fn new(me: Me) -> Self {
+        Checked { machine: Machine::new(me), under_way: BTreeSet::new(), exited: false }
+    }
+
+    pub(crate) fn resume(world: World, state: State) -> Self {
+        let under_way = world.in_flight.clone();
+        Checked { machine: Machine::resume(world, state), under_way, exited: false }
+    }
+
+    pub(crate) fn world(&self) -> &World {
+        self.machine.world()
+    }
+
+    pub(crate) fn state(&self) -> &State {
+        self.machine.state()
+    }
+
+    /// [`Machine::handle`], judged.
+    pub(crate) fn handle(&mut self, now: BootTime, event: Event) -> Vec<Action> {
+        if let Event::Finished(finished) = &event {
+            self.under_way.remove(&kind_of(finished));
+        }
+        let said = format!("{event:?}");
+        let before = self.state().clone();
+        let actions = self.machine.handle(now, event);
+        let context = format!("at {now:?} in {} on {said:.300}: {actions:.2000?}", before.name());
+        assert!(actions.len() <= ACTIONS_PER_EVENT_MAX, "{} actions {context}", actions.len());
+        assert!(!self.exited || actions.iter().all(|action| !matches!(action, Action::Do(_))), "after the order to leave, {context}");
+        for (from, to) in transitions(&actions) {
+            let edge = edges::find(&from, &to).unwrap_or_else(|| panic!("no edge {from} -> {to}, {context}"));
+            SEEN.lock().unwrap_or_else(PoisonError::into_inner).insert((edge.from, edge.to));
+        }
+        for action in &actions {
+            self.judge(now, action, &context);
+        }
+        actions
+    }
+
+    fn judge(&mut self, now: BootTime, action: &Action, context: &str) {
+        let world = self.machine.world();
+        match action {
+            Action::Do(operation) => {
+                let kind = operation.kind();
+                assert!(!self.under_way.contains(&kind), "{kind:?} twice at a time, {context}");
+                let job = self.under_way.iter().find(|under_way| under_way.is_job());
+                assert!(!kind.is_job() || job.is_none(), "{kind:?} while {job:?} is under way, {context}");
+                judge_operation(world, now, operation, context);
+                self.under_way.insert(kind);
+            }
+            Action::Lease(LeaseOrder::Hold(lock)) => {
+                assert_eq!(world.lock.identity(), Some(*lock), "holds a lock that is not ours, {context}");
+            }
+            Action::ForgetLock(_) => {
+                let standby = matches!(world.running(), Some((_, Word::Standby)));
+                assert!(world.lock == Lock::None && (world.proved_empty() || standby), "forgets a lock that PostgreSQL needs, {context}");
+            }
+            Action::Exit(_) => {
+                let dead = world.proved_empty() || world.guard.is_none();
+                assert!(dead, "leaves while PostgreSQL may be alive, {context}");
+                self.exited = true;
+            }
+            Action::CancelJob | Action::Lease(_) | Action::Stop(_) | Action::Record(_) => {}
+        }
+    }
+}
+
+/// The claims on single operations: I2, I3, I10, I11.
+fn judge_operation(world: &World, now: BootTime, operation: &Operation, context: &str) {
+    let proved = |identity: Option<crate::types::LockIdentity>| match world.lock {
+        Lock::Proved { identity: proved, until, announce_at } => {
+            announce_at <= until && now < announce_at && identity.is_none_or(|identity| identity == proved)
+        }
+        Lock::None | Lock::Unproved(_) => false,
+    };
+    match operation {
+        Operation::Promote { lock, timeline, .. } => {
+            assert!(proved(Some(*lock)), "I3: promotes without a proof, {context}");
+            assert_eq!(world.timeline_of(*lock), Some(*timeline), "I9: promotes onto another id than was reserved, {context}");
+            assert!(!world.in_flight.contains(&OperationKind::Release), "promotes while it gives the lock back, {context}");
+        }
+        Operation::Start { role: StartAs::Primary, .. } => {
+            assert!(proved(None), "I2: starts a primary without a proof, {context}");
+            assert!(world.proved_empty(), "starts a second server, {context}");
+        }
+        Operation::Start { .. } | Operation::Clone { .. } | Operation::PlanRejoin { .. } | Operation::Initdb { .. } => {
+            assert!(world.proved_empty(), "I10: works on the data directory of a live server, {context}");
+        }
+        Operation::Release { record, .. } => {
+            let standby = record.is_none() && matches!(world.running(), Some((_, Word::Standby)));
+            assert!(world.nothing_can_write() || standby, "I2: releases the lock while PostgreSQL may write, {context}");
+        }
+        _ => {}
+    }
+    match operation {
+        Operation::Clone { .. } => {
+            let leads = world.lock != Lock::None;
+            assert!(!leads && world.other_leader().is_some(), "I10: replaces its data directory without another leader, {context}");
+        }
+        Operation::Initdb { .. } => {
+            let view = world.view.as_ref().unwrap_or_else(|| panic!("I11: initdb without a view, {context}"));
+            let full = view.members.values().any(|key| key.record.data_directory == DataDirectoryReport::Full);
+            let claimed =
+                matches!(&view.initialize, Some(Initialize::Claimed { lease, .. }) if Some(*lease) == world.lease.map(|own| own.lease));
+            assert!(!full && claimed && view.leader.is_none(), "I11: initdb although data is known or the claim is not ours, {context}");
+        }
+        _ => {}
+    }
+}
+
+/// The transitions that a list of actions records, in order.
+pub(crate) fn transitions(actions: &[Action]) -> Vec<(String, String)> {
+    let facts = actions.iter().filter_map(|action| match action {
+        Action::Record(decision) if decision.kind == "transition" => Some(&decision.facts),
+        _ => None,
+    });
+    facts.map(|facts| (facts["from"].clone(), facts["to"].clone())).collect()
+}
+
+/// Which operation ended.
+pub(crate) fn kind_of(finished: &Finished) -> OperationKind {
+    use OperationKind as Kind;
+    match finished {
+        Finished::Looked(_) => Kind::Look,
+        Finished::Started(_) | Finished::StartedOnOldFiles { .. } => Kind::Start,
+        Finished::Configured { .. } => Kind::Configure,
+        Finished::Initialized(_) => Kind::Initdb,
+        Finished::Cloned(_) => Kind::Clone,
+        Finished::RejoinPlanned(_) => Kind::PlanRejoin,
+        Finished::PromotionAsked(_) => Kind::Promote,
+        Finished::RolesEnsured(_) => Kind::EnsureRoles,
+        Finished::Checkpointed(_) => Kind::Checkpoint,
+        Finished::MemberPut(_) => Kind::PutMember,
+        Finished::Acquired(_) => Kind::Acquire,
+        Finished::Released(_) => Kind::Release,
+        Finished::StatusWritten(_) => Kind::WriteStatus,
+        Finished::PromotionRecorded(_) => Kind::RecordPromotion,
+        Finished::InitializeClaimed(_) => Kind::ClaimInitialize,
+        Finished::InitializeGivenUp(_) => Kind::GiveUpInitialize,
+        Finished::RequestAnswered(_) => Kind::AnswerRequest,
+        Finished::PeersAsked { .. } => Kind::AskPeers,
+        Finished::FencedByScan(_) => Kind::FenceByScan,
+    }
+}
