@@ -169,7 +169,10 @@ impl Machine {
 
     /// How often PostgreSQL is to be asked.
     pub fn probe_every(&self) -> Duration {
-        Duration::from_millis(if self.hurried() { PROBE_FAST_MS } else { PROBE_IDLE_MS })
+        // The HTTP API takes a probe for true no longer than loop_wait.
+        let loop_wait = self.world.spec().map_or(Duration::from_millis(PROBE_IDLE_MS), |spec| spec.ha.loop_wait);
+        let idle = Duration::from_millis(PROBE_IDLE_MS).min(loop_wait / 3);
+        if self.hurried() { Duration::from_millis(PROBE_FAST_MS) } else { idle }
     }
 
     /// A role is changing, or a server is coming up: what is seen late is an outage that lasts longer.

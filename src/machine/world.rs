@@ -147,6 +147,8 @@ pub struct World {
     pub lease_asked_at: BootTime,
     /// The lease's thread renews nothing, because the guard did not acknowledge: it has to be told that there is a guard again.
     pub lease_silent: bool,
+    /// The guard's lease, handed to the lease's thread, which has not renewed it yet.
+    pub adopting: Option<LeaseIdentity>,
     /// The leader lock.
     pub lock: Lock,
     /// The lock that the lease's thread was told to hold.
@@ -174,6 +176,8 @@ pub struct World {
     pub in_force: Option<InForce>,
     /// The generation that PostgreSQL would not take.
     pub refused_generation: Option<u64>,
+    /// The leader that the files were judged to be able to follow, and when.
+    pub judged: Option<(Epoch, BootTime)>,
     /// The last judgement on how to get back behind the leader.
     pub rejoin: Option<Rejoin>,
     /// The checkpoint before a planned stop was made.
@@ -248,6 +252,7 @@ impl World {
             lease_asked: false,
             lease_asked_at: BootTime::default(),
             lease_silent: false,
+            adopting: None,
             lock: Lock::None,
             holding: None,
             reserved: None,
@@ -262,6 +267,7 @@ impl World {
             conditions: BTreeMap::new(),
             in_force: None,
             refused_generation: None,
+            judged: None,
             rejoin: None,
             checkpointed: false,
             releasing: None,
@@ -390,7 +396,10 @@ impl World {
                 self.lease_silent = false;
                 None
             }
-            LeaseEvent::Renewed { .. } => None,
+            LeaseEvent::Renewed { .. } => {
+                self.lease = self.lease.or(self.adopting.take());
+                None
+            }
             LeaseEvent::Proved { lock, sent, until } => {
                 self.lease = Some(lock.lease);
                 // The epoch names the leadership; a changed ttl brings it another lease. A proof of a lock that was let go or taken
@@ -407,6 +416,7 @@ impl World {
                 let had = self.lock.identity().is_some();
                 if why != LeaseLoss::LockNotOurs {
                     self.lease = None;
+                    self.adopting = None;
                     // Its thread gets another one by itself; if none comes, it is asked again.
                     self.lease_asked = true;
                     self.lease_asked_at = now;
@@ -520,6 +530,9 @@ impl World {
                 self.judge(now, Kind::Clone, result, "clone_failed");
             }
             Finished::RejoinPlanned(result) => {
+                if matches!(result, Ok(Rejoin::Follow)) {
+                    self.judged = self.view.as_ref().and_then(|view| view.leader.as_ref()).map(|leader| (leader.epoch, now));
+                }
                 self.rejoin = result.as_ref().ok().cloned();
                 self.judge(now, Kind::PlanRejoin, result, "rejoin_unclear");
             }

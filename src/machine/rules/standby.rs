@@ -20,6 +20,8 @@ use crate::types::{LeaseId, MemberName, TimelineId};
 
 /// A standby that does not stream from a healthy leader for so long is stopped, judged and started again (SAFETY row 10).
 const STUCK_AFTER_S: u64 = 20;
+/// A standby that cannot follow the leader's timeline does not stream; one that streams is not looked at.
+const DIVERGED_AFTER_S: u64 = 2;
 /// Entries of `history` that are kept: far more than PostgreSQL keeps history files for in practice.
 const HISTORY_MAX_ENTRIES: usize = 1_000;
 /// A standby's stop, which holds nobody up.
@@ -137,8 +139,17 @@ fn follow_running(context: &mut Context<'_>) -> Outcome<State> {
     if context.world.vacancy.is_some() && can_be_candidate(context) { Transition(State::Candidate) } else { Handled }
 }
 
-/// Our WAL goes past the point where the leader's timeline left ours, as etcd's history tells. The files have the last word.
+/// Our WAL goes past the point where the leader's timeline left ours, as etcd's history tells. The files have the last word: once they
+/// were judged fit to follow this leader, PostgreSQL gets its time, since a timeline is told late while recovery goes over to it.
 fn has_diverged(context: &Context<'_>) -> bool {
+    let leader = context.world.view.as_ref().and_then(|view| view.leader.as_ref()).map(|leader| leader.epoch);
+    let fit =
+        context.world.judged.is_some_and(|(epoch, at)| Some(epoch) == leader && context.now.since(at) < Duration::from_secs(STUCK_AFTER_S));
+    let waited = context.world.not_streaming_since.is_some_and(|since| context.now.since(since) >= Duration::from_secs(DIVERGED_AFTER_S));
+    waited && !fit && is_past_the_switch(context)
+}
+
+fn is_past_the_switch(context: &Context<'_>) -> bool {
     let (Some(view), Some(sql), Some((_, key))) = (context.world.fresh_view(), context.world.sql(), context.world.other_leader()) else {
         return false;
     };

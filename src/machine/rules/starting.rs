@@ -41,6 +41,7 @@ fn adopt_or_ask_for_a_lease(context: &mut Context<'_>) {
             context.world.holding = Some(lock);
         }
         context.world.lease_asked = true;
+        context.world.adopting = Some(identity);
         context.actions.push(Action::Lease(LeaseOrder::Adopt(identity, lock)));
     } else if context.world.declared().is_some() {
         context.world.lease_asked = true;
@@ -56,6 +57,8 @@ fn adopt_primary(context: &mut Context<'_>) -> Outcome<State> {
         }
         // The guard's ladder runs whatever this daemon learns.
         Lock::Proved { .. } | Lock::Unproved(_) => Handled,
+        // Not asked for yet: the ttl, and with it the spec, has to be known first.
+        Lock::None if !context.world.lease_asked && context.world.guard.as_ref().is_some_and(|guard| guard.lock.is_some()) => Handled,
         Lock::None => {
             let why = "PostgreSQL may write, and the guard knows of no lock that allows it".to_owned();
             Transition(State::Demoting { demotion: Demotion { why, then: Then::Follow } })
