@@ -54,7 +54,9 @@ pub fn failover(cluster: &LocalCluster, stop: &AtomicBool) -> Result<bool> {
     let verdict = verdict(cluster, &log)?;
     let whole = has_one_primary_and_the_rest_streams(cluster)?;
     report(&verdict);
-    println!("{}", if whole { "one primary, all others streaming" } else { "the cluster is NOT whole" });
+    if !whole {
+        println!("that is NOT one primary with all others streaming");
+    }
     Ok(whole && verdict.missing.is_empty() && verdict.duplicates.is_empty())
 }
 
@@ -197,19 +199,23 @@ fn has_one_primary_and_the_rest_streams(cluster: &LocalCluster) -> Result<bool> 
     let mut primaries = Vec::new();
     for node in &cluster.plan.nodes {
         let config = cluster.connection(node.declared.port)?;
-        primaries.push(in_own_thread(async move { streaming(&config).await })?);
+        let standbys = in_own_thread(async move { streaming(&config).await });
+        let standbys = standbys.with_context(|| format!("asking {}", node.declared.name))?;
+        primaries.extend(standbys.map(|standbys| (&node.declared.name, standbys)));
     }
-    let streaming: Vec<i64> = primaries.into_iter().flatten().collect();
-    Ok(streaming.len() == 1 && usize::try_from(streaming[0])? + 1 == cluster.plan.nodes.len())
+    let whole = primaries.len() == 1 && primaries[0].1.len() + 1 == cluster.plan.nodes.len();
+    let told: Vec<String> = primaries.iter().map(|(name, standbys)| format!("{name} (to {})", standbys.join(", "))).collect();
+    println!("primary and whom it streams to: {}", told.join(" AND "));
+    Ok(whole)
 }
 
-/// How many standbys stream from this server; None when it is a standby itself.
-async fn streaming(config: &Config) -> Result<Option<i64>> {
-    let (client, connection) = config.connect(NoTls).await.context("connecting to a member")?;
+/// The standbys that stream from this server; None when it is a standby itself.
+async fn streaming(config: &Config) -> Result<Option<Vec<String>>> {
+    let (client, connection) = config.connect(NoTls).await.context("connecting")?;
     tokio::spawn(connection);
-    let sql = "SELECT pg_is_in_recovery(), (SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming')";
-    let row = client.query_one(sql, &[]).await.context("asking a member")?;
-    Ok((!row.get::<_, bool>(0)).then(|| row.get(1)))
+    let sql = "SELECT pg_is_in_recovery(), (SELECT array_agg(application_name ORDER BY 1) FROM pg_stat_replication WHERE state = 'streaming')";
+    let row = client.query_one(sql, &[]).await.context("asking for the standbys")?;
+    Ok((!row.get::<_, bool>(0)).then(|| row.get::<_, Option<Vec<String>>>(1).unwrap_or_default()))
 }
 
 fn report(verdict: &Verdict) {
