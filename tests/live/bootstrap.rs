@@ -1,6 +1,7 @@
 //! How a cluster begins, how a member joins and rejoins, and what is never overwritten (SAFETY rows 32, 49, 53, 64; I10, I11).
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -8,6 +9,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use pgherd::cli::demo::cluster::run;
 
+use crate::rig::proxy::Network;
 use crate::rig::wait::holds_throughout;
 use crate::rig::world::{Setup, World};
 
@@ -27,19 +29,31 @@ fn three_empty_members_become_one_cluster_with_one_initdb() {
 }
 
 #[test]
-fn no_initdb_is_run_beside_a_data_directory_that_is_full() {
+fn no_initdb_is_run_beside_a_data_directory_that_is_full_and_its_data_becomes_the_clusters() {
     let world = World::lay_out(&Setup::default());
     world.foreign_initdb(1);
-    let before = system_id(&world.cluster.data_dir(1)).unwrap();
+    let before = system_id(&world.cluster.data_dir(1));
     world.start_etcd_and_apply();
     world.start_all();
-    let untouched = || {
-        system_id(&world.cluster.data_dir(0)).is_none()
-            && system_id(&world.cluster.data_dir(2)).is_none()
-            && system_id(&world.cluster.data_dir(1)) == Some(before)
-    };
-    world.settle("the full member has reported", || world.status().member("n2").is_some_and(|member| member.state.is_some()));
-    assert!(holds_throughout(Duration::from_secs(8), untouched), "no initdb while a data directory is known to be full");
+    let no_other = || (0..world.nodes()).all(|index| [None, before].contains(&system_id(&world.cluster.data_dir(index))));
+    assert!(holds_throughout(Duration::from_secs(5), no_other), "no initdb while a data directory is known to be full");
+    world.wait_whole("with the data that was there");
+    assert_eq!(system_id(&world.cluster.data_dir(0)), before);
+    assert_eq!(system_id(&world.cluster.data_dir(1)), before);
+}
+
+#[test]
+fn two_data_directories_of_different_clusters_are_left_alone_and_nobody_leads() {
+    let world = World::lay_out(&Setup::default());
+    world.foreign_initdb(0);
+    world.foreign_initdb(1);
+    let ids = || (0..world.nodes()).map(|index| system_id(&world.cluster.data_dir(index))).collect::<Vec<_>>();
+    let before = ids();
+    world.start_etcd_and_apply();
+    world.start_all();
+    world.settle("a condition names the system identifiers", || world.has_condition(0, "system") || world.has_condition(1, "system"));
+    let untouched = || ids() == before && (0..world.nodes()).all(|index| world.http(index, "/primary") != Some(200));
+    assert!(holds_throughout(Duration::from_secs(5), untouched), "nothing is made, copied or led");
 }
 
 #[test]
@@ -94,23 +108,33 @@ fn a_replica_whose_data_directory_was_removed_is_cloned_again() {
 
 #[test]
 fn a_former_primary_that_diverged_rejoins_and_its_own_data_is_kept() {
-    let world = World::up(&Setup::default());
+    let world = World::up(&Setup { proxied: true, ..Setup::default() });
     let former = world.leader();
     // Nothing of what it writes from now on reaches anybody.
-    for other in world.others(former) {
-        world.cluster.postgres_processes(other).iter().for_each(|id| id.signal(Signal::SIGSTOP));
-    }
+    world.set_replication_network(former, Network::Cut);
     world.wait_writes(former);
     world.cluster.cut_power(former);
-    for other in world.others(former) {
-        world.cluster.postgres_processes(other).iter().for_each(|id| id.signal(Signal::SIGCONT));
-    }
+    world.set_replication_network(former, Network::Pass);
     world.wait_another_leads(former);
     world.cluster.start_node(former).unwrap();
     world.wait_whole("after the diverged member came back");
     let kept = fs::read_dir(world.cluster.node_dir(former)).unwrap().flatten().map(|entry| entry.path());
     let kept: Vec<_> = kept.filter(|path| *path != world.cluster.data_dir(former)).collect();
     assert!(kept.iter().any(|path| holds_a_control_file(path)), "the diverged data directory is kept beside: {kept:?}");
+    world.finish();
+}
+
+#[test]
+fn a_former_primary_that_did_not_diverge_follows_without_a_clone() {
+    let world = World::up(&Setup::default());
+    let former = world.leader();
+    let inode = |world: &World| fs::metadata(world.cluster.data_dir(former)).unwrap().ino();
+    let before = inode(&world);
+    world.stop_node(former);
+    world.wait_another_leads(former);
+    world.cluster.start_node(former).unwrap();
+    world.wait_whole("after the former primary came back");
+    assert_eq!(inode(&world), before, "the same data directory");
     world.finish();
 }
 

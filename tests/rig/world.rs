@@ -296,6 +296,11 @@ impl World {
         self.etcd_proxies[index].iter().for_each(|proxy| proxy.set(network));
     }
 
+    /// Breaks or heals what others hear of a node's PostgreSQL.
+    pub fn set_replication_network(&self, index: usize, network: Network) {
+        self.node_proxies[index][0].set(network);
+    }
+
     /// Breaks or heals everything between one node and all others; APIs of all nodes too, since who asks cannot be told apart there.
     pub fn set_whole_network(&self, index: usize, network: Network) {
         self.set_etcd_network(index, network);

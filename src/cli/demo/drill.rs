@@ -213,7 +213,8 @@ fn has_one_primary_and_the_rest_streams(cluster: &LocalCluster) -> Result<bool> 
 async fn streaming(config: &Config) -> Result<Option<Vec<String>>> {
     let (client, connection) = config.connect(NoTls).await.context("connecting")?;
     tokio::spawn(connection);
-    let sql = "SELECT pg_is_in_recovery(), (SELECT array_agg(application_name ORDER BY 1) FROM pg_stat_replication WHERE state = 'streaming')";
+    let sql =
+        "SELECT pg_is_in_recovery(), (SELECT array_agg(application_name ORDER BY 1) FROM pg_stat_replication WHERE state = 'streaming')";
     let row = client.query_one(sql, &[]).await.context("asking for the standbys")?;
     Ok((!row.get::<_, bool>(0)).then(|| row.get::<_, Option<Vec<String>>>(1).unwrap_or_default()))
 }

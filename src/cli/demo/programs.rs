@@ -39,7 +39,8 @@ impl Programs {
 
     /// The major version of PostgreSQL.
     pub fn postgres_major(&self) -> Result<u32> {
-        let program = self.postgres_bin.join("postgres");
+        // Not `postgres --version`: a dead child of that name is taken for an orphaned server and reaped (see process).
+        let program = self.postgres_bin.join("initdb");
         let output = Command::new(&program).arg("--version").output().with_context(|| format!("running {}", program.display()))?;
         let text = String::from_utf8_lossy(&output.stdout);
         let digits = |word: &str| word.split('.').next().and_then(|major| major.parse().ok());
