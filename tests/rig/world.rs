@@ -38,6 +38,8 @@ const ROWS_TO_SEE: usize = 10;
 const LIMIT: Duration = Duration::from_secs(5);
 /// Memory that a cluster in /dev/shm must leave.
 const SHM_FREE_BYTES: u64 = 3 << 30;
+/// Not the least that is allowed: a probe older than this counts as none, and the machine may be busy.
+const LOOP_WAIT_S: u32 = 2;
 const TAIL_LINES: usize = 60;
 
 /// What a test's cluster is like.
@@ -95,6 +97,7 @@ impl World {
         let cluster = LocalCluster::lay_out(plan).unwrap();
         let mut document = cluster.document().unwrap();
         document.ttl_s = setup.ttl_s;
+        document.loop_wait_s = LOOP_WAIT_S;
         document.pg_hba = ["all", "replication"].map(|database| format!("host {database} all 127.0.0.0/8 scram-sha-256")).into();
         // Segments that a killed server leaves behind are in its data directory, and go with it.
         document.parameters.insert("dynamic_shared_memory_type".into(), "mmap".into());
