@@ -37,7 +37,7 @@ fn check_switchover(view: &ClusterView, to: &MemberName) -> Result<String, Strin
         return Err(format!("{to} leads already"));
     }
     if view.maintenance.is_some() {
-        return Err("maintenance mode is on: end it first".to_owned());
+        return Err("the key maintenance is set: whoever set it has to delete it first".to_owned());
     }
     if !view.members.contains_key(to) {
         return Err(format!("{to} has no key in etcd: its daemon is not running or cannot reach etcd"));

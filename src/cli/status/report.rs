@@ -257,9 +257,10 @@ impl World<'_> {
             _ => {}
         }
         if let Some(paused) = &self.view.maintenance {
-            let until = paused.until.as_ref().map_or_else(|| "until `pgherd resume`".to_owned(), |until| format!("until {until}"));
-            let message =
-                format!("maintenance mode is on {until} (by {}: {}): nobody is elected and nothing is fenced", paused.by, paused.why);
+            let message = format!(
+                "the key maintenance is set (by {}: {}), and this version has no maintenance mode: members are elected and fenced as ever",
+                paused.by, paused.why
+            );
             add("maintenance", Severity::Warning, message);
         }
         for request in self.view.requests.values() {
