@@ -174,8 +174,7 @@ impl World<'_> {
     }
 
     fn without_key(&self, name: &MemberName, host: String, role: Role) -> MemberStatus {
-        let message =
-            format!("{name} has no key in etcd: its daemon is not running or cannot reach etcd; look at `pgherd run` on that host");
+        let message = "has no key in etcd: its daemon is not running or cannot reach etcd; look at the daemon's log on that host".to_owned();
         MemberStatus {
             name: name.clone(),
             host,
