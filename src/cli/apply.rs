@@ -150,7 +150,9 @@ pub fn get(connection: &Connection, generation: Option<u64>) -> Outcome {
     })?;
     match (record, generation) {
         (Some(record), _) => print(&record.document).map(|_| DONE),
-        (None, Some(generation)) => Err(Failure::new(FAILED, format!("there is no generation {generation}: only the last 20 that were applied are kept"))),
+        (None, Some(generation)) => {
+            Err(Failure::new(FAILED, format!("there is no generation {generation}: only the last 20 that were applied are kept")))
+        }
         (None, None) => Err(Failure::new(FAILED, "no cluster document is in force: use `pgherd apply -f CLUSTER.yaml`")),
     }
 }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::facts::cluster::{ClusterView, Condition, Initialize, MemberKey, MemberRole, RequestProgress, Severity};
+use crate::facts::cluster::{ClusterView, Condition, DataDirectoryReport, Initialize, MemberKey, MemberRole, RequestProgress, Severity};
 use crate::types::{ClusterName, Lsn, MemberName, SystemId, TimelineId};
 
 /// State of a member whose key is not there.
@@ -174,7 +174,8 @@ impl World<'_> {
     }
 
     fn without_key(&self, name: &MemberName, host: String, role: Role) -> MemberStatus {
-        let message = "has no key in etcd: its daemon is not running or cannot reach etcd; look at the daemon's log on that host".to_owned();
+        let message =
+            "has no key in etcd: its daemon is not running or cannot reach etcd; look at the daemon's log on that host".to_owned();
         MemberStatus {
             name: name.clone(),
             host,
@@ -248,7 +249,17 @@ impl World<'_> {
                 add("initialize_unreadable", Severity::Error, format!("`initialize` in etcd makes no sense ({text:?}): nobody leads"));
             }
             (Some(Initialize::Claimed { by, .. }), None) => add("initializing", Severity::Warning, format!("{by} is running initdb")),
-            (None, None) => add("not_initialized", Severity::Warning, "the cluster has no data yet: nobody leads".to_owned()),
+            (None, None) => {
+                let holds = |key: &MemberKey| key.record.data_directory == DataDirectoryReport::Full;
+                let why = match self.view.members.iter().find(|(_, key)| holds(key)) {
+                    Some((name, _)) => format!(
+                        "etcd does not know the cluster's identity, and {name} has data: nobody leads until a document is in force and every \
+                         declared member has reported"
+                    ),
+                    None => "the cluster has no data yet: nobody leads".to_owned(),
+                };
+                add("not_initialized", Severity::Warning, why);
+            }
             (_, None) => add("no_leader", Severity::Error, "nobody holds the leader lock: there is no primary".to_owned()),
             (_, Some(leader)) if leader_key.is_none() => {
                 add("leader_without_key", Severity::Error, format!("the lock is held by `{leader}`, which has no member key"));

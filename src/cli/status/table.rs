@@ -99,7 +99,8 @@ fn words(report: &StatusReport) -> String {
         let who = member.map(|member| format!("{}: ", member.name)).unwrap_or_default();
         let _ = writeln!(out, "{severity}: {who}{}", one_line(&condition.message));
     }
-    for member in report.members.iter().filter(|member| member.pending_restart) {
+    let told = |member: &MemberStatus| member.conditions.iter().any(|condition| condition.kind == "pending_restart");
+    for member in report.members.iter().filter(|member| member.pending_restart && !told(member)) {
         let _ = writeln!(out, "note: {}: wait for a restart: {}", member.name, member.pending_restart_parameters.join(", "));
     }
     out
@@ -139,7 +140,7 @@ Cluster: main (7), generation 4, as of 2026-11-22T12:00:00.000Z
         let (_, words) = text.split_once("+\nerror: ").unwrap();
         assert!(words.starts_with("nobody holds the leader lock"), "{text}");
         assert!(text.contains("| unknown (no key) |"), "{text}");
-        assert!(text.contains("warning: standby1: standby1 has no key"), "{text}");
+        assert!(text.contains("warning: standby1: has no key"), "{text}");
         assert!(text.ends_with("note: standby: wait for a restart: max_connections\n"), "{text}");
     }
 
