@@ -47,9 +47,9 @@ schemas: build ## write schemas/ anew from the types
 	$(PGHERD) schema cluster > schemas/cluster.schema.json
 	$(PGHERD) schema node > schemas/node.schema.json
 
-bench: ## measure the outages of a crash and of a switchover
+bench: ## measure outages and idle cost into docs/BENCHMARKS.md, a quarter of an hour; DEMO_ARGS="--runs 3 --only stop" only shows
 	$(MAKE) build PROFILE=release
-	target/release/pgherd demo --script bench $(DEMO_ARGS)
+	target/release/pgherd demo --script bench $(or $(DEMO_ARGS),--markdown docs/BENCHMARKS.md)
 
 install: ## install binaries and the systemd unit below PREFIX
 	$(MAKE) build PROFILE=release

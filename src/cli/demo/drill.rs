@@ -123,7 +123,8 @@ fn longest_gap(log: &Log, since: BootTime) -> Duration {
     times.windows(2).filter(|pair| pair[1] > since).map(|pair| pair[1].since(pair[0])).max().unwrap_or_default()
 }
 
-fn leader(cluster: &LocalCluster) -> Result<(String, usize)> {
+/// Who leads, by name and place in the plan.
+pub(super) fn leader(cluster: &LocalCluster) -> Result<(String, usize)> {
     let name = cluster.status()?.leader.context("nobody leads")?;
     let index = cluster.index_of(&name).with_context(|| format!("{name} leads and is not one of ours"))?;
     Ok((name, index))

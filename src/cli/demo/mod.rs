@@ -3,6 +3,7 @@
 //! It runs in the foreground, and everything it started and wrote is gone when it ends; `--down` does the same after a crash.
 //! PostgreSQL, etcd and HAProxy run as `postgres` when this is started as root, else as the present user.
 
+mod bench;
 pub mod cluster;
 pub mod documents;
 mod drill;
@@ -60,6 +61,9 @@ pub struct DemoArgs {
     /// The first of 40 ports on 127.0.0.1
     #[arg(long, default_value_t = 15_000, value_parser = clap::value_parser!(u16).range(1024..=65_000))]
     pub base_port: u16,
+    /// What `--script bench` takes
+    #[command(flatten)]
+    pub bench: bench::BenchArgs,
 }
 
 /// What a demo can do by itself.
@@ -67,6 +71,8 @@ pub struct DemoArgs {
 pub enum Script {
     /// Break the primary twice under load and account for every acknowledged row
     Failover,
+    /// Measure how long writes stop when the primary is stopped or killed, and what pgherd costs; minutes for each run
+    Bench,
 }
 
 /// Runs the command. True when all went well; the error says what did not.
@@ -76,16 +82,22 @@ pub fn run(args: &DemoArgs) -> Result<bool> {
     if args.down {
         return down(&dir).map(|()| true);
     }
+    args.bench.check(args.script == Some(Script::Bench))?;
     let stop = stop_on_signal()?;
     refuse_to_disturb(&dir)?;
     let ports = PortBlock::at(args.base_port)?;
     let programs = Programs::find(&std::env::current_exe().context("finding this program")?)?;
     let plan = LocalCluster::plan_on_loopback(&dir, NODES, ETCD_MEMBERS, &ports, programs);
     let cluster = LocalCluster::lay_out(plan)?;
-    let result = bring_up(&cluster, &stop).and_then(|()| {
+    let document = match args.script {
+        Some(Script::Bench) => bench::document(&cluster, bench::first_ttl_s())?,
+        Some(Script::Failover) | None => cluster.document()?,
+    };
+    let result = bring_up(&cluster, &document.to_yaml(), &stop).and_then(|()| {
         println!("{}", how_to_connect(&cluster)?);
         match args.script {
             Some(Script::Failover) => drill::failover(&cluster, &stop),
+            Some(Script::Bench) => bench::run(&cluster, &args.bench, &stop),
             None => {
                 println!("Ctrl-C ends it and removes everything.");
                 while !wait_for(Duration::from_secs(3600), || stop.load(Ordering::SeqCst)) {}
@@ -93,7 +105,8 @@ pub fn run(args: &DemoArgs) -> Result<bool> {
             }
         }
     });
-    if !matches!(result, Ok(true)) && !stop.load(Ordering::SeqCst) {
+    let in_question = if args.script == Some(Script::Bench) { result.is_err() } else { !matches!(result, Ok(true)) };
+    if in_question && !stop.load(Ordering::SeqCst) {
         show_logs(&cluster);
     }
     let ended = cluster.end();
@@ -147,14 +160,13 @@ fn refuse_to_disturb(dir: &Path) -> Result<()> {
     remove_dir(dir)
 }
 
-fn bring_up(cluster: &LocalCluster, stop: &AtomicBool) -> Result<()> {
+fn bring_up(cluster: &LocalCluster, document: &str, stop: &AtomicBool) -> Result<()> {
     println!("starting {} etcd members", cluster.plan.etcd.len());
     cluster.start_etcd()?;
-    let document = cluster.document()?.to_yaml();
-    let mut said = cluster.apply(&document)?;
+    let mut said = cluster.apply(document)?;
     let applied = wait_for(Duration::from_millis(APPLY_BOUND_MS), || {
         if said.code == Some(3)
-            && let Ok(again) = cluster.apply(&document)
+            && let Ok(again) = cluster.apply(document)
         {
             said = again;
         }

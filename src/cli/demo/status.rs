@@ -47,6 +47,12 @@ impl Status {
         self.members.iter().find(|member| member.name == name)
     }
 
+    /// Whether neither the cluster nor a member has a condition that is worse than a piece of information.
+    pub fn is_calm(&self) -> bool {
+        let harmless = |condition: &serde_json::Value| condition["severity"] == "info";
+        self.conditions.iter().chain(self.members.iter().flat_map(|member| &member.conditions)).all(harmless)
+    }
+
     /// Whether one leader leads and `nodes` - 1 others stream from it on its timeline.
     pub fn is_whole(&self, nodes: usize) -> bool {
         let leads = |member: &&StatusMember| member.role.as_deref() == Some("leader");
@@ -62,6 +68,19 @@ impl Status {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cluster_is_calm_until_a_condition_is_worse_than_information() {
+        let status = |of_member: &str| {
+            let text = format!(
+                r#"{{"conditions":[{{"kind":"a","severity":"info","message":""}}],
+                "members":[{{"name":"a","conditions":[{{"kind":"b","severity":"{of_member}","message":""}}]}}]}}"#
+            );
+            serde_json::from_str::<Status>(&text).unwrap()
+        };
+        assert!(status("info").is_calm() && Status::default().is_calm());
+        assert!(!status("warning").is_calm() && !status("error").is_calm());
+    }
 
     #[test]
     fn a_cluster_is_whole_with_one_leader_and_all_others_streaming_on_its_timeline() {

@@ -1,0 +1,252 @@
+//! What is done to the cluster, and how it is brought back.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
+use nix::sys::signal::Signal;
+use serde::Serialize;
+
+use super::super::cluster::LocalCluster;
+use super::super::drill::leader;
+use super::super::http;
+use super::super::process::{ProcessId, wait_for, wait_for_every};
+use super::clients::Client;
+use super::statistics::outage;
+use crate::clock::BootTime;
+
+/// Rows that each client has to see acknowledged before a fault, and again after it and after the cluster is whole: 2 s of writing,
+/// two rounds of HAProxy's checks.
+const ROWS_AROUND: usize = 400;
+/// How long writes, or the whole cluster, may take to come back, in milliseconds.
+const RECOVERY_BOUND_MS: u64 = 180_000;
+/// Time between two looks at the status, in milliseconds: each one is a process.
+const STATUS_PAUSE_MS: u64 = 250;
+/// The service's RestartSec (deploy/pgherd.service), in milliseconds.
+const RESTART_AFTER_MS: u64 = 100;
+/// pgherd takes three ends of one process within a minute for a crash loop, which is not what is measured here.
+const CRASH_WINDOW_MS: u64 = 61_000;
+/// Faults that one node may have within that window.
+const FAULTS_IN_WINDOW_MAX: usize = 2;
+/// Limit of one question to a member, in milliseconds.
+const ASK_LIMIT_MS: u64 = 1_000;
+
+/// What can be measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scenario {
+    /// SIGTERM to the primary's daemon, as systemctl stop sends it
+    Stop,
+    /// SIGKILL to the primary's postmaster
+    Postmaster,
+    /// SIGKILL to the primary's daemon, which is started again after 100 ms
+    Daemon,
+    /// pgherd switchover --to a standby
+    Switchover,
+    /// SIGKILL to daemon, guard and PostgreSQL of the primary, with a ttl of 10 s
+    Power,
+    /// The same with a ttl of 3 s
+    PowerShort,
+    /// Memory, CPU and requests to etcd while nothing happens
+    Idle,
+}
+
+impl Scenario {
+    /// The ttl it is measured with, in seconds.
+    pub fn ttl_s(self) -> u32 {
+        if self == Scenario::PowerShort { 3 } else { 10 }
+    }
+
+    /// For a table.
+    pub fn title(self) -> &'static str {
+        match self {
+            Scenario::Stop => "clean stop of the primary's daemon (SIGTERM)",
+            Scenario::Postmaster => "SIGKILL of the primary's postmaster",
+            Scenario::Daemon => "SIGKILL of the primary's daemon, restarted after 100 ms",
+            Scenario::Switchover => "`pgherd switchover --to`",
+            Scenario::Power => "SIGKILL of everything on the primary, ttl 10 s",
+            Scenario::PowerShort => "SIGKILL of everything on the primary, ttl 3 s",
+            Scenario::Idle => "idle",
+        }
+    }
+}
+
+/// One run of one scenario.
+#[derive(Debug, Clone, Serialize)]
+pub struct Run {
+    /// What was done.
+    pub scenario: Scenario,
+    /// To which node.
+    pub node: String,
+    /// Who led afterwards.
+    pub leader_after: String,
+    /// The longest time without an acknowledged write through HAProxy, in seconds.
+    pub haproxy_s: f64,
+    /// The same, seen by the client that goes to the nodes, in seconds.
+    pub direct_s: f64,
+    /// Writes and connections through HAProxy that were not acknowledged.
+    pub haproxy_failed: usize,
+    /// Writes and connections to the node that led which were not acknowledged.
+    pub direct_failed: usize,
+    /// The first such failure, either way.
+    pub first_failure: Option<String>,
+}
+
+/// A cluster under two clients.
+pub struct Rounds<'a> {
+    /// The cluster.
+    pub cluster: &'a LocalCluster,
+    /// Set when somebody pressed Ctrl-C.
+    pub stop: &'a AtomicBool,
+    haproxy: Client,
+    direct: Client,
+    faults: BTreeMap<usize, Vec<BootTime>>,
+}
+
+impl<'a> Rounds<'a> {
+    /// Starts the clients.
+    pub fn begin(cluster: &'a LocalCluster, stop: &'a AtomicBool) -> Result<Rounds<'a>> {
+        let write_port = cluster.plan.frontends.context("the measurement needs HAProxy")?.write;
+        let nodes: Result<Vec<_>> = cluster.plan.nodes.iter().map(|node| cluster.connection(node.declared.port)).collect();
+        let (haproxy, direct) = (Client::through_haproxy(cluster.connection(write_port)?)?, Client::direct(nodes?)?);
+        Ok(Rounds { cluster, stop, haproxy, direct, faults: BTreeMap::new() })
+    }
+
+    /// Ends the clients.
+    pub fn end(self) -> Result<()> {
+        self.haproxy.end()?;
+        self.direct.end()
+    }
+
+    /// Does one scenario and waits until the cluster is as before.
+    pub fn run(&mut self, scenario: Scenario) -> Result<Run> {
+        self.rows_flow(BootTime::now())?;
+        let (node, index) = leader(self.cluster)?;
+        self.not_a_crash_loop(index)?;
+        let fault = BootTime::now();
+        self.faults.entry(index).or_default().push(fault);
+        self.inflict(scenario, index).with_context(|| format!("{scenario:?} on {node}"))?;
+        self.wait_until_ready().with_context(|| format!("after {scenario:?} on {node}"))?;
+        self.rows_flow(BootTime::now())?;
+        self.judge(scenario, node, index, fault)
+    }
+
+    fn inflict(&self, scenario: Scenario, index: usize) -> Result<()> {
+        let daemon = self.cluster.daemon(index).context("the primary's daemon does not run")?;
+        match scenario {
+            Scenario::Stop => {
+                daemon.signal(Signal::SIGTERM);
+                self.gone(daemon)?;
+                self.rows_flow(BootTime::now())?;
+                self.cluster.start_node(index)?;
+            }
+            Scenario::Postmaster => {
+                let postmaster = self.cluster.postmaster(index).context("the primary's postmaster does not run")?;
+                postmaster.signal(Signal::SIGKILL);
+                self.gone(postmaster)?;
+                self.rows_flow(BootTime::now())?;
+            }
+            Scenario::Daemon => {
+                daemon.signal(Signal::SIGKILL);
+                self.gone(daemon)?;
+                std::thread::sleep(Duration::from_millis(RESTART_AFTER_MS));
+                self.cluster.start_node(index)?;
+                let api = self.cluster.plan.nodes[index].api_listen;
+                let leads = || http::ask("GET", api, "/primary", Duration::from_millis(ASK_LIMIT_MS)).is_ok_and(|(code, _)| code == 200);
+                self.wait("the restarted daemon does not say that it leads", leads)?;
+                self.rows_flow(BootTime::now())?;
+            }
+            Scenario::Switchover => {
+                let target = self.cluster.name((index + 1) % self.cluster.plan.nodes.len());
+                let said = self.cluster.pgherd(&["switchover", "--to", target, "--yes"])?;
+                ensure!(said.code == Some(0), "pgherd switchover: exit {:?}: {}", said.code, said.err.trim());
+                self.rows_flow(BootTime::now())?;
+            }
+            Scenario::Power | Scenario::PowerShort => {
+                self.cluster.cut_power(index);
+                self.rows_flow(BootTime::now())?;
+                self.cluster.start_node(index)?;
+            }
+            Scenario::Idle => {}
+        }
+        Ok(())
+    }
+
+    fn judge(&self, scenario: Scenario, node: String, index: usize, fault: BootTime) -> Result<Run> {
+        let longest = |client: &Client| {
+            let acknowledged: Vec<BootTime> =
+                client.tried().iter().filter(|tried| tried.failure.is_none()).map(|tried| tried.ended).collect();
+            outage(&acknowledged, fault).with_context(|| format!("no row of the client `{}` was acknowledged", client.name()))
+        };
+        let failures = |client: &Client| -> Vec<String> {
+            let of_leader = |tried: &super::clients::Tried| tried.node.is_none_or(|node| node == index);
+            client.tried().into_iter().filter(|tried| tried.ended > fault && of_leader(tried)).filter_map(|tried| tried.failure).collect()
+        };
+        let (haproxy_failed, direct_failed) = (failures(&self.haproxy), failures(&self.direct));
+        let run = Run {
+            scenario,
+            node,
+            leader_after: leader(self.cluster)?.0,
+            haproxy_s: longest(&self.haproxy)?.as_secs_f64(),
+            direct_s: longest(&self.direct)?.as_secs_f64(),
+            haproxy_failed: haproxy_failed.len(),
+            direct_failed: direct_failed.len(),
+            first_failure: direct_failed.first().or(haproxy_failed.first()).cloned(),
+        };
+        let now = BootTime::now();
+        self.haproxy.forget_before(now);
+        self.direct.forget_before(now);
+        Ok(run)
+    }
+
+    /// Waits until both clients have seen enough rows acknowledged since.
+    fn rows_flow(&self, since: BootTime) -> Result<()> {
+        for client in [&self.haproxy, &self.direct] {
+            let enough = || client.acknowledged_after(since) >= ROWS_AROUND;
+            self.wait("no rows are acknowledged", enough).with_context(|| {
+                let last = client.tried().pop().and_then(|tried| tried.failure).unwrap_or_else(|| "acknowledged".to_owned());
+                format!("the client `{}`, whose last attempt ended so: {last}", client.name())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn gone(&self, id: ProcessId) -> Result<()> {
+        self.wait("a process does not end", || !id.is_alive())
+    }
+
+    fn not_a_crash_loop(&mut self, index: usize) -> Result<()> {
+        let before = self.faults.get(&index).cloned().unwrap_or_default();
+        let lately = || {
+            before.iter().filter(|at| BootTime::now().since(**at) < Duration::from_millis(CRASH_WINDOW_MS)).count() < FAULTS_IN_WINDOW_MAX
+        };
+        self.wait("time does not pass", lately)
+    }
+
+    /// Waits until one leads, all others stream, and nobody has a condition worse than a piece of information.
+    pub fn wait_until_ready(&self) -> Result<()> {
+        let nodes = self.cluster.plan.nodes.len();
+        let pause = Duration::from_millis(STATUS_PAUSE_MS);
+        let mut last = None;
+        let ready = wait_for_every(pause, Duration::from_millis(RECOVERY_BOUND_MS), || {
+            last = self.cluster.status().ok();
+            self.interrupted() || last.as_ref().is_some_and(|status| status.is_whole(nodes) && status.is_calm())
+        });
+        ensure!(!self.interrupted(), "interrupted");
+        ensure!(ready, "the cluster was not ready again within {} s; its last status: {last:?}", RECOVERY_BOUND_MS / 1000);
+        Ok(())
+    }
+
+    fn wait(&self, what: &str, condition: impl Fn() -> bool) -> Result<()> {
+        let so = wait_for(Duration::from_millis(RECOVERY_BOUND_MS), || self.interrupted() || condition());
+        ensure!(!self.interrupted(), "interrupted");
+        ensure!(so, "{what}, for {} s", RECOVERY_BOUND_MS / 1000);
+        Ok(())
+    }
+
+    fn interrupted(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+}
