@@ -13,7 +13,7 @@ use crate::facts::lease::LeaseEvent;
 use crate::guard::protocol::Request;
 use crate::http::peer;
 use crate::machine::Machine;
-use crate::machine::action::{Action, Decision, LeaseOrder, Operation};
+use crate::machine::action::{Action, Decision, LeaseOrder, Operation, OperationKind};
 use crate::machine::event::{AcquireOutcome, Event, Finished, PutOutcome};
 use crate::policy::deadlines::{LeaseTimes, TTL_MIN_SECONDS};
 use crate::spec::cluster::ClusterSpec;
@@ -183,7 +183,11 @@ impl Executor {
         self.cancel = Some(cancel);
         let kind = operation.kind();
         let job = jobs::run(Arc::clone(&self.host), Arc::clone(&self.guard), operation);
+        let (host, sink) = (Arc::clone(&self.host), Arc::clone(&self.sink));
         self.spawn(async move {
+            if kind == OperationKind::Look {
+                sink(Event::Finished(Finished::KeptSeen(host.kept())));
+            }
             tokio::select! {
                 event = job => event,
                 _ = cancelled => Event::Finished(jobs::failed(kind, "cancelled: something more urgent came up".to_owned())),

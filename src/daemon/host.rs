@@ -225,6 +225,12 @@ impl Host {
         Ok(ConfigFiles { postgresql_conf: configuration.text, pg_hba: hba::pg_hba_conf(&access), pg_ident: hba::pg_ident_conf(&access) })
     }
 
+    /// The diverged data directory that is kept beside ours.
+    pub fn kept(&self) -> Option<String> {
+        let kept = self.layout.kept_dir();
+        kept.exists().then(|| kept.display().to_string())
+    }
+
     fn machine_id() -> anyhow::Result<String> {
         Ok(std::fs::read_to_string(MACHINE_ID_FILE).with_context(|| format!("reading {MACHINE_ID_FILE}"))?.trim().to_owned())
     }

@@ -111,6 +111,8 @@ pub type Failure = String;
 pub enum Finished {
     /// The data directory was looked at.
     Looked(DataDirectory),
+    /// Whether a diverged data directory is kept beside ours, and where.
+    KeptSeen(Option<String>),
     /// The guard was asked to start a postmaster.
     Started(Result<StartId, Failure>),
     /// A postmaster was started, with the files that served before: those of this generation are not wanted by PostgreSQL.

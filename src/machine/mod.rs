@@ -6,7 +6,9 @@
 //! What must always win, before any state is asked: a proof of the lock that has run out counts as no lock (I2), and a PostgreSQL
 //! that is out of recovery without a lock is ended (SAFETY row 66).
 
+mod absorb;
 pub mod action;
+mod bookkeeping;
 pub mod edges;
 pub mod event;
 mod node;

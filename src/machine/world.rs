@@ -1,16 +1,14 @@
-//! Everything the machine knows, and how an event changes it. Decides nothing: the rules do.
+//! Everything the machine knows, and what follows from it without a decision. Events change it in [`super::absorb`].
 //!
-//! Rule that surprises: when the postmaster changes, what was known of the server and of the data directory is forgotten, so that
-//! no rule acts on what was true of another start.
+//! Rule that surprises: nothing in here is ever "probably still so". What was not seen since the last change is absent or unknown.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::{ClusterView, Condition, HistoryEntry, MemberKey, MemberRecord, MemberRole, Severity, StatusRecord, Versions};
+use crate::facts::cluster::{ClusterView, Condition, HistoryEntry, MemberKey, MemberRecord, MemberRole, StatusRecord, Versions};
 use crate::facts::guard::{GuardFacts, PostmasterFacts, Rung, StartId, Word};
-use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{ControlFacts, DataDirectory, Probe, ProbeOutcome, SqlFacts};
 use crate::policy::deadlines::LeaseTimes;
 use crate::policy::rejoin::Rejoin;
@@ -18,22 +16,9 @@ use crate::spec::cluster::{ClusterSpec, Member};
 use crate::types::{Epoch, Incarnation, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision, TimelineId};
 
 use super::action::{Action, LeaseOrder, OperationKind, StopMode, Upstream};
-use super::event::{AcquireOutcome, Configured, Event, Finished, PutOutcome};
 
-/// Longest wait between two attempts of an operation that fails.
-const BACKOFF_MAX_MS: u64 = 10_000;
-/// Wait after the first failure; doubles with each further one.
-const BACKOFF_FIRST_MS: u64 = 250;
-/// An order to end PostgreSQL is given again after so long if nothing was seen of it.
-const STOP_AGAIN_MS: u64 = 1_000;
 /// How long a standby that was asked to promote is left before it is asked again.
 const PROMOTE_AGAIN_MS: u64 = 2_000;
-/// The same write is not tried again for so long after an answer that a newer view has to follow.
-const ANSWERED_PAUSE_MS: u64 = 250;
-/// A key of another run that is in the way is looked at again after so long.
-const FOREIGN_AGAIN_MS: u64 = 1_000;
-/// After a scan, a new guard is given so long to say what it sees.
-const NEW_GUARD_MS: u64 = 1_000;
 /// Window in which starts of the primary count as a crash loop (SAFETY row 9).
 pub const CRASH_WINDOW_S: u64 = 60;
 /// So many starts within the window and another member has to lead.
@@ -112,9 +97,9 @@ pub struct PeersAnswer {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Backoff {
-    failures: u32,
-    not_before: BootTime,
+pub(super) struct Backoff {
+    pub(super) failures: u32,
+    pub(super) not_before: BootTime,
 }
 
 /// The configuration that is known to be in the files.
@@ -169,7 +154,7 @@ pub struct World {
     pub data: DataDirectory,
     /// Operations under way.
     pub in_flight: BTreeSet<OperationKind>,
-    backoff: BTreeMap<OperationKind, Backoff>,
+    pub(super) backoff: BTreeMap<OperationKind, Backoff>,
     /// What is in the way.
     pub conditions: BTreeMap<&'static str, Condition>,
     /// What the configuration files hold.
@@ -231,7 +216,7 @@ pub struct World {
 }
 
 /// Whether what the guard says takes a start into account.
-fn knows_of(guard: &GuardFacts, start: StartId) -> bool {
+pub(super) fn knows_of(guard: &GuardFacts, start: StartId) -> bool {
     match &guard.postmaster {
         PostmasterFacts::Running { start: known, .. } | PostmasterFacts::Ending { start: known, .. } => *known >= start,
         PostmasterFacts::ProvedEmpty { last } => last.is_some_and(|last| last.start >= start),
@@ -296,449 +281,13 @@ impl World {
         }
     }
 
-    /// Takes in an event. Returns why the lock is gone if this event took it away.
-    pub fn absorb(&mut self, now: BootTime, event: Event) -> Option<String> {
-        match event {
-            Event::Tick => None,
-            Event::SpecRead(generation, spec) => {
-                self.spec = Some((generation, spec));
-                self.clear("spec_unreadable");
-                None
-            }
-            Event::SpecUnreadable(generation, why) => {
-                self.warn("spec_unreadable", format!("the spec of generation {generation} means nothing, the last good one stays: {why}"));
-                None
-            }
-            Event::View(view, as_of) => self.absorb_view(now, view, as_of),
-            Event::EtcdUnreachable(why) => {
-                self.etcd = Etcd::Unreachable;
-                self.vacancy = None;
-                self.warn("etcd_unreachable", format!("etcd cannot be asked: {why}"));
-                None
-            }
-            Event::EtcdSuspicious(why) => {
-                self.etcd = Etcd::Suspicious;
-                self.vacancy = None;
-                self.fail(
-                    "etcd_suspicious",
-                    format!("etcd answers from another cluster or an older state; nobody acquires the lock: {why}"),
-                );
-                None
-            }
-            Event::Lease(event) => self.absorb_lease(now, event),
-            Event::Guard(facts) => {
-                self.absorb_guard(now, facts);
-                None
-            }
-            Event::GuardGone => {
-                self.guard = None;
-                self.guard_gone = true;
-                self.forget_postmaster(now);
-                // A new guard knows of no lock: it has to acknowledge a new proof first.
-                if let Some(identity) = self.lock.identity() {
-                    self.lock = Lock::Unproved(identity);
-                }
-                self.holding = None;
-                None
-            }
-            Event::Probed(probe) => {
-                if probe.begun >= self.postmaster_since {
-                    self.absorb_probe(now, probe);
-                }
-                None
-            }
-            Event::Finished(finished) => {
-                self.absorb_finished(now, finished);
-                None
-            }
-            Event::StopRequested => {
-                self.stop_requested = true;
-                None
-            }
-        }
-    }
-
-    fn absorb_view(&mut self, now: BootTime, view: Arc<ClusterView>, as_of: BootTime) -> Option<String> {
-        self.etcd = Etcd::Reachable;
-        self.clear("etcd_unreachable");
-        self.clear("etcd_suspicious");
-        self.vacancy = match (&view.leader, self.vacancy) {
-            (Some(_), _) => None,
-            (None, Some(vacancy)) if vacancy.id == view.history_revision => Some(vacancy),
-            (None, _) => Some(Vacancy { id: view.history_revision, seen: now }),
-        };
-        if view.leader.is_some() {
-            self.peers = None;
-        }
-        let ours = self.lock.identity();
-        let gone = ours.filter(|ours| {
-            // A view older than our acquisition says nothing about it.
-            view.revision.0 >= ours.epoch.0 && view.leader.as_ref().map(|leader| leader.epoch) != Some(ours.epoch)
-        });
-        self.view = Some(view);
-        self.view_as_of = as_of;
-        let writes = self.other_leader().filter(|(_, key)| key.record.role == MemberRole::Primary).is_some();
-        let epoch = self.view.as_ref().and_then(|view| view.leader.as_ref()).map(|leader| leader.epoch).filter(|_| writes);
-        self.leader_writes_since = match (epoch, self.leader_writes_since) {
-            (Some(epoch), Some((known, since))) if epoch == known => Some((known, since)),
-            (epoch, _) => epoch.map(|epoch| (epoch, now)),
-        };
-        gone?;
-        self.lock = Lock::None;
-        self.holding = None;
-        Some("the lock's key was deleted or replaced".to_owned())
-    }
-
-    fn absorb_lease(&mut self, now: BootTime, event: LeaseEvent) -> Option<String> {
-        match event {
-            LeaseEvent::Granted { identity, .. } => {
-                self.lease = Some(identity);
-                self.lease_silent = false;
-                None
-            }
-            LeaseEvent::Renewed { .. } => {
-                self.lease = self.lease.or(self.adopting.take());
-                None
-            }
-            LeaseEvent::Proved { lock, sent, until } => {
-                self.lease = Some(lock.lease);
-                // The epoch names the leadership; a changed ttl brings it another lease. A proof of a lock that was let go or taken
-                // meanwhile comes too late, and proves nothing about now.
-                if self.lock.identity().map(|known| known.epoch) == Some(lock.epoch) {
-                    self.holding = Some(lock);
-                    let announce_at = self.times().map_or(until, |times| times.deadlines(sent).announce_at);
-                    self.lock = Lock::Proved { identity: lock, until, announce_at };
-                }
-                None
-            }
-            LeaseEvent::Failed { .. } => None,
-            LeaseEvent::Lost { why } => {
-                let had = self.lock.identity().is_some();
-                if why != LeaseLoss::LockNotOurs {
-                    self.lease = None;
-                    self.adopting = None;
-                    // Its thread gets another one by itself; if none comes, it is asked again.
-                    self.lease_asked = true;
-                    self.lease_asked_at = now;
-                    self.written = None;
-                    self.claimed = false;
-                }
-                self.lock = Lock::None;
-                self.holding = None;
-                had.then(|| match why {
-                    LeaseLoss::LockNotOurs => "the lock's key is not ours any more".to_owned(),
-                    _ => "the lease is gone".to_owned(),
-                })
-            }
-            LeaseEvent::Moved { from, to } => {
-                if self.lease == Some(from) {
-                    self.lease = Some(to);
-                }
-                None
-            }
-            LeaseEvent::GuardSilent => {
-                self.guard_gone = true;
-                self.lease_silent = true;
-                None
-            }
-        }
-    }
-
-    fn absorb_guard(&mut self, now: BootTime, facts: GuardFacts) {
-        if self.guard.as_ref().is_some_and(|known| known.pid == facts.pid && known.sequence > facts.sequence) {
-            return;
-        }
-        let was = self.start_and_phase();
-        let served = self.sql().is_some();
-        if let (Some(start), PostmasterFacts::ProvedEmpty { last: Some(end) }) = (was.0, &facts.postmaster)
-            && end.start == start
-            && end.rung.is_none()
-            && !served
-        {
-            let how = end.exit_status.map_or_else(|| format!("signal {}", end.signal.unwrap_or(0)), |status| format!("status {status}"));
-            self.failed(now, OperationKind::Start);
-            self.warn("start_failed", format!("PostgreSQL ended with {how} before it took connections; see its log"));
-        }
-        let another = self.guard.as_ref().is_none_or(|known| known.pid != facts.pid);
-        self.started = self.started.filter(|start| !another && !knows_of(&facts, *start));
-        self.guard = Some(facts);
-        self.guard_gone = false;
-        if self.start_and_phase() != was {
-            self.forget_postmaster(now);
-        }
-    }
-
-    fn start_and_phase(&self) -> (Option<StartId>, bool) {
+    /// The start that is kept, and whether it runs and is not being ended.
+    pub(super) fn start_and_phase(&self) -> (Option<StartId>, bool) {
         match self.guard.as_ref().map(|guard| &guard.postmaster) {
             Some(PostmasterFacts::Running { start, .. }) => (Some(*start), true),
             Some(PostmasterFacts::Ending { start, .. }) => (Some(*start), false),
             Some(PostmasterFacts::ProvedEmpty { .. } | PostmasterFacts::Unclaimed { .. }) | None => (None, false),
         }
-    }
-
-    fn forget_postmaster(&mut self, now: BootTime) {
-        self.probe = None;
-        self.data = DataDirectory::Unknown;
-        self.postmaster_since = now;
-        self.not_streaming_since = None;
-    }
-
-    fn absorb_probe(&mut self, now: BootTime, probe: Probe) {
-        if matches!(probe.outcome, ProbeOutcome::Accepting(_)) {
-            self.backoff.remove(&OperationKind::Start);
-            self.clear("start_failed");
-        }
-        let streaming = match &probe.outcome {
-            ProbeOutcome::Accepting(sql) => sql.walreceiver.as_ref().is_some_and(|receiver| receiver.status == "streaming"),
-            ProbeOutcome::NotYet(_) | ProbeOutcome::Unknown(_) => false,
-        };
-        self.not_streaming_since = if streaming { None } else { self.not_streaming_since.or(Some(now)) };
-        self.probe = Some(probe);
-    }
-
-    fn absorb_finished(&mut self, now: BootTime, finished: Finished) {
-        use OperationKind as Kind;
-        match finished {
-            Finished::Looked(data) => {
-                self.ended(now, Kind::Look, data != DataDirectory::Unknown);
-                // A postmaster that started meanwhile has made this look old.
-                if self.proved_empty() {
-                    self.data = data;
-                }
-            }
-            Finished::Started(result) => {
-                if result.is_err() {
-                    self.in_force = None;
-                    self.data = DataDirectory::Unknown;
-                }
-                self.judge_start(now, result);
-            }
-            Finished::StartedOnOldFiles { generation, start, why } => {
-                self.in_force = self.in_force.take().map(|files| InForce { generation: 0, ..files });
-                self.refused_generation = Some(generation);
-                self.fail(
-                    "configuration_refused",
-                    format!("PostgreSQL runs on the files that served before generation {generation}: {why}"),
-                );
-                self.judge_start(now, Ok(start));
-            }
-            Finished::Configured { generation, upstream, result } => self.absorb_configured(now, generation, upstream, result),
-            Finished::Initialized(result) => self.judge(now, Kind::Initdb, result, "initdb_failed"),
-            Finished::Cloned(result) => {
-                self.rejoin = None;
-                self.data = DataDirectory::Unknown;
-                self.judge(now, Kind::Clone, result, "clone_failed");
-            }
-            Finished::RejoinPlanned(result) => {
-                if matches!(result, Ok(Rejoin::Follow)) {
-                    self.judged = self.view.as_ref().and_then(|view| view.leader.as_ref()).map(|leader| (leader.epoch, now));
-                }
-                self.rejoin = result.as_ref().ok().cloned();
-                self.judge(now, Kind::PlanRejoin, result, "rejoin_unclear");
-            }
-            Finished::PromotionAsked(result) => self.judge(now, Kind::Promote, result, "promotion_failed"),
-            Finished::RolesEnsured(result) => {
-                if result.is_ok() {
-                    self.roles_for = self.running().map(|(start, _)| start);
-                }
-                self.judge(now, Kind::EnsureRoles, result, "roles_failed");
-            }
-            Finished::Checkpointed(result) => {
-                self.checkpointed = result.is_ok();
-                self.judge(now, Kind::Checkpoint, result, "checkpoint_failed");
-            }
-            Finished::MemberPut(outcome) => self.absorb_put(now, outcome),
-            Finished::Acquired(outcome) => {
-                self.ended(now, Kind::Acquire, !matches!(outcome, AcquireOutcome::Failed(_)));
-                match outcome {
-                    AcquireOutcome::Won(identity) => self.lock = Lock::Unproved(identity),
-                    AcquireOutcome::Beaten => {
-                        self.reserved = None;
-                        self.pause(now, Kind::Acquire, ANSWERED_PAUSE_MS);
-                    }
-                    // Unknown: it may have been applied; a lock that turns out to be ours names its timeline in `history`.
-                    AcquireOutcome::Failed(_) => self.reserved = None,
-                }
-            }
-            Finished::Released(result) => {
-                let epoch = self.releasing.take();
-                if result.is_ok() {
-                    self.released = epoch;
-                } else {
-                    // The lease's thread let go of it first: it has to be told to hold again what is still ours.
-                    self.holding = None;
-                }
-                self.judge(now, Kind::Release, result, "release_failed");
-            }
-            Finished::StatusWritten(result) => {
-                if result.is_err() {
-                    self.status_written = None;
-                }
-                self.ended(now, Kind::WriteStatus, result.is_ok());
-            }
-            Finished::PromotionRecorded(result) => {
-                if let (Ok(true), Some(lock)) = (&result, self.lock.identity()) {
-                    self.recorded = Some(lock.epoch);
-                }
-                self.ended(now, Kind::RecordPromotion, matches!(result, Ok(true)));
-            }
-            Finished::InitializeClaimed(result) => {
-                self.claimed = matches!(result, Ok(true));
-                self.ended(now, Kind::ClaimInitialize, self.claimed);
-                self.pause(now, Kind::ClaimInitialize, ANSWERED_PAUSE_MS);
-            }
-            Finished::InitializeGivenUp(result) => {
-                self.claimed = self.claimed && result.is_err();
-                self.ended(now, Kind::GiveUpInitialize, result.is_ok());
-            }
-            Finished::RequestAnswered(result) => {
-                self.ended(now, Kind::AnswerRequest, result.is_ok());
-                self.pause(now, Kind::AnswerRequest, ANSWERED_PAUSE_MS);
-            }
-            Finished::PeersAsked { vacancy, sent, writable } => {
-                self.ended(now, Kind::AskPeers, true);
-                self.peers = Some(PeersAnswer { vacancy, sent, writable });
-            }
-            Finished::FencedByScan(result) => {
-                self.guard_gone = self.guard_gone && result.is_err();
-                self.judge(now, Kind::FenceByScan, result, "fence_failed");
-                self.pause(now, Kind::FenceByScan, NEW_GUARD_MS);
-            }
-        }
-    }
-
-    fn absorb_configured(
-        &mut self,
-        now: BootTime,
-        generation: u64,
-        upstream: Option<Upstream>,
-        result: Result<Configured, super::event::Failure>,
-    ) {
-        self.ended(now, OperationKind::Configure, result.is_ok());
-        match result {
-            Ok(Configured::Taken) => {
-                self.in_force = Some(InForce { generation, upstream });
-                self.refused_generation = None;
-                self.clear("configuration_refused");
-                self.clear("configuration_failed");
-            }
-            Ok(Configured::PutBack(why)) => {
-                self.refused_generation = Some(generation);
-                self.fail(
-                    "configuration_refused",
-                    format!("PostgreSQL did not take the configuration of generation {generation}, the one before is back: {why}"),
-                );
-            }
-            Err(why) => self.warn("configuration_failed", why),
-        }
-    }
-
-    fn absorb_put(&mut self, now: BootTime, outcome: PutOutcome) {
-        let record = self.writing.take();
-        match outcome {
-            PutOutcome::Written => {
-                self.foreign = None;
-                self.clear("name_taken");
-                // On a lease that is gone it is gone too.
-                let lasts = self.lease.is_some() && self.lease == self.writing_on;
-                self.written = record.filter(|_| lasts).map(|record| (record, now));
-                self.ended(now, OperationKind::PutMember, true);
-            }
-            PutOutcome::Foreign(lease) => {
-                self.written = None;
-                let since = self.foreign.map_or(now, |(since, _)| since);
-                self.warn(
-                    "name_taken",
-                    format!("the member key of `{}` belongs to another run of the daemon; waiting for it to expire", self.me.name),
-                );
-                self.foreign = Some((since, lease));
-                self.foreign_seen = now;
-                self.ended(now, OperationKind::PutMember, true);
-                self.pause(now, OperationKind::PutMember, FOREIGN_AGAIN_MS);
-            }
-            PutOutcome::Failed(_) => {
-                // Unknown whether it was written: the next one decides.
-                self.written = None;
-                self.ended(now, OperationKind::PutMember, false);
-            }
-        }
-    }
-
-    /// Whether a server that was started is any good is seen later: its condition stays until it takes connections.
-    fn judge_start(&mut self, now: BootTime, result: Result<StartId, String>) {
-        self.ended(now, OperationKind::Start, result.is_ok());
-        match result {
-            Ok(start) => self.started = Some(start).filter(|start| !self.guard.as_ref().is_some_and(|guard| knows_of(guard, *start))),
-            Err(why) => self.warn("start_failed", why),
-        }
-    }
-
-    /// Books the end of an operation, with a condition if it failed.
-    fn judge(&mut self, now: BootTime, kind: OperationKind, result: Result<impl Sized, String>, condition: &'static str) {
-        match result {
-            Ok(_) => {
-                self.ended(now, kind, true);
-                self.clear(condition);
-            }
-            Err(why) => {
-                self.ended(now, kind, false);
-                self.warn(condition, why);
-            }
-        }
-    }
-
-    fn ended(&mut self, now: BootTime, kind: OperationKind, succeeded: bool) {
-        self.in_flight.remove(&kind);
-        if succeeded {
-            // A start has succeeded only when the server takes connections.
-            if kind != OperationKind::Start {
-                self.backoff.remove(&kind);
-            }
-            return;
-        }
-        self.failed(now, kind);
-    }
-
-    fn failed(&mut self, now: BootTime, kind: OperationKind) {
-        let failures = self.backoff.get(&kind).map_or(0, |backoff| backoff.failures) + 1;
-        let wait_ms = (BACKOFF_FIRST_MS << failures.min(10).saturating_sub(1)).min(BACKOFF_MAX_MS);
-        self.backoff.insert(kind, Backoff { failures, not_before: now + Duration::from_millis(wait_ms) });
-    }
-
-    /// Whether an operation may be started: not under way, not before its back-off is over, and no other job if it is one.
-    pub fn may_start(&self, now: BootTime, kind: OperationKind) -> bool {
-        !self.in_flight.contains(&kind)
-            && self.backoff.get(&kind).is_none_or(|backoff| now >= backoff.not_before)
-            && !(kind.is_job() && self.job().is_some())
-    }
-
-    /// Puts off the next attempt of an operation, at least for so long.
-    fn pause(&mut self, now: BootTime, kind: OperationKind, span_ms: u64) {
-        let not_before = now + Duration::from_millis(span_ms);
-        let backoff = self.backoff.entry(kind).or_insert(Backoff { failures: 0, not_before });
-        backoff.not_before = backoff.not_before.max(not_before);
-    }
-
-    /// A new attempt at something begins: what failed before does not count against it.
-    pub fn forget_failures(&mut self, kind: OperationKind) {
-        self.backoff.remove(&kind);
-    }
-
-    /// Puts off the next attempt of an operation as if it had failed.
-    pub fn retry_later(&mut self, now: BootTime, kind: OperationKind) {
-        self.failed(now, kind);
-    }
-
-    /// Whether PostgreSQL's end may be ordered (again): a weaker order than the present one is not given.
-    pub fn may_ask_stop(&mut self, now: BootTime, mode: StopMode) -> bool {
-        let (start, running) = self.start_and_phase();
-        let Some(start) = start.filter(|_| running || mode == StopMode::Kill && self.ending() != Some(Rung::KillAll)) else { return false };
-        let asked_lately =
-            self.stop_asked.is_some_and(|(of, how, at)| of == start && how == mode && now.since(at) < Duration::from_millis(STOP_AGAIN_MS));
-        if !asked_lately {
-            self.stop_asked = Some((start, mode, now));
-        }
-        !asked_lately
     }
 
     /// The facts that most decisions rest on, for the log and `events/`.
@@ -757,45 +306,6 @@ impl World {
         put("timeline", self.sql().map(|sql| sql.timeline.to_string()));
         put("lsn", self.sql().map(|sql| sql.end_of_wal().to_string()));
         facts
-    }
-
-    /// Sets a piece of information that never makes a check fail.
-    pub fn set_info(&mut self, kind: &'static str, message: String) {
-        self.set(kind, Severity::Info, message);
-    }
-
-    /// Earliest end of a back-off that is still ahead.
-    pub fn next_retry(&self, now: BootTime) -> Option<BootTime> {
-        self.backoff.values().map(|backoff| backoff.not_before).filter(|at| *at > now).min()
-    }
-
-    /// How often an operation failed since it last succeeded.
-    pub fn failures(&self, kind: OperationKind) -> u32 {
-        self.backoff.get(&kind).map_or(0, |backoff| backoff.failures)
-    }
-
-    /// The job under way.
-    pub fn job(&self) -> Option<OperationKind> {
-        self.in_flight.iter().copied().find(|kind| kind.is_job())
-    }
-
-    /// Sets a warning.
-    pub fn warn(&mut self, kind: &'static str, message: String) {
-        self.set(kind, Severity::Warning, message);
-    }
-
-    /// Sets an error.
-    pub fn fail(&mut self, kind: &'static str, message: String) {
-        self.set(kind, Severity::Error, message);
-    }
-
-    fn set(&mut self, kind: &'static str, severity: Severity, message: String) {
-        self.conditions.insert(kind, Condition { kind: kind.to_owned(), severity, message });
-    }
-
-    /// Takes a condition back.
-    pub fn clear(&mut self, kind: &'static str) {
-        self.conditions.remove(kind);
     }
 
     /// The spec in force.

@@ -144,6 +144,10 @@ pub(crate) fn patroni_state(world: &World, state: &State) -> &'static str {
 
 /// Conditions that follow from facts and belong to no single state; and the end of those that are over with their state.
 pub(crate) fn standing_conditions(world: &mut World, state: &State) {
+    match world.guard.as_ref().map(|guard| guard.conditions.join("; ")) {
+        Some(less) if !less.is_empty() => world.set_info("guard", less),
+        Some(_) | None => world.clear("guard"),
+    }
     let restart = world.sql().map(|sql| sql.pending_restart.clone()).unwrap_or_default();
     if restart.is_empty() {
         world.clear("pending_restart");

@@ -1,0 +1,389 @@
+//! How an event changes what is known. Decides nothing: the rules do.
+//!
+//! What surprises: when the postmaster changes, what was known of the server and of the data directory is forgotten, so that no rule
+//! acts on what was true of another start.
+
+use std::sync::Arc;
+
+use crate::clock::BootTime;
+use crate::facts::cluster::{ClusterView, MemberRole};
+use crate::facts::guard::{GuardFacts, PostmasterFacts};
+use crate::facts::lease::{LeaseEvent, LeaseLoss};
+use crate::facts::postgres::{DataDirectory, Probe, ProbeOutcome};
+use crate::policy::rejoin::Rejoin;
+
+use super::action::{OperationKind, Upstream};
+use super::event::{AcquireOutcome, Configured, Event, Failure, Finished, PutOutcome};
+use super::world::{Etcd, InForce, Lock, PeersAnswer, Vacancy, World, knows_of};
+
+/// The same write is not tried again for so long after an answer that a newer view has to follow.
+const ANSWERED_PAUSE_MS: u64 = 250;
+
+/// A key of another run that is in the way is looked at again after so long.
+const FOREIGN_AGAIN_MS: u64 = 1_000;
+
+/// After a scan, a new guard is given so long to say what it sees.
+const NEW_GUARD_MS: u64 = 1_000;
+
+impl World {
+    /// Takes in an event. Returns why the lock is gone if this event took it away.
+    pub fn absorb(&mut self, now: BootTime, event: Event) -> Option<String> {
+        match event {
+            Event::Tick => None,
+            Event::SpecRead(generation, spec) => {
+                self.spec = Some((generation, spec));
+                self.clear("spec_unreadable");
+                None
+            }
+            Event::SpecUnreadable(generation, why) => {
+                self.warn("spec_unreadable", format!("the spec of generation {generation} means nothing, the last good one stays: {why}"));
+                None
+            }
+            Event::View(view, as_of) => self.absorb_view(now, view, as_of),
+            Event::EtcdUnreachable(why) => {
+                self.etcd = Etcd::Unreachable;
+                self.vacancy = None;
+                self.warn("etcd_unreachable", format!("etcd cannot be asked: {why}"));
+                None
+            }
+            Event::EtcdSuspicious(why) => {
+                self.etcd = Etcd::Suspicious;
+                self.vacancy = None;
+                self.fail(
+                    "etcd_suspicious",
+                    format!("etcd answers from another cluster or an older state; nobody acquires the lock: {why}"),
+                );
+                None
+            }
+            Event::Lease(event) => self.absorb_lease(now, event),
+            Event::Guard(facts) => {
+                self.absorb_guard(now, facts);
+                None
+            }
+            Event::GuardGone => {
+                self.guard = None;
+                self.guard_gone = true;
+                self.forget_postmaster(now);
+                // A new guard knows of no lock: it has to acknowledge a new proof first.
+                if let Some(identity) = self.lock.identity() {
+                    self.lock = Lock::Unproved(identity);
+                }
+                self.holding = None;
+                None
+            }
+            Event::Probed(probe) => {
+                if probe.begun >= self.postmaster_since {
+                    self.absorb_probe(now, probe);
+                }
+                None
+            }
+            Event::Finished(finished) => {
+                self.absorb_finished(now, finished);
+                None
+            }
+            Event::StopRequested => {
+                self.stop_requested = true;
+                None
+            }
+        }
+    }
+
+    fn absorb_view(&mut self, now: BootTime, view: Arc<ClusterView>, as_of: BootTime) -> Option<String> {
+        self.etcd = Etcd::Reachable;
+        self.clear("etcd_unreachable");
+        self.clear("etcd_suspicious");
+        self.vacancy = match (&view.leader, self.vacancy) {
+            (Some(_), _) => None,
+            (None, Some(vacancy)) if vacancy.id == view.history_revision => Some(vacancy),
+            (None, _) => Some(Vacancy { id: view.history_revision, seen: now }),
+        };
+        if view.leader.is_some() {
+            self.peers = None;
+        }
+        let ours = self.lock.identity();
+        let gone = ours.filter(|ours| {
+            // A view older than our acquisition says nothing about it.
+            view.revision.0 >= ours.epoch.0 && view.leader.as_ref().map(|leader| leader.epoch) != Some(ours.epoch)
+        });
+        self.view = Some(view);
+        self.view_as_of = as_of;
+        let writes = self.other_leader().filter(|(_, key)| key.record.role == MemberRole::Primary).is_some();
+        let epoch = self.view.as_ref().and_then(|view| view.leader.as_ref()).map(|leader| leader.epoch).filter(|_| writes);
+        self.leader_writes_since = match (epoch, self.leader_writes_since) {
+            (Some(epoch), Some((known, since))) if epoch == known => Some((known, since)),
+            (epoch, _) => epoch.map(|epoch| (epoch, now)),
+        };
+        gone?;
+        self.lock = Lock::None;
+        self.holding = None;
+        Some("the lock's key was deleted or replaced".to_owned())
+    }
+
+    fn absorb_lease(&mut self, now: BootTime, event: LeaseEvent) -> Option<String> {
+        match event {
+            LeaseEvent::Granted { identity, .. } => {
+                self.lease = Some(identity);
+                self.lease_silent = false;
+                None
+            }
+            LeaseEvent::Renewed { .. } => {
+                self.lease = self.lease.or(self.adopting.take());
+                None
+            }
+            LeaseEvent::Proved { lock, sent, until } => {
+                self.lease = Some(lock.lease);
+                // The epoch names the leadership; a changed ttl brings it another lease. A proof of a lock that was let go or taken
+                // meanwhile comes too late, and proves nothing about now.
+                if self.lock.identity().map(|known| known.epoch) == Some(lock.epoch) {
+                    self.holding = Some(lock);
+                    let announce_at = self.times().map_or(until, |times| times.deadlines(sent).announce_at);
+                    self.lock = Lock::Proved { identity: lock, until, announce_at };
+                }
+                None
+            }
+            LeaseEvent::Failed { .. } => None,
+            LeaseEvent::Lost { why } => {
+                let had = self.lock.identity().is_some();
+                if why != LeaseLoss::LockNotOurs {
+                    self.lease = None;
+                    self.adopting = None;
+                    // Its thread gets another one by itself; if none comes, it is asked again.
+                    self.lease_asked = true;
+                    self.lease_asked_at = now;
+                    self.written = None;
+                    self.claimed = false;
+                }
+                self.lock = Lock::None;
+                self.holding = None;
+                had.then(|| match why {
+                    LeaseLoss::LockNotOurs => "the lock's key is not ours any more".to_owned(),
+                    _ => "the lease is gone".to_owned(),
+                })
+            }
+            LeaseEvent::Moved { from, to } => {
+                if self.lease == Some(from) {
+                    self.lease = Some(to);
+                }
+                None
+            }
+            LeaseEvent::GuardSilent => {
+                self.guard_gone = true;
+                self.lease_silent = true;
+                None
+            }
+        }
+    }
+
+    fn absorb_guard(&mut self, now: BootTime, facts: GuardFacts) {
+        if self.guard.as_ref().is_some_and(|known| known.pid == facts.pid && known.sequence > facts.sequence) {
+            return;
+        }
+        let was = self.start_and_phase();
+        let served = self.sql().is_some();
+        if let (Some(start), PostmasterFacts::ProvedEmpty { last: Some(end) }) = (was.0, &facts.postmaster)
+            && end.start == start
+            && end.rung.is_none()
+            && !served
+        {
+            let how = end.exit_status.map_or_else(|| format!("signal {}", end.signal.unwrap_or(0)), |status| format!("status {status}"));
+            self.failed(now, OperationKind::Start);
+            self.warn("start_failed", format!("PostgreSQL ended with {how} before it took connections; see its log"));
+        }
+        let another = self.guard.as_ref().is_none_or(|known| known.pid != facts.pid);
+        self.started = self.started.filter(|start| !another && !knows_of(&facts, *start));
+        self.guard = Some(facts);
+        self.guard_gone = false;
+        if self.start_and_phase() != was {
+            self.forget_postmaster(now);
+        }
+    }
+
+    fn forget_postmaster(&mut self, now: BootTime) {
+        self.probe = None;
+        self.data = DataDirectory::Unknown;
+        self.postmaster_since = now;
+        self.not_streaming_since = None;
+    }
+
+    fn absorb_probe(&mut self, now: BootTime, probe: Probe) {
+        if matches!(probe.outcome, ProbeOutcome::Accepting(_)) {
+            self.backoff.remove(&OperationKind::Start);
+            self.clear("start_failed");
+        }
+        let streaming = match &probe.outcome {
+            ProbeOutcome::Accepting(sql) => sql.walreceiver.as_ref().is_some_and(|receiver| receiver.status == "streaming"),
+            ProbeOutcome::NotYet(_) | ProbeOutcome::Unknown(_) => false,
+        };
+        self.not_streaming_since = if streaming { None } else { self.not_streaming_since.or(Some(now)) };
+        self.probe = Some(probe);
+    }
+
+    fn absorb_finished(&mut self, now: BootTime, finished: Finished) {
+        use OperationKind as Kind;
+        match finished {
+            Finished::Looked(data) => {
+                self.ended(now, Kind::Look, data != DataDirectory::Unknown);
+                // A postmaster that started meanwhile has made this look old.
+                if self.proved_empty() {
+                    self.data = data;
+                }
+            }
+            Finished::KeptSeen(Some(path)) => {
+                let message = format!(
+                    "a data directory that had diverged is kept at {path}: look at its why.json, save what is wanted, then remove it by name"
+                );
+                self.set_info("diverged_kept", message);
+            }
+            Finished::KeptSeen(None) => self.clear("diverged_kept"),
+            Finished::Started(result) => {
+                if result.is_err() {
+                    self.in_force = None;
+                    self.data = DataDirectory::Unknown;
+                }
+                self.judge_start(now, result);
+            }
+            Finished::StartedOnOldFiles { generation, start, why } => {
+                self.in_force = self.in_force.take().map(|files| InForce { generation: 0, ..files });
+                self.refused_generation = Some(generation);
+                self.fail(
+                    "configuration_refused",
+                    format!("PostgreSQL runs on the files that served before generation {generation}: {why}"),
+                );
+                self.judge_start(now, Ok(start));
+            }
+            Finished::Configured { generation, upstream, result } => self.absorb_configured(now, generation, upstream, result),
+            Finished::Initialized(result) => self.judge(now, Kind::Initdb, result, "initdb_failed"),
+            Finished::Cloned(result) => {
+                self.rejoin = None;
+                self.data = DataDirectory::Unknown;
+                self.judge(now, Kind::Clone, result, "clone_failed");
+            }
+            Finished::RejoinPlanned(result) => {
+                if matches!(result, Ok(Rejoin::Follow)) {
+                    self.judged = self.view.as_ref().and_then(|view| view.leader.as_ref()).map(|leader| (leader.epoch, now));
+                }
+                self.rejoin = result.as_ref().ok().cloned();
+                self.judge(now, Kind::PlanRejoin, result, "rejoin_unclear");
+            }
+            Finished::PromotionAsked(result) => self.judge(now, Kind::Promote, result, "promotion_failed"),
+            Finished::RolesEnsured(result) => {
+                if result.is_ok() {
+                    self.roles_for = self.running().map(|(start, _)| start);
+                }
+                self.judge(now, Kind::EnsureRoles, result, "roles_failed");
+            }
+            Finished::Checkpointed(result) => {
+                self.checkpointed = result.is_ok();
+                self.judge(now, Kind::Checkpoint, result, "checkpoint_failed");
+            }
+            Finished::MemberPut(outcome) => self.absorb_put(now, outcome),
+            Finished::Acquired(outcome) => {
+                self.ended(now, Kind::Acquire, !matches!(outcome, AcquireOutcome::Failed(_)));
+                match outcome {
+                    AcquireOutcome::Won(identity) => self.lock = Lock::Unproved(identity),
+                    AcquireOutcome::Beaten => {
+                        self.reserved = None;
+                        self.pause(now, Kind::Acquire, ANSWERED_PAUSE_MS);
+                    }
+                    // Unknown: it may have been applied; a lock that turns out to be ours names its timeline in `history`.
+                    AcquireOutcome::Failed(_) => self.reserved = None,
+                }
+            }
+            Finished::Released(result) => {
+                let epoch = self.releasing.take();
+                if result.is_ok() {
+                    self.released = epoch;
+                } else {
+                    // The lease's thread let go of it first: it has to be told to hold again what is still ours.
+                    self.holding = None;
+                }
+                self.judge(now, Kind::Release, result, "release_failed");
+            }
+            Finished::StatusWritten(result) => {
+                if result.is_err() {
+                    self.status_written = None;
+                }
+                self.ended(now, Kind::WriteStatus, result.is_ok());
+            }
+            Finished::PromotionRecorded(result) => {
+                if let (Ok(true), Some(lock)) = (&result, self.lock.identity()) {
+                    self.recorded = Some(lock.epoch);
+                }
+                self.ended(now, Kind::RecordPromotion, matches!(result, Ok(true)));
+            }
+            Finished::InitializeClaimed(result) => {
+                self.claimed = matches!(result, Ok(true));
+                self.ended(now, Kind::ClaimInitialize, self.claimed);
+                self.pause(now, Kind::ClaimInitialize, ANSWERED_PAUSE_MS);
+            }
+            Finished::InitializeGivenUp(result) => {
+                self.claimed = self.claimed && result.is_err();
+                self.ended(now, Kind::GiveUpInitialize, result.is_ok());
+            }
+            Finished::RequestAnswered(result) => {
+                self.ended(now, Kind::AnswerRequest, result.is_ok());
+                self.pause(now, Kind::AnswerRequest, ANSWERED_PAUSE_MS);
+            }
+            Finished::PeersAsked { vacancy, sent, writable } => {
+                self.ended(now, Kind::AskPeers, true);
+                self.peers = Some(PeersAnswer { vacancy, sent, writable });
+            }
+            Finished::FencedByScan(result) => {
+                self.guard_gone = self.guard_gone && result.is_err();
+                self.judge(now, Kind::FenceByScan, result, "fence_failed");
+                self.pause(now, Kind::FenceByScan, NEW_GUARD_MS);
+            }
+        }
+    }
+
+    fn absorb_configured(&mut self, now: BootTime, generation: u64, upstream: Option<Upstream>, result: Result<Configured, Failure>) {
+        self.ended(now, OperationKind::Configure, result.is_ok());
+        match result {
+            Ok(Configured::Taken) => {
+                self.in_force = Some(InForce { generation, upstream });
+                self.refused_generation = None;
+                self.clear("configuration_refused");
+                self.clear("configuration_failed");
+            }
+            Ok(Configured::PutBack(why)) => {
+                self.refused_generation = Some(generation);
+                self.fail(
+                    "configuration_refused",
+                    format!("PostgreSQL did not take the configuration of generation {generation}, the one before is back: {why}"),
+                );
+            }
+            Err(why) => self.warn("configuration_failed", why),
+        }
+    }
+
+    fn absorb_put(&mut self, now: BootTime, outcome: PutOutcome) {
+        let record = self.writing.take();
+        match outcome {
+            PutOutcome::Written => {
+                self.foreign = None;
+                self.clear("name_taken");
+                // On a lease that is gone it is gone too.
+                let lasts = self.lease.is_some() && self.lease == self.writing_on;
+                self.written = record.filter(|_| lasts).map(|record| (record, now));
+                self.ended(now, OperationKind::PutMember, true);
+            }
+            PutOutcome::Foreign(lease) => {
+                self.written = None;
+                let since = self.foreign.map_or(now, |(since, _)| since);
+                self.warn(
+                    "name_taken",
+                    format!("the member key of `{}` belongs to another run of the daemon; waiting for it to expire", self.me.name),
+                );
+                self.foreign = Some((since, lease));
+                self.foreign_seen = now;
+                self.ended(now, OperationKind::PutMember, true);
+                self.pause(now, OperationKind::PutMember, FOREIGN_AGAIN_MS);
+            }
+            PutOutcome::Failed(_) => {
+                // Unknown whether it was written: the next one decides.
+                self.written = None;
+                self.ended(now, OperationKind::PutMember, false);
+            }
+        }
+    }
+}

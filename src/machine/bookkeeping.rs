@@ -1,0 +1,139 @@
+//! Operations under way, failures and back-off, orders given lately, conditions.
+//!
+//! What surprises: a start has succeeded only when the server takes connections, so its failures are forgotten by a probe.
+
+use std::time::Duration;
+
+use crate::clock::BootTime;
+use crate::facts::cluster::{Condition, Severity};
+use crate::facts::guard::{Rung, StartId};
+
+use super::action::{OperationKind, StopMode};
+use super::world::{Backoff, World, knows_of};
+
+/// Longest wait between two attempts of an operation that fails.
+const BACKOFF_MAX_MS: u64 = 10_000;
+
+/// Wait after the first failure; doubles with each further one.
+const BACKOFF_FIRST_MS: u64 = 250;
+
+/// An order to end PostgreSQL is given again after so long if nothing was seen of it.
+const STOP_AGAIN_MS: u64 = 1_000;
+
+impl World {
+    /// Whether a server that was started is any good is seen later: its condition stays until it takes connections.
+    pub(super) fn judge_start(&mut self, now: BootTime, result: Result<StartId, String>) {
+        self.ended(now, OperationKind::Start, result.is_ok());
+        match result {
+            Ok(start) => self.started = Some(start).filter(|start| !self.guard.as_ref().is_some_and(|guard| knows_of(guard, *start))),
+            Err(why) => self.warn("start_failed", why),
+        }
+    }
+
+    /// Books the end of an operation, with a condition if it failed.
+    pub(super) fn judge(&mut self, now: BootTime, kind: OperationKind, result: Result<impl Sized, String>, condition: &'static str) {
+        match result {
+            Ok(_) => {
+                self.ended(now, kind, true);
+                self.clear(condition);
+            }
+            Err(why) => {
+                self.ended(now, kind, false);
+                self.warn(condition, why);
+            }
+        }
+    }
+
+    pub(super) fn ended(&mut self, now: BootTime, kind: OperationKind, succeeded: bool) {
+        self.in_flight.remove(&kind);
+        if succeeded {
+            // A start has succeeded only when the server takes connections.
+            if kind != OperationKind::Start {
+                self.backoff.remove(&kind);
+            }
+            return;
+        }
+        self.failed(now, kind);
+    }
+
+    pub(super) fn failed(&mut self, now: BootTime, kind: OperationKind) {
+        let failures = self.backoff.get(&kind).map_or(0, |backoff| backoff.failures) + 1;
+        let wait_ms = (BACKOFF_FIRST_MS << failures.min(10).saturating_sub(1)).min(BACKOFF_MAX_MS);
+        self.backoff.insert(kind, Backoff { failures, not_before: now + Duration::from_millis(wait_ms) });
+    }
+
+    /// Whether an operation may be started: not under way, not before its back-off is over, and no other job if it is one.
+    pub fn may_start(&self, now: BootTime, kind: OperationKind) -> bool {
+        !self.in_flight.contains(&kind)
+            && self.backoff.get(&kind).is_none_or(|backoff| now >= backoff.not_before)
+            && !(kind.is_job() && self.job().is_some())
+    }
+
+    /// Puts off the next attempt of an operation, at least for so long.
+    pub(super) fn pause(&mut self, now: BootTime, kind: OperationKind, span_ms: u64) {
+        let not_before = now + Duration::from_millis(span_ms);
+        let backoff = self.backoff.entry(kind).or_insert(Backoff { failures: 0, not_before });
+        backoff.not_before = backoff.not_before.max(not_before);
+    }
+
+    /// A new attempt at something begins: what failed before does not count against it.
+    pub fn forget_failures(&mut self, kind: OperationKind) {
+        self.backoff.remove(&kind);
+    }
+
+    /// Puts off the next attempt of an operation as if it had failed.
+    pub fn retry_later(&mut self, now: BootTime, kind: OperationKind) {
+        self.failed(now, kind);
+    }
+
+    /// Whether PostgreSQL's end may be ordered (again): a weaker order than the present one is not given.
+    pub fn may_ask_stop(&mut self, now: BootTime, mode: StopMode) -> bool {
+        let (start, running) = self.start_and_phase();
+        let Some(start) = start.filter(|_| running || mode == StopMode::Kill && self.ending() != Some(Rung::KillAll)) else { return false };
+        let asked_lately =
+            self.stop_asked.is_some_and(|(of, how, at)| of == start && how == mode && now.since(at) < Duration::from_millis(STOP_AGAIN_MS));
+        if !asked_lately {
+            self.stop_asked = Some((start, mode, now));
+        }
+        !asked_lately
+    }
+
+    /// Sets a piece of information that never makes a check fail.
+    pub fn set_info(&mut self, kind: &'static str, message: String) {
+        self.set(kind, Severity::Info, message);
+    }
+
+    /// Earliest end of a back-off that is still ahead.
+    pub fn next_retry(&self, now: BootTime) -> Option<BootTime> {
+        self.backoff.values().map(|backoff| backoff.not_before).filter(|at| *at > now).min()
+    }
+
+    /// How often an operation failed since it last succeeded.
+    pub fn failures(&self, kind: OperationKind) -> u32 {
+        self.backoff.get(&kind).map_or(0, |backoff| backoff.failures)
+    }
+
+    /// The job under way.
+    pub fn job(&self) -> Option<OperationKind> {
+        self.in_flight.iter().copied().find(|kind| kind.is_job())
+    }
+
+    /// Sets a warning.
+    pub fn warn(&mut self, kind: &'static str, message: String) {
+        self.set(kind, Severity::Warning, message);
+    }
+
+    /// Sets an error.
+    pub fn fail(&mut self, kind: &'static str, message: String) {
+        self.set(kind, Severity::Error, message);
+    }
+
+    fn set(&mut self, kind: &'static str, severity: Severity, message: String) {
+        self.conditions.insert(kind, Condition { kind: kind.to_owned(), severity, message });
+    }
+
+    /// Takes a condition back.
+    pub fn clear(&mut self, kind: &'static str) {
+        self.conditions.remove(kind);
+    }
+}
