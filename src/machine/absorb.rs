@@ -55,7 +55,7 @@ impl World {
                 );
                 None
             }
-            Event::Lease(event) => self.absorb_lease(now, event),
+            Event::Lease(event) => self.absorb_lease(event),
             Event::Guard(facts) => {
                 self.absorb_guard(now, facts);
                 None
@@ -119,7 +119,7 @@ impl World {
         Some("the lock's key was deleted or replaced".to_owned())
     }
 
-    fn absorb_lease(&mut self, now: BootTime, event: LeaseEvent) -> Option<String> {
+    fn absorb_lease(&mut self, event: LeaseEvent) -> Option<String> {
         match event {
             LeaseEvent::Granted { identity, .. } => {
                 self.lease = Some(identity);
@@ -147,9 +147,9 @@ impl World {
                 if why != LeaseLoss::LockNotOurs {
                     self.lease = None;
                     self.adopting = None;
-                    // Its thread gets another one by itself; if none comes, it is asked again.
+                    // Its thread waits to be asked for another one: at once.
                     self.lease_asked = true;
-                    self.lease_asked_at = now;
+                    self.lease_asked_at = BootTime::default();
                     self.written = None;
                     self.claimed = false;
                 }
@@ -187,6 +187,8 @@ impl World {
         {
             let how = end.exit_status.map_or_else(|| format!("signal {}", end.signal.unwrap_or(0)), |status| format!("status {status}"));
             self.failed(now, OperationKind::Start);
+            // By itself, and not by somebody's signal: the files may be to blame.
+            self.files_failed = end.exit_status.is_some_and(|status| status != 0);
             self.warn("start_failed", format!("PostgreSQL ended with {how} before it took connections; see its log"));
         }
         let another = self.guard.as_ref().is_none_or(|known| known.pid != facts.pid);
@@ -208,6 +210,7 @@ impl World {
     fn absorb_probe(&mut self, now: BootTime, probe: Probe) {
         if matches!(probe.outcome, ProbeOutcome::Accepting(_)) {
             self.backoff.remove(&OperationKind::Start);
+            self.files_failed = false;
             self.clear("start_failed");
         }
         let streaming = match &probe.outcome {

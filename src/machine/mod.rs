@@ -196,6 +196,10 @@ fn keep_lease(context: &mut Context<'_>, state: &State) {
         world.holding = world.lock.identity();
         context.actions.push(Action::Lease(LeaseOrder::Adopt(lease, world.holding)));
     }
+    if let (Lock::Unproved(lock), None, false, Some(_)) = (world.lock, world.holding, world.guard_gone, &world.guard) {
+        world.holding = Some(lock);
+        context.actions.push(Action::Lease(LeaseOrder::Hold(lock)));
+    }
     let asked = world.lease_asked && context.now.since(world.lease_asked_at) < Duration::from_secs(LEASE_AGAIN_S);
     let wanted = match state {
         State::Undeclared | State::Stopping => false,

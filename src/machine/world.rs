@@ -157,6 +157,8 @@ pub struct World {
     pub(super) backoff: BTreeMap<OperationKind, Backoff>,
     /// What is in the way.
     pub conditions: BTreeMap<&'static str, Condition>,
+    /// PostgreSQL ended by itself, with an error, before it took connections: the next start uses the files that served last.
+    pub files_failed: bool,
     /// What the configuration files hold.
     pub in_force: Option<InForce>,
     /// The generation that PostgreSQL would not take.
@@ -250,6 +252,7 @@ impl World {
             in_flight: BTreeSet::new(),
             backoff: BTreeMap::new(),
             conditions: BTreeMap::new(),
+            files_failed: false,
             in_force: None,
             refused_generation: None,
             judged: None,

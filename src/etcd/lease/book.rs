@@ -22,7 +22,8 @@ pub(super) enum Step {
     /// Nothing until then.
     WaitUntil(BootTime),
     /// Renew, and prove the lock if there is one.
-    Renew { lease: LeaseIdentity, lock: Option<LockIdentity>, budget: Duration },
+    /// With `hear_first`, only to an endpoint that has answered just before.
+    Renew { lease: LeaseIdentity, lock: Option<LockIdentity>, budget: Duration, hear_first: bool },
     /// Get a lease.
     Grant { ttl: Duration, budget: Duration },
 }
@@ -35,6 +36,16 @@ struct Held {
     times: LeaseTimes,
     until: BootTime,
     next_at: BootTime,
+    /// Send time of the last proof of the lock; before the first, when it was taken.
+    proved: BootTime,
+}
+
+impl Held {
+    /// The guard's fast stop has begun: what still arrives at etcd only keeps the lock from the others. Where answers are lost and
+    /// requests are not, the lock would be renewed for ever with nobody leading under it (SAFETY row 18).
+    fn hear_first(&self, now: BootTime) -> bool {
+        self.lock.is_some() && now >= self.times.deadlines(self.proved).fast_stop_at
+    }
 }
 
 /// A lease of a changed ttl, waiting for the keys to be moved to it.
@@ -71,7 +82,8 @@ impl Book {
     pub(super) fn next(&self, now: BootTime) -> Step {
         let held = self.held.as_ref().filter(|_| !self.silent);
         if let Some(held) = held.filter(|held| held.next_at <= now) {
-            return Step::Renew { lease: held.identity, lock: held.lock, budget: held.times.renewal_budget() };
+            let hear_first = held.hear_first(now);
+            return Step::Renew { lease: held.identity, lock: held.lock, budget: held.times.renewal_budget(), hear_first };
         }
         if self.wanted.as_ref().is_some_and(|wanted| wanted.at <= now) {
             return Step::Grant { ttl: self.times.ttl, budget: self.times.renewal_budget() };
@@ -106,7 +118,7 @@ impl Book {
             self.candidate = Some(Candidate { identity, times, until });
         } else {
             let next_at = sent + times.renewal_interval();
-            self.held = Some(Held { identity, lock: None, times, until, next_at });
+            self.held = Some(Held { identity, lock: None, times, until, next_at, proved: sent });
         }
         LeaseEvent::Granted { identity, ttl: times.ttl }
     }
@@ -132,6 +144,7 @@ impl Book {
     pub(super) fn renewed(&mut self, sent: BootTime) -> Option<BootTime> {
         let held = self.held.as_mut()?;
         held.until = held.until.max(sent + held.times.validity());
+        held.proved = held.proved.max(sent);
         Some(held.until)
     }
 
@@ -157,7 +170,7 @@ impl Book {
         let candidate = self.candidate.take().filter(|candidate| candidate.identity == identity);
         let times = candidate.map_or(self.times, |candidate| candidate.times);
         // When it was renewed last is not known here; the guard has the deadline.
-        self.held = Some(Held { identity, lock, times, until: BootTime(0), next_at: now });
+        self.held = Some(Held { identity, lock, times, until: BootTime(0), next_at: now, proved: now });
         self.wanted = None;
         self.silent = false;
     }
@@ -179,6 +192,9 @@ impl Book {
     pub(super) fn hold(&mut self, lock: LockIdentity, now: BootTime) -> Result<(), String> {
         match self.held.as_mut().filter(|held| held.identity == lock.lease) {
             Some(held) => {
+                if held.lock != Some(lock) {
+                    held.proved = now;
+                }
                 held.lock = Some(lock);
                 held.next_at = now;
                 Ok(())
@@ -215,6 +231,22 @@ mod tests {
     use crate::types::{Epoch, EtcdClusterId, LeaseId};
 
     const T_MS: u64 = 30_000;
+
+    #[test]
+    fn a_lock_whose_fast_stop_has_begun_is_renewed_only_where_etcd_was_heard() {
+        let lock = LockIdentity { lease: lease(7), epoch: Epoch(9) };
+        let mut book = Book::new(times(T_MS));
+        book.adopt(lease(7), Some(lock), ms(0));
+        book.renewed(ms(1_000));
+        let hears_first = |book: &Book, at| matches!(book.next(at), Step::Renew { hear_first: true, .. });
+        let fast_stop = times(T_MS).deadlines(ms(1_000)).fast_stop_at;
+        assert!(!hears_first(&book, fast_stop.before(Duration::from_millis(1))));
+        assert!(hears_first(&book, fast_stop));
+        book.renewed(fast_stop);
+        assert!(!hears_first(&book, fast_stop));
+        book.let_go();
+        assert!(!hears_first(&book, ms(10 * T_MS)), "the lease alone keeps nobody from leading");
+    }
 
     fn ms(ms: u64) -> BootTime {
         BootTime(ms * 1_000_000)

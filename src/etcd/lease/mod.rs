@@ -172,8 +172,8 @@ impl Keeper {
                     order = orders.recv() => order.or(Some(Command::Stop)),
                     () = tokio::time::sleep(at.since(now)) => None,
                 },
-                Step::Renew { lease, lock, budget } => {
-                    self.renew(lease, lock, budget).await;
+                Step::Renew { lease, lock, budget, hear_first } => {
+                    self.renew(lease, lock, budget, hear_first).await;
                     orders.try_recv().ok()
                 }
                 Step::Grant { ttl, budget } => {
@@ -223,16 +223,18 @@ impl Keeper {
         self.tell(Some(event));
     }
 
-    async fn renew(&mut self, lease: LeaseIdentity, lock: Option<LockIdentity>, budget: Duration) {
+    async fn renew(&mut self, lease: LeaseIdentity, lock: Option<LockIdentity>, budget: Duration, hear_first: bool) {
         self.book.begun(BootTime::now());
-        let event = match self.renewer.renew(lease, lock, budget).await {
+        let event = match self.renewer.renew(lease, lock, budget, hear_first).await {
             Outcome::Renewed { sent } => match lock {
                 None => self.book.renewed(sent).map(|until| LeaseEvent::Renewed { sent, until }),
                 Some(lock) => self.proved(lock, sent).await,
             },
             Outcome::LockNotOurs { sent, found } => {
                 tracing::warn!(found, "the lock is not ours any more");
-                self.book.renewed(sent);
+                if let Some(sent) = sent {
+                    self.book.renewed(sent);
+                }
                 self.book.lock_not_ours()
             }
             Outcome::LeaseNotFound => self.book.not_found(),

@@ -30,8 +30,8 @@ const ROUNDS: usize = 2;
 pub(super) enum Outcome {
     /// Renewed; the lock, if one was given, is proved.
     Renewed { sent: BootTime },
-    /// Renewed, but the lock is not ours.
-    LockNotOurs { sent: BootTime, found: String },
+    /// The lock is not ours; the lease was renewed if `sent` says when.
+    LockNotOurs { sent: Option<BootTime>, found: String },
     /// There is no such lease.
     LeaseNotFound,
     /// Nobody knows.
@@ -82,7 +82,7 @@ impl Renewer {
     }
 
     /// Renews and proves. A silent endpoint gets the next one beside it after a part of the budget; each has its own send time.
-    pub(super) async fn renew(&mut self, lease: LeaseIdentity, lock: Option<LockIdentity>, budget: Duration) -> Outcome {
+    pub(super) async fn renew(&mut self, lease: LeaseIdentity, lock: Option<LockIdentity>, budget: Duration, hear_first: bool) -> Outcome {
         if self.streams_of != Some(lease) {
             self.streams.iter_mut().for_each(|stream| *stream = None);
             self.streams_of = Some(lease);
@@ -101,7 +101,8 @@ impl Renewer {
                 Some(index) if !open.contains(&index) => {
                     let stream = streams.get_mut(index).and_then(Option::take);
                     open.push(index);
-                    running.push(async move { (index, try_one(pool, keys, index, stream, lease, lock, budget).await) });
+                    running
+                        .push(async move { (index, try_one(pool, keys, index, stream, Asked { lease, lock, budget, hear_first }).await) });
                 }
                 Some(_) => {}
                 None => more = false,
@@ -145,19 +146,34 @@ impl Renewer {
     }
 }
 
+/// What is to be renewed, and how.
+#[derive(Clone, Copy)]
+struct Asked {
+    lease: LeaseIdentity,
+    lock: Option<LockIdentity>,
+    budget: Duration,
+    /// Nothing is renewed at an endpoint that has not answered just before.
+    hear_first: bool,
+}
+
 async fn try_one(
     pool: &Pool,
     keys: &Keys,
     index: usize,
     stream: Option<Stream>,
-    lease: LeaseIdentity,
-    lock: Option<LockIdentity>,
-    budget: Duration,
+    Asked { lease, lock, budget, hear_first }: Asked,
 ) -> Tried {
     let mut client = match pool.client(index, budget).await {
         Ok(client) => client,
         Err(e) => return Tried::Not(classify(&e)),
     };
+    if let Some(lock) = lock.filter(|_| hear_first) {
+        match prove(&mut client, keys, lock, pool.url(index)).await {
+            Ok(Proof::Ours { .. }) => {}
+            Ok(Proof::NotOurs { found }) => return Tried::Done(Outcome::LockNotOurs { sent: None, found }, None),
+            Err(failure) => return Tried::Not(failure),
+        }
+    }
     let sent = BootTime::now();
     let (term, stream) = match keep_alive(&mut client, stream, lease, pool.url(index)).await {
         Ok(Some(renewed)) => renewed,
@@ -172,7 +188,7 @@ async fn try_one(
         Ok(Proof::Ours { term: proved }) => {
             Tried::Not(Failure::Busy(format!("etcd's raft term went from {term} to {proved} between the renewal and its proof")))
         }
-        Ok(Proof::NotOurs { found }) => Tried::Done(Outcome::LockNotOurs { sent, found }, Some(stream)),
+        Ok(Proof::NotOurs { found }) => Tried::Done(Outcome::LockNotOurs { sent: Some(sent), found }, Some(stream)),
         Err(failure) => Tried::Not(failure),
     }
 }

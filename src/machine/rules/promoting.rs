@@ -141,7 +141,7 @@ fn start_in_place(promotion: &Promotion, context: &mut Context<'_>) -> Outcome<S
             if reserved != own {
                 return Transition(State::Following);
             }
-            let fall_back = context.world.failures(OperationKind::Start) > 0;
+            let fall_back = context.world.files_failed;
             if let Some((generation, spec)) = context.world.spec.clone()
                 && context.start(Operation::Start { role: StartAs::Primary, spec, generation, fall_back })
             {

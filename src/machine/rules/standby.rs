@@ -42,7 +42,8 @@ pub(crate) fn following(context: &mut Context<'_>) -> Outcome<State> {
 fn lock_is_ours(context: &Context<'_>) -> Option<State> {
     let world = context.world.lock.identity().map(|lock| (lock, &context.world));
     let (lock, world) = world?;
-    let hopeless = matches!(world.lock, Lock::Unproved(_)) && world.etcd != Etcd::Reachable;
+    // A lock that was won a moment ago is proved in `Promoting`; any other has to be proved anew first, and until then there are readers.
+    let hopeless = matches!(world.lock, Lock::Unproved(_)) && (world.etcd != Etcd::Reachable || world.reserved.is_none());
     let announced = matches!(world.lock, Lock::Proved { announce_at, .. } if context.now >= announce_at);
     if hopeless || announced {
         return None;
@@ -94,7 +95,7 @@ fn start_following(context: &mut Context<'_>) -> Outcome<State> {
 /// Asks for a postmaster in recovery.
 pub(crate) fn start_standby(context: &mut Context<'_>, upstream: Option<Upstream>) {
     let Some((generation, spec)) = context.world.spec.clone() else { return };
-    let fall_back = context.world.failures(OperationKind::Start) > 0;
+    let fall_back = context.world.files_failed;
     if context.start(Operation::Start { role: StartAs::Standby(upstream.clone()), spec, generation, fall_back }) {
         context.world.in_force = Some(crate::machine::world::InForce { generation, upstream });
     }

@@ -153,7 +153,7 @@ pub(crate) fn transitions(actions: &[Action]) -> Vec<(String, String)> {
 pub(crate) fn kind_of(finished: &Finished) -> OperationKind {
     use OperationKind as Kind;
     match finished {
-        Finished::Looked(_) => Kind::Look,
+        Finished::Looked(_) | Finished::KeptSeen(_) => Kind::Look,
         Finished::Started(_) | Finished::StartedOnOldFiles { .. } => Kind::Start,
         Finished::Configured { .. } => Kind::Configure,
         Finished::Initialized(_) => Kind::Initdb,
