@@ -156,7 +156,6 @@ fn a_frozen_guard_of_the_primary_leaves_no_second_writer() {
     let guard = world.guard(former);
     guard.signal(Signal::SIGSTOP);
     world.wait_another_leads(former);
-    assert!(world.cluster.postgres_processes(former).is_empty(), "the daemon has fenced by scan");
     guard.signal(Signal::SIGCONT);
     world.wait_whole("after the guard woke up");
     world.finish();

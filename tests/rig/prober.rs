@@ -3,7 +3,7 @@
 //! A backend that is stuck is left alone with its row and may still answer much later, as a real client's would; a new connection
 //! goes on beside it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
@@ -48,6 +48,8 @@ pub struct Probe {
 struct Log {
     probes: Mutex<Vec<Probe>>,
     claims: Mutex<Vec<Claim>>,
+    /// What stood in the way of the last connection to each node.
+    refusals: Mutex<BTreeMap<String, String>>,
     stop: AtomicBool,
 }
 
@@ -93,6 +95,11 @@ impl Prober {
         let probes = self.log.probes.lock().unwrap();
         let refused = |probe: &&Probe| probe.node == node && probe.attempt.begun > since && !is_acknowledged(&probe.attempt);
         probes.iter().filter(refused).map(|probe| probe.attempt.clone()).collect()
+    }
+
+    /// Why the last connection to `node` that failed did so.
+    pub fn last_refusal(&self, node: &str) -> Option<String> {
+        self.log.refusals.lock().unwrap().get(node).cloned()
     }
 
     /// The longest time between two acknowledgements of anybody that ends after `since`.
@@ -164,10 +171,11 @@ async fn write(target: &Target, log: &Arc<Log>) {
         lanes.retain(|lane| !lane.writer.is_closed());
         let idle = lanes.iter().find(|lane| !lane.busy.load(Ordering::SeqCst)).cloned();
         let Some(lane) = idle else {
-            if lanes.len() < CONNECTIONS_MAX
-                && let Ok(writer) = Writer::connect(&target.postgres, CONNECT_LIMIT).await
-            {
-                lanes.push(Rc::new(Lane { writer, busy: AtomicBool::new(false) }));
+            if lanes.len() < CONNECTIONS_MAX {
+                match Writer::connect(&target.postgres, CONNECT_LIMIT).await {
+                    Ok(writer) => lanes.push(Rc::new(Lane { writer, busy: AtomicBool::new(false) })),
+                    Err(error) => drop(log.refusals.lock().unwrap().insert(target.node.clone(), format!("{error:#}"))),
+                }
             }
             continue;
         };

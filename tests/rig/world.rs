@@ -226,7 +226,8 @@ impl World {
         let prober = self.prober();
         let written = holds_within(PATIENCE, || prober.acknowledged_since(self.name(index), since) >= ROWS_TO_SEE);
         let last = prober.refused_since(self.name(index), since).pop();
-        assert!(written, "{} takes no writes; the last attempt: {last:?}", self.name(index));
+        let refusal = prober.last_refusal(self.name(index));
+        assert!(written, "{} takes no writes; the last attempt: {last:?}, the last connection refused: {refusal:?}", self.name(index));
     }
 
     #[track_caller]
