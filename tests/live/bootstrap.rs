@@ -187,7 +187,7 @@ fn a_second_daemon_of_the_same_name_does_not_run() {
     [dir.clone(), dir.join("run"), dir.join("log")].iter().for_each(|path| user.own(path).unwrap());
     let mut document = world.cluster.node_document(replica);
     document.dir = dir.clone();
-    document.api_listen = "127.0.0.1:0".into();
+    document.api_listen = format!("127.0.0.1:{}", world.ports.api(9));
     fs::write(dir.join("node.yaml"), document.to_yaml()).unwrap();
     user.own(&dir.join("node.yaml")).unwrap();
     let mut command = Command::new(&world.cluster.plan.programs.pgherd);

@@ -23,7 +23,7 @@ use super::wait::holds_within;
 
 const ROW_INTERVAL: Duration = Duration::from_millis(20);
 const ASK_LIMIT: Duration = Duration::from_millis(500);
-const CONNECT_LIMIT: Duration = Duration::from_millis(500);
+const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 /// After how long a row's fate is counted as unknown.
 const ROW_LIMIT: Duration = Duration::from_secs(20);
 /// Connections to one node beside each other.

@@ -73,7 +73,7 @@ pub struct World {
     etcd_proxies: Vec<Vec<Proxy>>,
     /// By node: what others reach its PostgreSQL and its API through.
     node_proxies: Vec<[Proxy; 2]>,
-    _ports: PortBlock,
+    pub ports: PortBlock,
     _place: tempfile::TempDir,
 }
 
@@ -103,7 +103,7 @@ impl World {
         document.parameters.insert("dynamic_shared_memory_type".into(), "mmap".into());
         document.parameters.insert("wal_retrieve_retry_interval".into(), "1s".into());
         (setup.document)(&mut document);
-        World { cluster, document, prober: None, etcd_proxies, node_proxies, _ports: ports, _place: place }
+        World { cluster, document, prober: None, etcd_proxies, node_proxies, ports, _place: place }
     }
 
     /// A whole cluster with the prober at work.
