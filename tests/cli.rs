@@ -218,11 +218,14 @@ fn nothing_is_asked_where_nobody_can_answer() {
 }
 
 #[test]
-fn a_schema_is_printed_for_each_kind_of_document() {
+fn the_committed_schemas_are_those_of_this_version() {
     for kind in ["cluster", "node"] {
         let output = run(&["schema", kind]);
         assert_eq!(code(&output), 0);
         let printed: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!(printed["$schema"], "https://json-schema.org/draft/2020-12/schema");
+        let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("schemas/{kind}.schema.json"));
+        let committed = fs::read_to_string(&committed).unwrap_or_else(|e| panic!("{}: {e}", committed.display()));
+        assert!(committed == out(&output), "schemas/{kind}.schema.json is stale: run `make schemas`");
     }
 }

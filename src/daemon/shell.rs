@@ -107,7 +107,7 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
             let wanted = running.map(|_| machine.probe_every());
             std::mem::replace(pace, wanted) != wanted
         });
-        let _ = published.send(Arc::new(snapshot::take(now, &host.node.cluster, &machine, &mut kept)));
+        let _ = published.send(Arc::new(snapshot::take(now, &host.node.cluster, &machine, &kept)));
         if let Some(code) = code {
             let good_bye = tokio::time::timeout(Duration::from_millis(GOOD_BYE_TIMEOUT_MS), executor.good_bye()).await;
             if good_bye.is_err() {

@@ -1,11 +1,7 @@
 //! What the HTTP API is told after each round of the machine: a copy of facts, no judgement.
 
-use std::sync::Arc;
-
 use crate::clock::BootTime;
-use crate::facts::cluster::MemberRole;
 use crate::facts::guard::LockFacts;
-use crate::facts::postgres::{ProbeOutcome, SqlFacts};
 use crate::http::snapshot::{Counters, Snapshot};
 use crate::machine::Machine;
 use crate::machine::world::{Etcd, Lock};
@@ -16,18 +12,11 @@ use crate::types::ClusterName;
 pub struct Kept {
     /// Counted since the start.
     pub counters: Counters,
-    last_sql: Option<(BootTime, Arc<SqlFacts>)>,
 }
 
 /// Takes the snapshot.
-pub fn take(now: BootTime, cluster: &ClusterName, machine: &Machine, kept: &mut Kept) -> Snapshot {
+pub fn take(now: BootTime, cluster: &ClusterName, machine: &Machine, kept: &Kept) -> Snapshot {
     let world = machine.world();
-    if let Some(probe) = &world.probe
-        && let ProbeOutcome::Accepting(sql) = &probe.outcome
-        && kept.last_sql.as_ref().is_none_or(|(begun, _)| *begun != probe.begun)
-    {
-        kept.last_sql = Some((probe.begun, Arc::new(SqlFacts::clone(sql))));
-    }
     let record = world.written.as_ref().map(|(record, _)| record);
     let mut snapshot = Snapshot::unknown(now, world.me.name.clone(), cluster.clone());
     snapshot.declared = world.declared().is_some();
@@ -40,7 +29,6 @@ pub fn take(now: BootTime, cluster: &ClusterName, machine: &Machine, kept: &mut 
     };
     snapshot.postmaster = world.guard.as_ref().map(|guard| guard.postmaster.clone());
     snapshot.probe = world.probe.clone();
-    snapshot.last_sql = kept.last_sql.clone().filter(|_| snapshot.role != MemberRole::Uninitialized);
     snapshot.view = world.view.clone().map(|view| (world.view_as_of, view));
     snapshot.etcd_reachable = world.etcd == Etcd::Reachable;
     if let Some((generation, spec)) = &world.spec {
@@ -51,7 +39,7 @@ pub fn take(now: BootTime, cluster: &ClusterName, machine: &Machine, kept: &mut 
         snapshot.parameters = spec.postgres.parameters.clone();
         snapshot.observed_generation = world.in_force.as_ref().map_or(0, |files| files.generation.min(*generation));
     }
-    snapshot.tags = world.declared().map(|member| member.tags.set()).unwrap_or_default();
+    snapshot.tags = world.declared().map(|member| member.tags_set()).unwrap_or_default();
     snapshot.conditions = world.conditions.values().cloned().collect();
     snapshot.pending_restart = world.sql().map(|sql| sql.pending_restart.clone()).unwrap_or_default();
     snapshot.server_version_num = world.sql().map(|sql| sql.server_version_num).or(world.me.versions.postgres);

@@ -5,11 +5,11 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use etcd_client::{DeleteOptions, GetOptions, GetResponse, Txn, TxnOp, TxnOpResponse, TxnResponse};
+use etcd_client::{Client, DeleteOptions, GetOptions, GetResponse, ResponseHeader, Txn, TxnOp, TxnOpResponse, TxnResponse};
 
-use super::error::EtcdError;
+use super::error::{EtcdError, is_no_space};
 use super::keys::{Key, Keys};
-use super::pool::{ANSWER_MAX_BYTES, Boxed, Kind, Pool};
+use super::pool::{ANSWER_MAX_BYTES, Answer, Boxed, Kind, Pool};
 use super::settings::Settings;
 use super::view::{Kv, view_of};
 use crate::clock::BootTime;
@@ -60,13 +60,11 @@ impl Etcd {
 
     /// The view, when the request for it was sent, and which endpoint answered.
     pub(super) async fn list(&self) -> Result<(ClusterView, BootTime, usize), EtcdError> {
-        let range = |(from, to): &(String, String)| TxnOp::get(from.clone(), Some(GetOptions::new().with_range(to.clone())));
-        let gets: Vec<TxnOp> = self.keys.view_ranges().iter().map(range).collect();
+        let ranges = self.keys.view_ranges().map(|(from, to)| (from, Some(to)));
         let sent = BootTime::now();
-        let (index, response) = self.through_raft(gets).await?;
-        let (cluster, revision) = header(&response);
-        let kvs = found(&response).into_iter().flatten();
-        Ok((view_of(&self.keys, Some(cluster), revision, kvs), sent, index))
+        let (index, listed) = self.through_raft(ranges.into()).await?;
+        let (cluster, revision) = (EtcdClusterId(listed.header.cluster_id()), Revision(listed.header.revision()));
+        Ok((view_of(&self.keys, Some(cluster), revision, listed.found.into_iter().flatten()), sent, index))
     }
 
     /// Version of the etcd member that answers, and the condition it deserves.
@@ -92,10 +90,11 @@ impl Etcd {
         }
     }
 
-    /// Gets with a condition that always holds, and an else branch that makes it a write to etcd (SAFETY 5).
-    pub(super) async fn through_raft(&self, gets: Vec<TxnOp>) -> Result<(usize, TxnResponse), EtcdError> {
-        let txn = Txn::new().when([]).and_then(gets).or_else([TxnOp::delete(self.keys.never(), None)]);
-        self.pool.ask(Kind::Read, move |client| send(client, txn.clone())).await
+    /// Reads ranges at one revision that is not older than the call.
+    async fn through_raft(&self, ranges: Vec<Range>) -> Result<(usize, Snapshot), EtcdError> {
+        let never = self.keys.never();
+        let call = move |client| -> Boxed<Snapshot> { Box::pin(snapshot(client, ranges.clone(), never.clone())) };
+        self.pool.ask(Kind::Read, call).await
     }
 
     /// A transaction that may be carried out twice: the second time changes nothing more.
@@ -111,9 +110,9 @@ impl Etcd {
 
     /// Reads keys at one revision, and finds an endpoint that answers.
     pub(super) async fn read(&self, keys: &[&Key]) -> Result<(usize, Vec<Option<Kv>>), EtcdError> {
-        let gets = keys.iter().map(|key| TxnOp::get(self.keys.path(key), None)).collect();
-        let (index, response) = self.through_raft(gets).await?;
-        Ok((index, found(&response).into_iter().map(|kvs| kvs.into_iter().next()).collect()))
+        let ranges = keys.iter().map(|key| (self.keys.path(key), None)).collect();
+        let (index, read) = self.through_raft(ranges).await?;
+        Ok((index, read.found.into_iter().map(|kvs| kvs.into_iter().next()).collect()))
     }
 
     /// Reads one key.
@@ -124,7 +123,7 @@ impl Etcd {
 
     /// Reads a range that is for people, not for decisions.
     pub(super) async fn range(&self, from: String, options: GetOptions) -> Result<GetResponse, EtcdError> {
-        let call = move |client: etcd_client::Client| -> Boxed<GetResponse> {
+        let call = move |client: Client| -> Boxed<GetResponse> {
             let (from, options) = (from.clone(), options.clone());
             Box::pin(async move { client.kv_client().max_decoding_message_size(ANSWER_MAX_BYTES).get(from, Some(options)).await })
         };
@@ -142,7 +141,56 @@ impl Etcd {
     }
 }
 
-fn send(client: etcd_client::Client, txn: Txn) -> Boxed<TxnResponse> {
+/// From, and to; without the latter one key.
+type Range = (String, Option<String>);
+
+/// What ranges held at the header's revision.
+struct Snapshot {
+    header: ResponseHeader,
+    found: Vec<Vec<Kv>>,
+}
+
+impl Answer for Snapshot {
+    fn header(&self) -> Option<&ResponseHeader> {
+        Some(&self.header)
+    }
+}
+
+fn gets_of(ranges: Vec<Range>) -> impl Iterator<Item = (String, GetOptions)> {
+    let options = |to: Option<String>| to.map_or_else(GetOptions::new, |to| GetOptions::new().with_range(to));
+    ranges.into_iter().map(move |(from, to)| (from, options(to)))
+}
+
+/// A transaction with a condition that always holds, and an else branch that makes it a write to etcd (SAFETY 5).
+///
+/// When its database is full etcd refuses every transaction, but not a plain deletion. That one goes through raft too, and so the ranges
+/// are read at its revision (SAFETY row 44).
+async fn snapshot(client: Client, ranges: Vec<Range>, never: String) -> Result<Snapshot, etcd_client::Error> {
+    let mut kv = client.kv_client().max_decoding_message_size(ANSWER_MAX_BYTES);
+    let gets: Vec<TxnOp> = gets_of(ranges.clone()).map(|(from, options)| TxnOp::get(from, Some(options))).collect();
+    match kv.txn(Txn::new().when([]).and_then(gets).or_else([TxnOp::delete(never.clone(), None)])).await {
+        Ok(mut response) => {
+            let found = found(&response);
+            Ok(Snapshot { header: response.take_header().ok_or_else(no_header)?, found })
+        }
+        Err(e) if is_no_space(&e) => {
+            let header = kv.delete(never, None).await?.take_header().ok_or_else(no_header)?;
+            let mut found = Vec::new();
+            for (from, options) in gets_of(ranges) {
+                let response = kv.get(from, Some(options.with_revision(header.revision()))).await?;
+                found.push(response.kvs().iter().map(Kv::from).collect());
+            }
+            Ok(Snapshot { header, found })
+        }
+        Err(e) => Err(e),
+    }
+}
+
+fn no_header() -> etcd_client::Error {
+    etcd_client::Error::Internal("the answer has no header".into())
+}
+
+fn send(client: Client, txn: Txn) -> Boxed<TxnResponse> {
     Box::pin(async move { client.kv_client().max_decoding_message_size(ANSWER_MAX_BYTES).txn(txn).await })
 }
 

@@ -118,6 +118,11 @@ pub(super) fn classify(error: &etcd_client::Error) -> Failure {
     }
 }
 
+/// Whether etcd refused because its database is full, which it does for every transaction, also one that writes nothing.
+pub(super) fn is_no_space(error: &etcd_client::Error) -> bool {
+    matches!(error, etcd_client::Error::GRpcStatus(status) if status.code() == Code::ResourceExhausted && status.source().is_none())
+}
+
 fn never_connected(mut error: &(dyn std::error::Error + 'static)) -> bool {
     loop {
         if error.is::<tonic::ConnectError>() {

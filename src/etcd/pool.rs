@@ -39,6 +39,21 @@ pub(super) enum Kind {
 /// An answer's header.
 pub(super) trait Answer {
     fn header(&self) -> Option<&ResponseHeader>;
+
+    /// Whether it went through raft, so that its revision is not lower than any seen before.
+    fn is_linearizable() -> bool {
+        true
+    }
+}
+
+impl Answer for StatusResponse {
+    fn header(&self) -> Option<&ResponseHeader> {
+        self.header()
+    }
+
+    fn is_linearizable() -> bool {
+        false
+    }
 }
 
 macro_rules! answers {
@@ -50,7 +65,7 @@ macro_rules! answers {
         }
     )*};
 }
-answers!(TxnResponse, GetResponse, LeaseGrantResponse, LeaseRevokeResponse, StatusResponse);
+answers!(TxnResponse, GetResponse, LeaseGrantResponse, LeaseRevokeResponse);
 
 /// What was seen of etcd so far: an answer from another cluster, or from before what was seen, is not believed.
 #[derive(Debug, Default)]
@@ -158,7 +173,7 @@ impl Pool {
     }
 
     async fn attempt<T: Answer>(&self, index: usize, call: &(impl Fn(Client) -> Boxed<T> + Sync)) -> Result<T, Failure> {
-        let floor = self.revision().0;
+        let floor = if T::is_linearizable() { self.revision().0 } else { 0 };
         let client = self.client(index, self.settings.request_timeout).await.map_err(|e| classify(&e))?;
         let answer = call(client).await.map_err(|e| classify(&e))?;
         self.judge(index, floor, answer.header())?;

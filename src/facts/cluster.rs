@@ -38,8 +38,8 @@ pub struct ClusterView {
     pub maintenance: Option<MaintenanceRecord>,
     /// What operators asked for.
     pub requests: BTreeMap<String, RequestKey>,
-    /// Keys that are there and could not be read, without the prefix, and why. They are absent above. Nobody may run while `history` or
-    /// `sync` is in here: an unreadable history is not an empty one.
+    /// Keys that are there and could not be read, without the prefix, and why. They are absent above. Nobody may run while `history` is
+    /// in here: an unreadable history is not an empty one.
     pub unreadable: BTreeMap<String, String>,
 }
 

@@ -173,9 +173,7 @@ impl Scrape {
         let demotions = counters.demotions.iter().map(|(reason, count)| (reason.as_str(), *count));
         to.labelled("pgherd_demotions", "Times this member left being primary", MetricType::Counter, "reason", demotions)?;
         to.counter("pgherd_renewals", "Renewals of the lease that were proved", counters.renewals)?;
-        to.counter("pgherd_renewal_failures", "Renewals that failed or were not proved in time", counters.renewal_failures)?;
-        to.counter("pgherd_etcd_requests", "Requests to etcd", counters.etcd_requests)?;
-        to.counter("pgherd_etcd_failures", "Requests to etcd that failed", counters.etcd_failures)
+        to.counter("pgherd_renewal_failures", "Renewals that failed or were not proved in time", counters.renewal_failures)
     }
 }
 

@@ -38,8 +38,6 @@ pub struct Snapshot {
     pub postmaster: Option<PostmasterFacts>,
     /// The last probe, whatever it saw.
     pub probe: Option<Probe>,
-    /// What the last successful probe saw, and when it was begun. For display; health rules use [`Snapshot::probe`].
-    pub last_sql: Option<(BootTime, Arc<SqlFacts>)>,
     /// The last view of etcd, and as of when it was known to be current.
     pub view: Option<(BootTime, Arc<ClusterView>)>,
     /// Whether etcd answers.
@@ -83,10 +81,6 @@ pub struct Counters {
     pub renewals: u64,
     /// Renewals that failed or came without a proof in time.
     pub renewal_failures: u64,
-    /// Requests to etcd.
-    pub etcd_requests: u64,
-    /// Requests to etcd that failed.
-    pub etcd_failures: u64,
 }
 
 impl Snapshot {
@@ -104,7 +98,6 @@ impl Snapshot {
             lock: None,
             postmaster: None,
             probe: None,
-            last_sql: None,
             view: None,
             etcd_reachable: false,
             ttl: Duration::from_secs(10),

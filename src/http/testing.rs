@@ -58,7 +58,6 @@ fn member(role: MemberRole, facts: SqlFacts) -> Snapshot {
     snapshot.state = "running".to_owned();
     snapshot.server_version_num = Some(facts.server_version_num);
     snapshot.system_id = Some(facts.system_id);
-    snapshot.last_sql = Some((now, Arc::new(facts.clone())));
     snapshot.probe = Some(Probe { begun: now, outcome: ProbeOutcome::Accepting(Box::new(facts)) });
     let word = if role == MemberRole::Primary { Word::Writable } else { Word::Standby };
     snapshot.postmaster = Some(PostmasterFacts::Running { start: StartId(1), pid: 100, word, adopted: false });

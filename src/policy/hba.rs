@@ -5,9 +5,6 @@
 
 use core::net::IpAddr;
 
-use crate::spec::cluster::ClusterSpec;
-use crate::spec::node::NodeSpec;
-
 /// Stands for every member's address, in the address column.
 pub const MEMBERS: &str = "{members}";
 /// The map in pg_ident.conf by which the operating system's user is the superuser.
@@ -30,21 +27,6 @@ pub struct HbaInputs {
     pub pg_hba: Vec<String>,
     /// The spec's lines, in order.
     pub pg_ident: Vec<String>,
-}
-
-impl HbaInputs {
-    /// What both documents say.
-    pub fn from_spec(cluster: &ClusterSpec, node: &NodeSpec) -> Self {
-        Self {
-            members: cluster.members.iter().map(|member| member.address.clone()).collect(),
-            os_user: node.postgres.os_user.clone(),
-            superuser: node.postgres.superuser.username.clone(),
-            replication: node.postgres.replication.username.clone(),
-            rewind: node.postgres.rewind.as_ref().map(|rewind| rewind.username.clone()),
-            pg_hba: cluster.postgres.pg_hba.clone(),
-            pg_ident: cluster.postgres.pg_ident.clone(),
-        }
-    }
 }
 
 /// The whole of pg_hba.conf.

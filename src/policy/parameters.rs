@@ -7,8 +7,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::facts::postgres::StandbyFloor;
-use crate::spec::cluster::ClusterSpec;
-use crate::spec::node::NodeSpec;
 use crate::types::ClusterName;
 
 /// Parameters as in a spec: the value as PostgreSQL's own text; None = PostgreSQL's default.
@@ -45,29 +43,6 @@ pub struct ConfigInputs {
     pub synchronous_standby_names: Option<String>,
     /// What the control file demands of a standby; None for a server that never was one.
     pub floor: Option<StandbyFloor>,
-}
-
-impl ConfigInputs {
-    /// What both documents say; None when the node is no member of the cluster. Where to follow and the floor are the caller's.
-    pub fn from_spec(cluster: &ClusterSpec, node: &NodeSpec, major_version: u32) -> Option<Self> {
-        let member = cluster.member(&node.name)?;
-        Some(Self {
-            cluster: cluster.name.clone(),
-            major_version,
-            listen: node.postgres.listen.clone().unwrap_or_else(|| member.address.clone()),
-            port: member.port,
-            socket_dir: node.socket_dir().display().to_string(),
-            log_dir: node.postgres.log_dir.as_ref().map(|directory| directory.display().to_string()),
-            parameters: cluster.postgres.parameters.clone(),
-            member_parameters: cluster.postgres.member_parameters.get(&node.name).cloned().unwrap_or_default(),
-            archive_command: cluster.postgres.archive_command.clone(),
-            restore_command: cluster.postgres.restore_command.clone(),
-            primary_conninfo: None,
-            primary_slot_name: None,
-            synchronous_standby_names: None,
-            floor: None,
-        })
-    }
 }
 
 /// A parameter whose value in the spec is below what this data directory can start with.

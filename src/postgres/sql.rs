@@ -118,12 +118,12 @@ impl Connection {
             let _ = connection.await;
         });
         let connection = Self { client, driver };
-        // Settings of the role or database must not shape pgherd's session. Not all of these exist in every version.
+        // Those that not every version knows, which the start-up packet therefore cannot carry.
         connection
             .client
             .batch_execute(
-                "select pg_catalog.set_config(name, '0', false) from pg_catalog.pg_settings where name in ('statement_timeout', \
-                 'lock_timeout', 'idle_session_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')",
+                "select pg_catalog.set_config(name, '0', false) from pg_catalog.pg_settings where name in ('idle_session_timeout', \
+                 'transaction_timeout')",
             )
             .await?;
         Ok(connection)
@@ -265,9 +265,12 @@ impl Sql {
     /// Runs the spec's `bootstrap.post_init`, one statement text after the other, once, on the first primary.
     pub async fn run_post_init(&self, statements: &[String], limit: Duration) -> Result<()> {
         for (index, statement) in statements.iter().enumerate() {
-            self.with(limit, async |connection| connection.execute(statement).await)
-                .await
-                .with_context(|| format!("bootstrap.post_init[{index}] failed: the statements before it are done"))?;
+            // The operator's own SQL: names are found and made where PostgreSQL's default search path says.
+            let run = self.with(limit, async |connection| {
+                connection.execute("set search_path = \"$user\", public").await?;
+                connection.execute(statement).await
+            });
+            run.await.with_context(|| format!("bootstrap.post_init[{index}] failed: the statements before it are done"))?;
         }
         Ok(())
     }
@@ -279,9 +282,11 @@ const RELOAD_POLL: Duration = Duration::from_millis(20);
 fn base_config(port: u16, user: &str) -> Config {
     let mut config = Config::new();
     config.port(port).user(user).dbname(DATABASE).application_name(APPLICATION_NAME);
-    // Only settings that every supported version knows. pgherd's own few writes must not wait for standbys that may never come.
+    // Settings of the role or the database must not shape pgherd's sessions, from their first statement on. Its own few writes must not
+    // wait for standbys that may never come.
     config.options(
-        "-c search_path=pg_catalog -c default_transaction_read_only=off -c synchronous_commit=local -c client_min_messages=warning",
+        "-c search_path=pg_catalog -c default_transaction_read_only=off -c synchronous_commit=local -c client_min_messages=warning \
+         -c statement_timeout=0 -c lock_timeout=0 -c idle_in_transaction_session_timeout=0",
     );
     config.keepalives_idle(Duration::from_secs(super::conninfo::KEEPALIVES_IDLE_S.into()));
     config

@@ -62,7 +62,11 @@ fn row(member: &MemberStatus, pending: bool, tags: bool) -> Vec<String> {
         known(member.timeline.map(|timeline| timeline.to_string())),
         known(member.receive_lsn.map(|lsn| lsn.to_string())),
         lag(member.receive_lag_bytes),
-        known(member.replay_lsn.map(|lsn| lsn.to_string())),
+        match (member.replay_lsn, member.role) {
+            // A leader replays nothing.
+            (None, Role::Leader) => String::new(),
+            (lsn, _) => known(lsn.map(|lsn| lsn.to_string())),
+        },
         lag(member.replay_lag_bytes),
     ];
     row.extend(pending.then(|| if member.pending_restart { "*".to_owned() } else { String::new() }));
@@ -112,12 +116,13 @@ mod tests {
     fn the_table_is_the_one_that_users_of_patronictl_know() {
         let mut view = view();
         record(&mut view, "standby").replay_lsn = Some(Lsn(0x04FF_FF00));
+        record(&mut view, "mdw").replay_lsn = None;
         let expected = "\
 Cluster: main (7), generation 4, as of 2026-11-22T12:00:00.000Z
 +----------+-----------------+---------+-----------+----+-------------+-----+------------+-----+
 | Member   | Host            | Role    | State     | TL | Receive LSN | Lag | Replay LSN | Lag |
 +==============================================================================================+
-| mdw      | 10.0.12.9:5432  | Leader  | running   |  3 |   0/5000000 |     |  0/5000000 |     |
+| mdw      | 10.0.12.9:5432  | Leader  | running   |  3 |   0/5000000 |     |            |     |
 | standby  | 10.0.12.4:5432  | Replica | streaming |  3 |   0/5000000 |   0 |  0/4FFFF00 | 256 |
 | standby1 | 10.0.16.11:5432 | Replica | streaming |  3 |   0/5000000 |   0 |  0/5000000 |   0 |
 +----------+-----------------+---------+-----------+----+-------------+-----+------------+-----+

@@ -33,6 +33,9 @@ use crate::types::{LeaseIdentity, LockIdentity};
 /// How long the thread that waits for the guard outlives its last wait: so that there is always one.
 const WAITER_KEEP_ALIVE_S: u64 = 3_600;
 
+/// Threads that may wait for a guard that does not answer, or for a file, at once.
+const WAITERS_MAX: usize = 8;
+
 /// The guard's answer to a new deadline.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Acknowledged {
@@ -136,7 +139,7 @@ pub fn spawn(settings: Settings, times: LeaseTimes, acknowledge: Acknowledge, si
     let pool = Pool::new(settings)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(2)
+        .max_blocking_threads(WAITERS_MAX)
         .thread_keep_alive(Duration::from_secs(WAITER_KEEP_ALIVE_S))
         .build()
         .context("making the lease thread's runtime")?;

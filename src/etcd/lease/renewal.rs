@@ -16,10 +16,10 @@ use tokio::time::Instant;
 
 use crate::clock::BootTime;
 use crate::etcd::client::found_one;
-use crate::etcd::error::{EtcdError, Failure, Suspicion, classify, conclude};
+use crate::etcd::error::{EtcdError, Failure, Suspicion, classify, conclude, is_no_space};
 use crate::etcd::keys::Keys;
 use crate::etcd::pool::{Kind, Pool, hedge_after};
-use crate::etcd::view::{shorten, text};
+use crate::etcd::view::{Kv, shorten, text};
 use crate::types::{EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity};
 
 /// Tries per endpoint within one budget.
@@ -235,17 +235,44 @@ async fn prove(client: &mut Client, keys: &Keys, lock: LockIdentity, endpoint: &
         Compare::lease(keys.leader(), CompareOp::Equal, lock.lease.lease.0),
     ];
     let otherwise = [TxnOp::get(keys.leader(), None), TxnOp::delete(keys.never(), None)];
-    let response = client.txn(Txn::new().when(ours).or_else(otherwise)).await.map_err(|e| classify(&e))?;
+    let response = match client.txn(Txn::new().when(ours).or_else(otherwise)).await {
+        Ok(response) => response,
+        Err(e) if is_no_space(&e) => return prove_without_space(client, keys, lock, endpoint).await,
+        Err(e) => return Err(classify(&e)),
+    };
     let header = response.header().ok_or_else(|| Failure::Busy("the answer has no header".into()))?;
     same_cluster(header, lock.lease, endpoint)?;
     if response.succeeded() {
         return Ok(Proof::Ours { term: header.raft_term() });
     }
-    let found = found_one(&response, 0).map_or_else(
+    Ok(Proof::NotOurs { found: describe(found_one(&response, 0).as_ref()) })
+}
+
+/// A full etcd refuses every transaction (SAFETY row 44). A plain deletion of the key that never exists is not refused and goes through
+/// raft; when it is answered, this member has applied it, and what it then says of the leader key is not older.
+async fn prove_without_space(client: &mut Client, keys: &Keys, lock: LockIdentity, endpoint: &str) -> Result<Proof, Failure> {
+    let no_header = || Failure::Busy("the answer has no header".into());
+    let barrier = client.delete(keys.never(), None).await.map_err(|e| classify(&e))?.take_header().ok_or_else(no_header)?;
+    same_cluster(&barrier, lock.lease, endpoint)?;
+    let read = client.get(keys.leader(), None).await.map_err(|e| classify(&e))?;
+    let header = read.header().ok_or_else(no_header)?;
+    same_cluster(header, lock.lease, endpoint)?;
+    if header.revision() < barrier.revision() {
+        return Err(Failure::Busy("the leader key was read from the past".into()));
+    }
+    let leader = read.kvs().first().map(Kv::from);
+    let ours = |kv: &Kv| kv.create_revision == lock.epoch.0 && kv.lease == lock.lease.lease.0;
+    Ok(match leader.as_ref() {
+        Some(kv) if ours(kv) => Proof::Ours { term: barrier.raft_term() },
+        found => Proof::NotOurs { found: describe(found) },
+    })
+}
+
+fn describe(leader: Option<&Kv>) -> String {
+    leader.map_or_else(
         || "no leader".to_owned(),
-        |kv| format!("`{}` on lease {:x} under epoch {}", shorten(&text(&kv)), kv.lease, kv.create_revision),
-    );
-    Ok(Proof::NotOurs { found })
+        |kv| format!("`{}` on lease {:x} under epoch {}", shorten(&text(kv)), kv.lease, kv.create_revision),
+    )
 }
 
 /// "No such lease" from another etcd cluster, or while the lock still hangs on the lease, is not believed.

@@ -1,0 +1,237 @@
+//! Who may follow, and who has diverged: one member and one leader, one thing changed at a time.
+
+#![allow(clippy::unwrap_used)]
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::facts::postgres::StandbyFloor;
+
+const SWITCH: Lsn = Lsn(0x500_0000);
+
+fn history(switches: &[(u32, u64)]) -> TimelineHistory {
+    TimelineHistory(switches.iter().map(|(id, at)| Switch { parent: TimelineId(*id), at: Lsn(*at), reason: "x".into() }).collect())
+}
+
+/// A member that ended on one timeline, and a leader on another.
+struct Case {
+    local: ControlFacts,
+    wal: LocalWal,
+    own: Option<OwnPromotion>,
+    promoted_under: Option<Epoch>,
+    leader: LeaderLineage,
+}
+
+impl Case {
+    fn decide(&self) -> Rejoin {
+        decide(Inputs {
+            local: &self.local,
+            wal: &self.wal,
+            own_promotion: self.own.as_ref(),
+            promoted_under: self.promoted_under,
+            leader: &self.leader,
+        })
+    }
+
+    fn lost(&self) -> Option<LostRange> {
+        match self.decide() {
+            Rejoin::Clone { lost, .. } => lost,
+            other => panic!("expected a clone, got {other:?}"),
+        }
+    }
+
+    fn last_record(mut self, at: u64) -> Self {
+        self.wal.last_record = LastRecord::Known(Lsn(at));
+        self
+    }
+
+    /// The member promoted its timeline itself, under this epoch.
+    fn promoted(mut self, epoch: i64) -> Self {
+        let switch = self.wal.history.as_ref().and_then(|history| history.0.last().cloned()).unwrap();
+        let (parent, switch_lsn) = (switch.parent, Some(switch.at));
+        self.own = Some(OwnPromotion { timeline: self.wal.timeline, epoch: Epoch(epoch), parent, switch_lsn });
+        self
+    }
+}
+
+/// The old primary of timeline 1 was stopped in good order just before the switch; the leader is on timeline 2.
+fn old_primary() -> Case {
+    Case {
+        local: ControlFacts {
+            system_id: SystemId(7),
+            major_version: 17,
+            state: DatabaseState::ShutDown,
+            checkpoint: Lsn(SWITCH.0 - 0x80),
+            timeline: TimelineId(1),
+            min_recovery_end: Lsn(0),
+            min_recovery_timeline: TimelineId(0),
+            data_checksums: true,
+            wal_log_hints: true,
+            floor: StandbyFloor::default(),
+            standby_signal: false,
+            backup_label: false,
+        },
+        wal: LocalWal { timeline: TimelineId(1), history: None, last_record: LastRecord::Known(Lsn(SWITCH.0 - 0x80)) },
+        own: None,
+        promoted_under: Some(Epoch(10)),
+        leader: LeaderLineage {
+            system_id: SystemId(7),
+            major_version: 17,
+            in_recovery: false,
+            timeline: TimelineId(2),
+            history: history(&[(1, SWITCH.0)]),
+            lsn: Lsn(0x600_0000),
+        },
+    }
+}
+
+/// The member ended on timeline 2, which the leader (on 3) left at 0x7000000.
+fn of_timeline_2() -> Case {
+    let mut case = old_primary();
+    case.local.timeline = TimelineId(2);
+    case.local.checkpoint = Lsn(0x600_0000);
+    case.wal =
+        LocalWal { timeline: TimelineId(2), history: Some(history(&[(1, SWITCH.0)])), last_record: LastRecord::Known(Lsn(0x600_0000)) };
+    case.leader.timeline = TimelineId(3);
+    case.leader.history = history(&[(1, SWITCH.0), (2, 0x700_0000)]);
+    case.leader.lsn = Lsn(0x800_0000);
+    case
+}
+
+#[test]
+fn a_primary_stopped_in_good_order_follows_without_a_copy() {
+    assert_eq!(old_primary().decide(), Rejoin::Follow);
+}
+
+#[test]
+fn one_record_past_the_switch_point_is_divergence_and_the_loss_is_named() {
+    let lost = old_primary().last_record(SWITCH.0 + 0x28).lost();
+    assert_eq!(lost.unwrap(), LostRange { timeline: TimelineId(1), from: SWITCH, to: Some(Lsn(SWITCH.0 + 0x28)) });
+    assert!(matches!(old_primary().last_record(SWITCH.0).decide(), Rejoin::Clone { .. }), "a record that starts there is past it");
+}
+
+#[test]
+fn an_end_that_could_not_be_read_counts_as_diverged() {
+    let mut case = old_primary();
+    case.wal.last_record = LastRecord::Unknown("there is no pg_waldump".into());
+    assert_eq!(case.lost().unwrap().to, None);
+}
+
+#[test]
+fn a_control_file_past_the_switch_point_is_enough() {
+    let mut case = old_primary();
+    case.local.checkpoint = SWITCH;
+    assert!(matches!(case.decide(), Rejoin::Clone { .. }));
+    let mut case = old_primary();
+    case.local.state = DatabaseState::InArchiveRecovery;
+    (case.local.min_recovery_end, case.local.min_recovery_timeline) = (Lsn(SWITCH.0 + 1), TimelineId(1));
+    assert!(matches!(case.decide(), Rejoin::Clone { .. }));
+    (case.local.min_recovery_end, case.local.min_recovery_timeline) = (SWITCH, TimelineId(1));
+    assert_eq!(case.decide(), Rejoin::Follow, "replayed to the very switch point");
+}
+
+#[test]
+fn row_53_the_same_timeline_id_of_another_epoch_is_divergence() {
+    let mut case = of_timeline_2().promoted(5);
+    case.promoted_under = Some(Epoch(5));
+    assert_eq!(case.decide(), Rejoin::Follow, "the leader's timeline 2 is the one this member promoted");
+    case.promoted_under = Some(Epoch(6));
+    assert_eq!(case.lost().unwrap().from, SWITCH, "everything since its own promotion");
+    case.promoted_under = None;
+    assert!(matches!(case.decide(), Rejoin::Clone { .. }), "what is not recorded proves nothing");
+}
+
+#[test]
+fn row_53_also_when_both_are_still_on_that_timeline() {
+    let mut case = of_timeline_2().promoted(5);
+    (case.leader.timeline, case.leader.history) = (TimelineId(2), history(&[(1, SWITCH.0)]));
+    case.promoted_under = Some(Epoch(6));
+    assert_eq!(case.lost().unwrap().from, SWITCH);
+}
+
+#[test]
+fn timeline_1_needs_no_record_of_a_promotion_since_initdb_made_it() {
+    let mut case = old_primary();
+    case.promoted_under = Some(Epoch(3));
+    assert_eq!(case.decide(), Rejoin::Follow);
+}
+
+#[test]
+fn a_primary_without_a_record_of_its_promotion_has_diverged_if_another_is_on_record() {
+    let mut case = of_timeline_2();
+    assert!(matches!(case.decide(), Rejoin::Clone { .. }), "promoted by hand to a number that was then used");
+    case.promoted_under = None;
+    assert_eq!(case.decide(), Rejoin::Follow, "a cluster that was promoted before pgherd came");
+    case.promoted_under = Some(Epoch(10));
+    case.local.state = DatabaseState::ShutDownInRecovery;
+    assert_eq!(case.decide(), Rejoin::Follow, "a standby never promoted anything");
+}
+
+#[test]
+fn two_timelines_of_one_number_are_told_apart_by_where_they_began() {
+    let mut case = of_timeline_2();
+    case.local.state = DatabaseState::ShutDownInRecovery;
+    case.wal.history = Some(history(&[(1, SWITCH.0 - 0x1000)]));
+    assert_eq!(case.lost().unwrap().from, Lsn(SWITCH.0 - 0x1000), "what they share ends where the first of them began");
+}
+
+#[test]
+fn a_timeline_that_the_leader_never_had_is_divergence_from_the_fork_on() {
+    let mut case = of_timeline_2();
+    case.leader.history = history(&[(1, SWITCH.0 - 0x2000)]);
+    assert_eq!(case.lost().unwrap().from, Lsn(SWITCH.0 - 0x2000));
+    case.leader.timeline = TimelineId(1);
+    case.leader.history = TimelineHistory::default();
+    assert_eq!(case.lost().unwrap().from, SWITCH, "ahead of the leader: the leader's timeline goes on where this one left it");
+}
+
+#[test]
+fn a_history_that_cannot_be_read_counts_as_diverged() {
+    let mut case = of_timeline_2();
+    case.wal.history = None;
+    assert!(matches!(case.decide(), Rejoin::Clone { .. }));
+}
+
+#[test]
+fn a_standby_of_the_leaders_timeline_follows_and_a_primary_of_it_does_not() {
+    let mut case = old_primary();
+    case.leader.timeline = TimelineId(1);
+    case.leader.history = TimelineHistory::default();
+    assert!(matches!(case.decide(), Rejoin::Clone { .. }));
+    case.local.backup_label = true;
+    assert_eq!(case.decide(), Rejoin::Follow, "a fresh clone has the primary's control file");
+    case.local.backup_label = false;
+    case.local.state = DatabaseState::ShutDownInRecovery;
+    assert_eq!(case.decide(), Rejoin::Follow);
+    case.wal.last_record = LastRecord::Unknown("there is no pg_waldump".into());
+    assert_eq!(case.decide(), Rejoin::Follow);
+    case.wal.last_record = LastRecord::Known(case.leader.lsn);
+    assert!(matches!(case.decide(), Rejoin::Clone { .. }), "it has what the leader lost");
+}
+
+#[test]
+fn a_leader_that_is_not_promoted_yet_is_waited_for() {
+    let mut case = old_primary();
+    case.leader.in_recovery = true;
+    assert!(matches!(case.decide(), Rejoin::Wait { .. }));
+}
+
+#[test]
+fn another_cluster_or_another_major_version_is_refused() {
+    let mut case = old_primary();
+    case.leader.system_id = SystemId(8);
+    assert!(matches!(case.decide(), Rejoin::Refuse { .. }));
+    let mut case = old_primary();
+    case.leader.major_version = 16;
+    assert!(matches!(case.decide(), Rejoin::Refuse { .. }));
+}
+
+proptest! {
+    #[test]
+    fn nobody_follows_with_a_record_the_leader_does_not_have(record in 0_u64..0xA00_0000, timeline in 1_u32..3) {
+        let mut case = if timeline == 1 { old_primary() } else { of_timeline_2().promoted(10) };
+        case.wal.last_record = LastRecord::Known(Lsn(record));
+        let limit = if timeline == 1 { SWITCH.0 } else { 0x700_0000 };
+        prop_assert_eq!(case.decide() == Rejoin::Follow, record < limit);
+    }
+}
