@@ -188,16 +188,6 @@ pub fn command_line(inputs: &ConfigInputs) -> Vec<(String, String)> {
     own.into_iter().filter(|(name, _)| fixed.contains(name)).map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
-/// Every parameter this file sets, with the value it should have: for comparing with pg_settings.
-pub fn wanted(inputs: &ConfigInputs) -> BTreeMap<String, String> {
-    let mut all = chosen(inputs);
-    for one in raised(inputs, &all) {
-        all.insert(one.name, one.used.to_string());
-    }
-    all.extend(owned(inputs).into_iter().map(|(name, value)| (name.to_owned(), value)));
-    all
-}
-
 fn push(text: &mut String, name: &str, value: &str) -> Result<(), String> {
     if !is_name(name) {
         return Err(format!("`{name}` cannot be the name of a PostgreSQL parameter"));
@@ -397,13 +387,12 @@ mod tests {
         assert_eq!(values["max_worker_processes"], "9");
         let raised: Vec<_> = configuration.raised.iter().map(|one| (one.name.as_str(), one.wanted, one.used)).collect();
         assert_eq!(raised, [("max_connections", 50, 200), ("max_wal_senders", 10, 12), ("max_prepared_transactions", 0, 5)]);
-        assert_eq!(wanted(&inputs)["max_connections"], "200");
     }
 
     #[test]
     fn the_archive_is_on_exactly_when_there_is_a_command() {
         let mut inputs = inputs();
-        assert_eq!(wanted(&inputs)["archive_mode"], "off");
+        assert_eq!(values(&postgresql_conf(&inputs).unwrap().text)["archive_mode"], "off");
         inputs.archive_command = Some("cp %p '/a b/%f'".into());
         let values = values(&postgresql_conf(&inputs).unwrap().text);
         assert_eq!((values["archive_mode"].as_str(), values["archive_command"].as_str()), ("on", "cp %p '/a b/%f'"));
