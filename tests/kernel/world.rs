@@ -1,0 +1,521 @@
+//! A world of one host for the exhaustive exploration: etcd, the network, one daemon, the guard, PostgreSQL, a watchdog, a stranger.
+//!
+//! The rules under test are the crate's own: [`GuardState`], [`decide`], [`may_feed`], [`LeaseTimes`]. Everything else here is as unkind
+//! as it may be: a message is applied at any later time or never, its answer comes at any later time or never, and the daemon is as slow
+//! as it likes between any two steps (which covers its being frozen). Only what DESIGN calls a duty is done before time goes on.
+//!
+//! One step of time is a second; deadlines are met at the first whole second after them.
+
+use std::time::Duration;
+
+use pgherd::clock::BootTime;
+use pgherd::facts::guard::{Rung, StartId, Word};
+use pgherd::guard::ladder::decide;
+use pgherd::guard::protocol::StopOrder;
+use pgherd::guard::state::{GuardState, Postmaster};
+use pgherd::policy::deadlines::{Deadlines, FeedRefusal, LeaseTimes, WatchdogState, may_feed, usable_watchdog_timeout};
+use pgherd::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity};
+
+/// A deliberate bug. Each must be found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mutant {
+    DeadlineCountedFromTheAnswer,
+    OldAnswerCreditedToANewerRenewal,
+    ProofOmitted,
+    LockAdoptedByName,
+    ReleaseBeforeTheProofOfDeath,
+    DeathOfThePostmasterTakenForProof,
+    PromoteBeforeTheWordIsAcknowledged,
+    PromoteWhateverRuns,
+    EpochNotCompared,
+    DaemonTrustsASilentGuard,
+    FeedWithoutCheck,
+    FeedRuleWithOneTimeout,
+    DisarmBeforeTheStop,
+}
+
+/// Which faults there are.
+#[derive(Debug, Clone, Copy)]
+pub struct Setup {
+    pub ttl: u64,
+    pub watchdog: bool,
+    /// Another member under our name takes the lock whenever it can, and renews our lease.
+    pub stranger: bool,
+    /// A message that the daemon has given up waiting for, or that outlives it, may still be handled.
+    pub late_messages: bool,
+    /// etcd loses leases early, answers keepalives of dead ones with yes, and a person deletes the lock.
+    pub etcd_lies: bool,
+    /// The daemon stops PostgreSQL in good order now and then.
+    pub planned_stops: bool,
+    /// The daemon is killed, again and again.
+    pub daemon_dies: bool,
+    /// The guard is frozen and killed, again and again.
+    pub guard_fails: bool,
+    pub mutant: Option<Mutant>,
+}
+
+impl Setup {
+    pub fn times(&self) -> LeaseTimes {
+        let mut times = LeaseTimes::new(Duration::from_secs(self.ttl));
+        times.watchdog = self.watchdog.then(|| usable_watchdog_timeout(times.ttl, times.safety_margin).unwrap());
+        assert_eq!(times.validate(), Ok(()));
+        times
+    }
+
+    fn has(&self, mutant: Mutant) -> bool {
+        self.mutant == Some(mutant)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Who {
+    Us,
+    /// Another member that calls itself by our name, and leads as soon as it has the lock.
+    Stranger,
+}
+
+/// So long the daemon waits for an answer and its proof, in seconds: more than `a`, which bounds both.
+const PATIENCE: u64 = 2;
+/// Most messages under way that nobody waits for any more; others are lost.
+const GIVEN_UP_MAX: usize = 1;
+/// The stranger's lease.
+pub const STRANGE_LEASE: i64 = 1;
+
+#[derive(Debug, Clone, Copy)]
+pub struct EtcdLock {
+    pub epoch: i64,
+    pub lease: i64,
+    pub by: Who,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Ask {
+    Acquire { lease: i64, sent: u64 },
+    Keepalive { lease: i64, sent: u64 },
+    Proof { epoch: i64, lease: i64, claimed: u64, sent: u64 },
+    Release { epoch: i64 },
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Message {
+    pub ask: Ask,
+    /// Set when etcd has handled it: 0 is no, an epoch or 1 is yes.
+    pub answer: Option<i64>,
+    /// The daemon still waits for it.
+    pub awaited: bool,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct Daemon {
+    pub lock: Option<(i64, i64)>,
+    /// The start that the guard has its word for.
+    pub vouched: Option<StartId>,
+    /// A of the last acknowledged proof: when a guard that stays silent is given up.
+    pub fence_at: Option<BootTime>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    Running,
+    Frozen,
+    Dead,
+}
+
+#[derive(Debug, Clone)]
+pub struct Pg {
+    pub start: StartId,
+    pub recovering: bool,
+    pub promoted: bool,
+    /// The postmaster itself lives. Its backends do until `pg` is None.
+    pub postmaster: bool,
+    pub stopping: bool,
+    /// SIGKILL was sent to all: nobody answers any more, but who is in uninterruptible sleep is still there.
+    pub killed: bool,
+}
+
+#[derive(Debug, Clone)]
+pub struct World {
+    pub now: u64,
+    pub lock: Option<EtcdLock>,
+    pub leases: Vec<(i64, u64)>,
+    /// The newest epoch there was.
+    pub newest: i64,
+    pub net: Vec<Message>,
+    pub daemon: Option<Daemon>,
+    pub guard: Mode,
+    pub state: GuardState,
+    pub fed: Option<WatchdogState>,
+    /// The guard was frozen between its check and its feed.
+    pub mid_feed: bool,
+    pub fires_at: Option<u64>,
+    pub pg: Option<Pg>,
+    /// The observer's E: of the last keepalive that etcd handled, that was proved afterwards, and that the daemon got to know of. Counted
+    /// from when it was really sent, whatever the daemon believes.
+    pub proved: BootTime,
+    pub violated: Option<String>,
+}
+
+pub fn at(second: u64) -> BootTime {
+    BootTime((1_000 + second) * 1_000_000_000)
+}
+
+pub fn identity((epoch, lease): (i64, i64)) -> LockIdentity {
+    LockIdentity { lease: LeaseIdentity { cluster: EtcdClusterId(1), lease: LeaseId(lease) }, epoch: Epoch(epoch) }
+}
+
+impl World {
+    pub fn new() -> Self {
+        Self {
+            now: 0,
+            lock: None,
+            leases: Vec::new(),
+            newest: 0,
+            net: Vec::new(),
+            daemon: Some(Daemon::default()),
+            guard: Mode::Running,
+            state: GuardState::default(),
+            fed: None,
+            mid_feed: false,
+            fires_at: None,
+            pg: None,
+            proved: BootTime(0),
+            violated: None,
+        }
+    }
+
+    pub fn acks(&self) -> bool {
+        self.pg.as_ref().is_some_and(|pg| !pg.recovering && !pg.killed)
+    }
+
+    pub fn violate(&mut self, what: impl Into<String>) {
+        self.violated.get_or_insert(what.into());
+    }
+
+    /// What must hold at every instant.
+    pub fn check(&mut self, setup: &Setup) {
+        let now = at(self.now);
+        if self.acks() && now >= self.proved {
+            self.violate("I2: PostgreSQL acknowledges and its lock is proved no longer");
+        }
+        if self.acks() && !setup.etcd_lies && self.lock.is_some_and(|lock| lock.by == Who::Stranger) {
+            self.violate("I1: PostgreSQL acknowledges and another member leads");
+        }
+        // Also a server that was killed and is still there: the guard does not know better.
+        let may_write = self.pg.as_ref().is_some_and(|pg| !pg.recovering);
+        if setup.watchdog && may_write && self.guard != Mode::Dead {
+            let limit = self.proved.before(setup.times().safety_margin);
+            match self.fires_at {
+                None => self.violate("I12: PostgreSQL can write and the watchdog is not armed"),
+                Some(fires_at) if at(fires_at) > limit => self.violate("I12: the reset would come later than E - M"),
+                Some(_) => {}
+            }
+        }
+    }
+
+    /// One second passes, and everybody who runs does what is due.
+    pub fn tick(&mut self, setup: &Setup) {
+        self.now += 1;
+        if self.fires_at.is_some_and(|fires_at| self.now >= fires_at) {
+            self.reset_machine();
+        }
+        self.guard_duties(setup);
+        self.daemon_duties(setup);
+    }
+
+    fn reset_machine(&mut self) {
+        (self.pg, self.daemon, self.guard) = (None, None, Mode::Dead);
+        (self.fed, self.fires_at, self.mid_feed) = (None, None, false);
+        self.net.iter_mut().for_each(|message| message.awaited = false);
+    }
+
+    /// The guard's loop: clock check, ladder, proof of death, watchdog.
+    pub fn guard_duties(&mut self, setup: &Setup) {
+        if self.guard != Mode::Running {
+            return;
+        }
+        let now = at(self.now);
+        self.state.check_clock(now);
+        self.learn_of_ends(setup);
+        while let Some(rung) = decide(now, &self.state).climb {
+            if let Some(pg) = &mut self.pg {
+                pg.stopping = true;
+                pg.killed |= rung == Rung::KillAll;
+            }
+            self.state.climbed(rung);
+            if rung == Rung::KillAll {
+                break;
+            }
+        }
+        self.feed(setup);
+        let disarm_early =
+            setup.has(Mutant::DisarmBeforeTheStop) && matches!(&self.state.postmaster, Postmaster::Kept(kept) if kept.climbed.is_some());
+        if self.state.is_empty() || disarm_early {
+            (self.fed, self.fires_at) = (None, None);
+        }
+    }
+
+    fn learn_of_ends(&mut self, setup: &Setup) {
+        let now = at(self.now);
+        match &self.pg {
+            None => {
+                self.state.postmaster_ended(now, Some(0), None);
+                self.state.proved_empty(now);
+            }
+            Some(pg) if !pg.postmaster => {
+                self.state.postmaster_ended(now, None, Some(9));
+                if setup.has(Mutant::DeathOfThePostmasterTakenForProof) {
+                    self.state.proved_empty(now);
+                }
+            }
+            Some(_) => {}
+        }
+    }
+
+    fn feed(&mut self, setup: &Setup) {
+        let Some(dog) = self.fed else { return };
+        let times = setup.times();
+        let deadlines: Option<Deadlines> = self.state.lock.map(|lock| lock.deadlines);
+        let lock = deadlines.as_ref().map(|deadlines| (deadlines, &times));
+        let mut allowed = may_feed(at(self.now), &dog, lock, !self.state.may_write());
+        let once = deadlines.is_some_and(|d| dog.fed_at + dog.timeout <= d.valid_until.before(times.safety_margin));
+        if setup.has(Mutant::FeedRuleWithOneTimeout) && once && allowed == Err(FeedRefusal::PastTheLock) {
+            allowed = Ok(());
+        }
+        if allowed.is_ok() || setup.has(Mutant::FeedWithoutCheck) {
+            self.fed = Some(WatchdogState { fed_at: at(self.now), ..dog });
+            self.fires_at = Some(self.now + dog.timeout.as_secs());
+        } else if allowed == Err(FeedRefusal::Late)
+            && let Some(pg) = &mut self.pg
+        {
+            pg.killed = true;
+        }
+    }
+
+    /// A feed that was checked before a freeze reaches the device after it.
+    pub fn late_feed(&mut self) {
+        if std::mem::take(&mut self.mid_feed) {
+            self.fires_at = self.fed.map(|dog| self.now + dog.timeout.as_secs());
+        }
+    }
+
+    pub fn arm(&mut self, setup: &Setup) {
+        if let (Some(timeout), None) = (setup.times().watchdog, self.fed) {
+            self.fed = Some(WatchdogState { timeout, fed_at: at(self.now) });
+            self.fires_at = Some(self.now + timeout.as_secs());
+        }
+    }
+
+    /// A guard that is dead, or silent until A: the daemon fences by scan itself, and holds nothing any more.
+    pub fn daemon_duties(&mut self, setup: &Setup) {
+        let Some(daemon) = &mut self.daemon else { return };
+        let silent = self.guard == Mode::Frozen && daemon.fence_at.is_some_and(|at_a| at(self.now) >= at_a);
+        if (self.guard == Mode::Dead || silent) && !setup.has(Mutant::DaemonTrustsASilentGuard) {
+            *daemon = Daemon::default();
+            if let Some(pg) = &mut self.pg {
+                pg.killed = true;
+            }
+            self.net.iter_mut().for_each(|message| message.awaited = false);
+        }
+    }
+
+    /// The daemon knows of a proof.
+    pub fn know(&mut self, setup: &Setup, sent: u64) {
+        self.proved = self.proved.max(setup.times().deadlines(at(sent)).valid_until);
+    }
+
+    /// The guard hears of it.
+    pub fn tell_lock(&mut self, setup: &Setup, lock: (i64, i64), sent: u64) {
+        let times = setup.times();
+        let acknowledged = self.state.lock(at(self.now), identity(lock), at(sent), times).is_ok();
+        if acknowledged {
+            self.learn_fence();
+        }
+    }
+
+    /// Every `done` of the guard carries its facts: A is among them.
+    pub fn learn_fence(&mut self) {
+        if let (Some(daemon), Some(lock)) = (&mut self.daemon, &self.state.lock) {
+            daemon.fence_at = Some(lock.deadlines.announce_at);
+        }
+    }
+
+    pub fn start(&mut self, word: Word) {
+        let start = self.state.started(1, word, false);
+        let recovering = word == Word::Standby;
+        self.pg = Some(Pg { start, recovering, promoted: false, postmaster: true, stopping: false, killed: false });
+    }
+
+    pub fn order_stop(&mut self, setup: &Setup, order: StopOrder) {
+        self.state.stop(at(self.now), order);
+        self.guard_duties(setup);
+    }
+
+    /// Forgets what can make no difference any more, so that worlds that differ only in it are one.
+    pub fn tidy(&mut self, setup: &Setup) {
+        for message in &mut self.net {
+            let sent = match message.ask {
+                Ask::Acquire { sent, .. } | Ask::Keepalive { sent, .. } | Ask::Proof { sent, .. } => sent,
+                Ask::Release { .. } => self.now,
+            };
+            message.awaited &= self.now - sent <= PATIENCE;
+        }
+        // An acquisition that comes after its own lease has ended does nothing.
+        let too_late = |sent: u64| !setup.late_messages || self.now >= sent + setup.ttl;
+        self.net.retain(|m| !matches!(m.ask, Ask::Acquire { sent, .. } if !m.awaited && too_late(sent)));
+        let credited = setup.has(Mutant::OldAnswerCreditedToANewerRenewal);
+        // A keepalive that comes late only makes etcd's lease longer; the stranger's renewals cover that.
+        self.net.retain(|m| m.awaited || credited || !matches!(m.ask, Ask::Proof { .. } | Ask::Keepalive { .. }));
+        if let Some(daemon) = self.daemon.as_mut().filter(|_| !setup.has(Mutant::PromoteWhateverRuns)) {
+            daemon.vouched = daemon.vouched.filter(|start| self.pg.as_ref().is_some_and(|pg| pg.start == *start));
+        }
+        let asked = |lease: i64| self.net.iter().any(|m| matches!(m.ask, Ask::Keepalive { lease: of, .. } if of == lease));
+        let locked = |lease: i64| self.lock.is_some_and(|lock| lock.lease == lease);
+        let held = |lease: i64| self.daemon.as_ref().is_some_and(|daemon| daemon.lock.is_some_and(|lock| lock.1 == lease));
+        self.leases.retain(|(lease, _)| locked(*lease) || asked(*lease) || held(*lease));
+        self.renumber();
+        self.net.sort_by_key(|message| (message.awaited, message.ask, message.answer));
+        while self.net.iter().filter(|message| !message.awaited).count() > GIVEN_UP_MAX {
+            self.net.remove(0);
+        }
+    }
+
+    /// Epochs by rank and leases by order of appearance: that they were once larger numbers makes no difference.
+    fn renumber(&mut self) {
+        let mut epochs = Vec::new();
+        self.numbers(&mut |epoch, _| epochs.push(*epoch));
+        epochs.sort_unstable();
+        epochs.dedup();
+        let rank = |epoch: i64| i64::try_from(epochs.iter().filter(|other| **other > 0 && **other <= epoch).count()).unwrap();
+        let mut leases = vec![0, STRANGE_LEASE];
+        self.numbers(&mut |epoch, lease| {
+            *epoch = rank(*epoch);
+            let known = leases.iter().position(|other| other == lease);
+            *lease = i64::try_from(known.unwrap_or(leases.len())).unwrap();
+            if known.is_none() {
+                leases.push(*lease);
+            }
+        });
+    }
+
+    /// Every pair of an epoch and a lease in this world; 0 where there is none.
+    fn numbers(&mut self, each: &mut dyn FnMut(&mut i64, &mut i64)) {
+        each(&mut self.newest, &mut 0);
+        if let Some(lock) = &mut self.lock {
+            each(&mut lock.epoch, &mut lock.lease);
+        }
+        if let Some(lock) = self.daemon.as_mut().and_then(|daemon| daemon.lock.as_mut()) {
+            each(&mut lock.0, &mut lock.1);
+        }
+        let held = self.state.lock.as_mut().map(|lock| &mut lock.identity);
+        for identity in held.into_iter().chain(&mut self.state.given_up) {
+            each(&mut identity.epoch.0, &mut identity.lease.lease.0);
+        }
+        for message in &mut self.net {
+            match &mut message.ask {
+                Ask::Acquire { lease, .. } => each(message.answer.as_mut().unwrap_or(&mut 0), lease),
+                Ask::Keepalive { lease, .. } => each(&mut 0, lease),
+                Ask::Proof { epoch, lease, .. } => each(epoch, lease),
+                Ask::Release { epoch } => each(epoch, &mut 0),
+            }
+        }
+        self.leases.iter_mut().for_each(|(lease, _)| each(&mut 0, lease));
+    }
+
+    /// Everything that can make a difference for what happens next, with times as seen from now.
+    pub fn key(&self, setup: &Setup) -> Vec<u8> {
+        let mut key = Key { bytes: Vec::with_capacity(96), now: at(self.now), ttl: setup.ttl };
+        key.small(self.lock.map_or(0, |lock| lock.epoch * 4 + i64::from(lock.by == Who::Us) + 1));
+        key.small(self.lock.map_or(0, |lock| lock.lease));
+        for (lease, expires) in &self.leases {
+            key.small(*lease);
+            key.deadline(Some(at(*expires)));
+        }
+        key.small(-1);
+        key.small(self.newest);
+        for message in &self.net {
+            key.message(message);
+        }
+        key.small(-1);
+        key.small(self.guard as i64);
+        match &self.daemon {
+            None => key.small(-2),
+            Some(daemon) => {
+                key.small(daemon.lock.map_or(0, |lock| lock.0));
+                key.small(daemon.lock.map_or(0, |lock| lock.1));
+                key.small(daemon.vouched.map_or(0, |start| 1 + i64::from(self.pg.as_ref().is_some_and(|pg| pg.start == start))));
+                // Only for those who may meet a silent guard.
+                key.deadline(daemon.fence_at.filter(|_| setup.guard_fails));
+            }
+        }
+        key.guard(&self.state);
+        key.moment(self.fed.map(|dog| dog.fed_at));
+        key.small(i64::from(self.mid_feed));
+        key.deadline(self.fires_at.map(at));
+        if let Some(pg) = &self.pg {
+            let bits = [pg.recovering, pg.promoted, pg.postmaster, pg.stopping, pg.killed];
+            key.small(bits.iter().fold(1, |sum, bit| sum * 2 + i64::from(*bit)));
+            key.small(i64::from(matches!(&self.state.postmaster, Postmaster::Kept(kept) if kept.start == pg.start)));
+        }
+        key.deadline(Some(self.proved));
+        key.bytes
+    }
+}
+
+struct Key {
+    bytes: Vec<u8>,
+    now: BootTime,
+    ttl: u64,
+}
+
+impl Key {
+    fn small(&mut self, number: i64) {
+        self.bytes.push(u8::try_from(number + 8).unwrap());
+    }
+
+    /// Tenths of a second from now. Deadlines that have passed are all alike.
+    fn deadline(&mut self, time: Option<BootTime>) {
+        self.time(time, 0);
+    }
+
+    /// What something is counted from; after a whole ttl nothing is counted from it any more.
+    fn moment(&mut self, time: Option<BootTime>) {
+        self.time(time, i64::try_from(self.ttl).unwrap() * -10);
+    }
+
+    fn time(&mut self, time: Option<BootTime>, least: i64) {
+        let tenths = |time: BootTime| i64::try_from(time.0 / 100_000_000).unwrap();
+        let seen = time.map_or(i64::from(i16::MIN), |time| (tenths(time) - tenths(self.now)).max(least));
+        self.bytes.extend(i16::try_from(seen).unwrap().to_le_bytes());
+    }
+
+    fn message(&mut self, message: &Message) {
+        let (kind, epoch, lease, times) = match message.ask {
+            Ask::Acquire { lease, sent } => (1, 0, lease, [Some(sent), None]),
+            Ask::Keepalive { lease, sent } => (2, 0, lease, [Some(sent).filter(|_| message.awaited), None]),
+            Ask::Proof { epoch, lease, claimed, sent } => (3, epoch, lease, [Some(claimed), Some(sent)]),
+            Ask::Release { epoch } => (4, epoch, 0, [None, None]),
+        };
+        for number in [kind, epoch, lease, message.answer.unwrap_or(-1), i64::from(message.awaited)] {
+            self.small(number);
+        }
+        times.into_iter().for_each(|time| self.moment(time.map(at)));
+    }
+
+    fn guard(&mut self, state: &GuardState) {
+        self.small(state.lock.map_or(0, |lock| lock.identity.epoch.0));
+        self.small(state.lock.map_or(0, |lock| lock.identity.lease.lease.0));
+        self.deadline(state.lock.map(|lock| lock.deadlines.valid_until));
+        self.small(state.given_up.map_or(0, |lock| lock.epoch.0));
+        match &state.postmaster {
+            Postmaster::Empty(_) => self.small(0),
+            Postmaster::Unclaimed(_) => self.small(1),
+            Postmaster::Kept(kept) => {
+                self.small(2 + i64::from(kept.word == Word::Writable));
+                self.small(kept.climbed.map_or(0, |rung| rung as i64 + 1));
+                self.small(i64::from(kept.end.is_some()));
+                self.deadline(kept.ladder.map(|ladder| ladder.valid_until));
+                [kept.order.fast_at, kept.order.immediate_at, kept.order.kill_at].into_iter().for_each(|time| self.deadline(time));
+            }
+        }
+    }
+}
