@@ -64,7 +64,7 @@ impl File {
             return (Vec::new(), all().collect());
         }
         let lines: Vec<&str> = self.text.lines().collect();
-        let begins_tests = |pair: &[&str]| pair[0] == "#[cfg(test)]" && pair[1].contains("mod ") && pair[1].ends_with('{');
+        let begins_tests = |pair: &[&str]| pair[0] == "#[cfg(test)]" && pair[1].contains("mod ") && pair[1].contains('{');
         let tests_at = lines.windows(2).position(begins_tests).unwrap_or(usize::MAX - 1) + 1;
         all().partition(|(at, _)| *at <= tests_at)
     }
