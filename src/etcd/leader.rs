@@ -146,14 +146,20 @@ impl Etcd {
     /// Takes the lock, if everything that the request was judged on still holds.
     ///
     /// # Errors
-    /// When etcd cannot be asked before anything was written. A lost answer is [`Acquisition::Unknown`].
+    /// When etcd cannot be asked before anything was written, or `history` cannot be read. A lost answer is [`Acquisition::Unknown`].
     pub async fn acquire(&self, request: &AcquireRequest) -> Result<Acquisition, EtcdError> {
-        let (endpoint, before) = self.read(&[&Key::Leader, &Key::Initialize]).await?;
+        let (endpoint, before) = self.read(&[&Key::Leader, &Key::Initialize, &Key::History]).await?;
         let mut before = before.into_iter();
         if let Some(leader) = before.next().flatten() {
             return Ok(self.read_back(request, &leader));
         }
-        let identity = match initialize_guard(request, before.next().flatten().as_ref()) {
+        let claim = before.next().flatten();
+        if let Some(history) = before.next().flatten() {
+            // An unreadable history is not an empty one: it may have used any timeline id (I9).
+            super::view::json::<Vec<HistoryEntry>>(&history)
+                .map_err(|why| EtcdError::Unreadable { key: super::keys::relative(&Key::History), why })?;
+        }
+        let identity = match initialize_guard(request, claim.as_ref()) {
             Ok(guard) => guard,
             Err(taken) => return Ok(Acquisition::Beaten(taken)),
         };

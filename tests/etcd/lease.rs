@@ -23,6 +23,7 @@ against_both! { 1, &[];
     a_leader_key_deleted_by_hand_costs_the_lock_and_not_the_lease,
     a_revoked_lease_is_lost,
     i2_the_deadline_counts_from_the_sending_however_late_the_answer,
+    a_lock_whose_renewals_arrive_and_are_not_answered_runs_out,
     nothing_is_renewed_while_the_guard_owes_an_acknowledgement,
     a_guard_that_refuses_ends_the_renewals,
     what_the_guard_kept_is_adopted_with_a_proof,
@@ -30,6 +31,7 @@ against_both! { 1, &[];
     a_changed_ttl_takes_the_lock_along_under_the_same_epoch,
     a_lock_is_let_go_before_it_is_released,
     revoking_ends_the_lease_at_once,
+    an_etcd_that_was_rebuilt_neither_renews_the_lease_nor_takes_it_away,
 }
 
 const TTL_S: u64 = 3;
@@ -119,6 +121,17 @@ async fn i2_the_deadline_counts_from_the_sending_however_late_the_answer(server:
         assert!(heard.since(sent) >= 2 * DELAY, "keepalive and proof were under way, one after the other");
         assert!(keeper.acknowledged.lock().unwrap().contains(&(lock, sent)), "and the guard was told the same");
     }
+}
+
+/// SAFETY row 18: etcd would renew for ever what nobody can lead under.
+async fn a_lock_whose_renewals_arrive_and_are_not_answered_runs_out(server: EtcdServer) {
+    let (proxy, url) = proxied(&server);
+    let mut keeper = Keeper::start(settings(vec![url]), TTL_S);
+    let lock = keeper.leading(&server.etcd(), "a").await;
+    proxy.set(Network::AnswersLost);
+    lease_is_gone(&server, lock.lease.lease).await;
+    proxy.set(Network::Pass);
+    keeper.until(|event| matches!(event, LeaseEvent::Lost { .. })).await;
 }
 
 async fn nothing_is_renewed_while_the_guard_owes_an_acknowledgement(server: EtcdServer) {
@@ -212,4 +225,22 @@ async fn revoking_ends_the_lease_at_once(server: EtcdServer) {
     keeper.handle.revoke();
     lease_is_gone(&server, lease).await;
     assert_eq!(etcd.read_view().await.unwrap().leader, None);
+}
+
+async fn an_etcd_that_was_rebuilt_neither_renews_the_lease_nor_takes_it_away(mut server: EtcdServer) {
+    let mut keeper = Keeper::start(server.settings(), 6);
+    let lock = keeper.leading(&server.etcd(), "a").await;
+    server.rebuild().await;
+    let mut stranger = server.stranger().await;
+    let same = etcd_client::LeaseGrantOptions::new().with_id(lock.lease.lease.0);
+    stranger.lease_grant(60, Some(same)).await.unwrap();
+    let theirs = |event: &LeaseEvent| matches!(event, LeaseEvent::Failed { why } if why.contains("belongs to etcd cluster"));
+    let mut events = keeper.until(theirs).await;
+    stranger.lease_revoke(lock.lease.lease.0).await.unwrap();
+    events.extend(keeper.until(theirs).await);
+    events.extend(keeper.until(theirs).await);
+    assert!(events.iter().all(|event| matches!(event, LeaseEvent::Failed { .. } | LeaseEvent::Proved { .. })), "{events:?}");
+    let last = keeper.acknowledged.lock().unwrap().last().copied();
+    keeper.until(theirs).await;
+    assert_eq!(keeper.acknowledged.lock().unwrap().last().copied(), last, "no deadline comes of it");
 }

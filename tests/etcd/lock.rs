@@ -3,7 +3,7 @@
 use etcd_client::PutOptions;
 use pgherd::etcd::{Acquisition, Beaten, Etcd, EtcdError, Fenced, Moved, PutMember, Released};
 use pgherd::facts::cluster::{Initialize, ReleaseRecord, StatusRecord};
-use pgherd::types::{Epoch, Lsn, SystemId, TimelineId};
+use pgherd::types::{Epoch, Lsn, Revision, SystemId, TimelineId};
 
 use crate::support::etcd_server::{EtcdServer, settings};
 use crate::support::lossy::{Afterwards, lose_answer_to};
@@ -12,6 +12,7 @@ use crate::support::{NEVER, lease_of_a_minute, name, record, request, take_lock}
 against_both! { 1, &[];
     i4_a_leader_write_under_a_stale_epoch_changes_nothing,
     the_lock_is_taken_once_and_only_on_what_was_judged,
+    i9_the_lock_is_not_taken_over_a_history_that_cannot_be_read,
     an_acquisition_whose_answer_is_lost_is_read_back,
     an_acquisition_that_cannot_be_read_back_is_unknown_and_not_tried_again,
     a_release_says_how_and_is_the_same_said_twice,
@@ -73,6 +74,17 @@ async fn the_lock_is_taken_once_and_only_on_what_was_judged(server: EtcdServer) 
     let other = lease_of_a_minute(&server).await;
     etcd.put_member(&name("b"), &record(1), other).await.unwrap();
     assert_eq!(beaten(etcd.acquire(&request(&etcd, "b", other).await).await.unwrap()), Beaten::Held { by: "a".into() });
+}
+
+async fn i9_the_lock_is_not_taken_over_a_history_that_cannot_be_read(server: EtcdServer) {
+    let (etcd, lease) = (server.etcd(), lease_of_a_minute(&server).await);
+    etcd.put_member(&name("a"), &record(1), lease).await.unwrap();
+    server.stranger().await.put("/pgherd/main/history", "by hand", None).await.unwrap();
+    let request = request(&etcd, "a", lease).await;
+    assert!(request.vacancy > Revision(0), "it is there, and its revision names the vacancy");
+    let refused = etcd.acquire(&request).await;
+    assert!(matches!(refused, Err(EtcdError::Unreadable { .. })), "{refused:?}");
+    assert_eq!(etcd.read_view().await.unwrap().leader, None);
 }
 
 async fn an_acquisition_whose_answer_is_lost_is_read_back(server: EtcdServer) {

@@ -183,13 +183,21 @@ async fn try_one(
     let Some(lock) = lock else {
         return Tried::Done(Outcome::Renewed { sent }, Some(stream));
     };
-    match prove(&mut client, keys, lock, pool.url(index)).await {
-        Ok(Proof::Ours { term: proved }) if proved == term => Tried::Done(Outcome::Renewed { sent }, Some(stream)),
-        Ok(Proof::Ours { term: proved }) => {
-            Tried::Not(Failure::Busy(format!("etcd's raft term went from {term} to {proved} between the renewal and its proof")))
-        }
-        Ok(Proof::NotOurs { found }) => Tried::Done(Outcome::LockNotOurs { sent: Some(sent), found }, Some(stream)),
+    match prove(&mut client, keys, lock, pool.url(index)).await.and_then(|proof| weigh(sent, term, proof)) {
+        Ok(outcome) => Tried::Done(outcome, Some(stream)),
         Err(failure) => Tried::Not(failure),
+    }
+}
+
+/// What a renewal and the proof after it are worth together. That the lock is not ours needs no more than the proof; that it is, counts
+/// only for the etcd leader that the renewal reached.
+fn weigh(sent: BootTime, renewed_in_term: u64, proof: Proof) -> Result<Outcome, Failure> {
+    match proof {
+        Proof::NotOurs { found } => Ok(Outcome::LockNotOurs { sent: Some(sent), found }),
+        Proof::Ours { term } if term == renewed_in_term => Ok(Outcome::Renewed { sent }),
+        Proof::Ours { term } => {
+            Err(Failure::Busy(format!("etcd's raft term went from {renewed_in_term} to {term} between the renewal and its proof")))
+        }
     }
 }
 
@@ -291,4 +299,24 @@ fn same_cluster(header: &ResponseHeader, lease: LeaseIdentity, endpoint: &str) -
         return Ok(());
     }
     Err(Failure::Suspicious(Suspicion::OtherCluster { endpoint: endpoint.to_owned(), expected, found }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_proof_from_another_raft_term_than_the_renewal_does_not_count() {
+        let sent = BootTime(1);
+        assert_eq!(weigh(sent, 4, Proof::Ours { term: 4 }), Ok(Outcome::Renewed { sent }));
+        for term in [3, 5] {
+            assert!(weigh(sent, 4, Proof::Ours { term }).is_err(), "{term}");
+        }
+    }
+
+    #[test]
+    fn a_lock_that_is_not_ours_is_not_ours_in_any_term() {
+        let outcome = weigh(BootTime(1), 4, Proof::NotOurs { found: "b".into() });
+        assert_eq!(outcome, Ok(Outcome::LockNotOurs { sent: Some(BootTime(1)), found: "b".into() }));
+    }
 }
