@@ -63,6 +63,7 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
     });
     let mut executor = Executor::new(Arc::clone(&host), etcd, guard, sink);
     let mut serving = Serving { host: Arc::clone(&host), answers, server: None };
+    serving.begin(None)?;
     let mut kept = snapshot::Kept::default();
     let mut spec_read = SpecReader::default();
     let mut served = None;
@@ -92,7 +93,7 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
             if let Event::SpecRead(_, spec) = &read {
                 host.settle(spec).await.context("finding PostgreSQL's programs")?;
                 executor.spec_changed(spec);
-                serving.begin(spec)?;
+                serving.begin(Some(spec))?;
             }
             step(&mut machine, &mut executor, &mut kept, read);
         }
@@ -225,7 +226,7 @@ impl SpecReader {
     }
 }
 
-/// The HTTP API begins when the spec says on which port. It has a thread of its own.
+/// The HTTP API begins at once when the node document says where, otherwise when the spec says on which port. It has a thread of its own.
 struct Serving {
     host: Arc<Host>,
     answers: watch::Receiver<Arc<Snapshot>>,
@@ -233,8 +234,8 @@ struct Serving {
 }
 
 impl Serving {
-    fn begin(&mut self, spec: &spec::cluster::ClusterSpec) -> anyhow::Result<()> {
-        let port = spec.member(&self.host.node.name).map(|member| member.api_port);
+    fn begin(&mut self, spec: Option<&spec::cluster::ClusterSpec>) -> anyhow::Result<()> {
+        let port = spec.and_then(|spec| spec.member(&self.host.node.name)).map(|member| member.api_port);
         let listen = self.host.node.api.listen.clone().or_else(|| port.map(|port| format!("0.0.0.0:{port}")));
         let Some(listen) = listen.filter(|_| self.server.is_none()) else { return Ok(()) };
         tracing::info!(listen, "HTTP API");
