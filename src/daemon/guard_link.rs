@@ -36,7 +36,7 @@ const IMMEDIATE_PATIENCE_MS: u64 = 5_000;
 #[derive(Debug, thiserror::Error)]
 pub enum NoGuard {
     /// Three daemons were ended by a signal within 60 s (SAFETY row 5).
-    #[error("{0}; find out why it crashed, then start it once with --clear-crashes")]
+    #[error("{0}")]
     CrashLoop(String),
     /// Another daemon owns the guard.
     #[error("{0}: another daemon runs for this data directory")]
