@@ -295,7 +295,7 @@ fn the_rules_can_fail() {
     assert!(names("use tokio::net;", "tokio") && !names("my_tokio", "tokio") && !names("tokio_postgres", "tokio"));
     assert!(may_be_used("GPL-3.0 OR MIT") && may_be_used("(MIT OR GPL-3.0) AND ISC") && may_be_used("MIT/Apache-2.0"));
     assert!(!may_be_used("GPL-3.0") && !may_be_used("MIT AND GPL-3.0") && !may_be_used("none told"));
-    let file = File { path: "src/spec/a.rs".into(), text: "//! A.\nuse x; // tokio\n#[cfg(test)]\nmod tests { use tokio; }\n".into() };
+    let file = File { path: "src/spec/a.rs".into(), text: "//! A.\nuse x; // tokio\n#[cfg(test)]\nmod tests {\nuse tokio;\n}\n".into() };
     let (runs, tests) = file.code();
     assert!(!runs.iter().any(|(_, line)| names(line, "tokio")), "comments and tests are free");
     assert!(tests.iter().any(|(_, line)| names(line, "tokio")));

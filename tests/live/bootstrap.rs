@@ -176,16 +176,15 @@ fn a_member_whose_binaries_are_of_another_major_version_is_not_started_and_says_
     world.finish();
 }
 
-#[test]
-fn a_second_daemon_of_the_same_name_does_not_run() {
-    let world = World::up(&Setup::default());
-    let replica = world.replica();
+/// Runs a second daemon of a member's name, on another data directory, to its end: it refuses, and touches nothing.
+fn a_stranger_is_refused(world: &World, index: usize) {
     let dir = world.cluster.plan.dir.join("stranger");
-    fs::create_dir_all(dir.join("run")).unwrap();
-    fs::create_dir_all(dir.join("log")).unwrap();
     let user = &world.cluster.household().user;
-    [dir.clone(), dir.join("run"), dir.join("log")].iter().for_each(|path| user.own(path).unwrap());
-    let mut document = world.cluster.node_document(replica);
+    for path in [dir.clone(), dir.join("run"), dir.join("log")] {
+        fs::create_dir_all(&path).unwrap();
+        user.own(&path).unwrap();
+    }
+    let mut document = world.cluster.node_document(index);
     document.dir = dir.clone();
     document.api_listen = format!("127.0.0.1:{}", world.ports.api(9));
     fs::write(dir.join("node.yaml"), document.to_yaml()).unwrap();
@@ -195,7 +194,23 @@ fn a_second_daemon_of_the_same_name_does_not_run() {
     let said = run(command, LIMIT).unwrap();
     assert_eq!(said.code, Some(4), "{said:?}");
     assert!(!dir.join("data/PG_VERSION").exists(), "it touched nothing");
+}
+
+#[test]
+fn a_second_daemon_of_a_replicas_name_does_not_run() {
+    let world = World::up(&Setup::default());
+    a_stranger_is_refused(&world, world.replica());
     world.wait_whole("all the while");
+    world.finish();
+}
+
+#[test]
+fn a_second_daemon_of_the_leaders_name_does_not_run_and_the_leader_goes_on() {
+    let world = World::up(&Setup::default());
+    let (leader, timeline) = (world.leader(), world.timeline());
+    a_stranger_is_refused(&world, leader);
+    world.wait_writes(leader);
+    assert_eq!((world.leader(), world.timeline()), (leader, timeline));
     world.finish();
 }
 

@@ -215,3 +215,73 @@ fn two_full_restarts_in_good_order_keep_every_row() {
     }
     world.finish();
 }
+
+#[test]
+fn daemon_and_guard_killed_at_once_leave_no_postgresql_and_another_leads() {
+    let setup = Setup::default();
+    let world = World::up(&setup);
+    let former = world.leader();
+    let (daemon, guard) = (world.daemon(former), world.guard(former));
+    let begun = BootTime::now();
+    daemon.signal(Signal::SIGKILL);
+    guard.signal(Signal::SIGKILL);
+    world.settle("PostgreSQL has ended by its parent's death", || world.cluster.postgres_processes(former).is_empty());
+    world.wait_another_leads(former);
+    outage_is_bounded(&world, &setup, begun);
+    world.cluster.start_node(former).unwrap();
+    world.wait_whole("after the former primary came back");
+    world.finish();
+}
+
+#[test]
+fn a_daemon_that_crashes_three_times_stays_down_until_somebody_looks() {
+    let world = World::up(&Setup::default());
+    let former = world.leader();
+    for _ in 0..3 {
+        let daemon = world.daemon(former);
+        daemon.signal(Signal::SIGKILL);
+        world.settle("the daemon is gone", || !daemon.is_alive());
+        world.cluster.start_node(former).unwrap();
+        world.settle("the guard has met the daemon, or refused it", || {
+            world.http(former, "/health").is_some() || world.cluster.daemon(former).is_none()
+        });
+    }
+    let last = world.cluster.household().named(world.name(former)).unwrap();
+    assert_eq!(world.exit_code(last), 7);
+    world.wait_another_leads(former);
+    assert_eq!(world.exit_code(world.cluster.start_node(former).unwrap()), 7, "and again");
+    let mut command = world.cluster.node_command(former);
+    command.arg("--clear-crashes");
+    world.cluster.household().spawn(world.name(former), command, &world.cluster.node_log(former), false).unwrap();
+    world.wait_whole("after somebody looked");
+    world.finish();
+}
+
+#[test]
+fn a_postmaster_that_keeps_dying_gives_the_lock_to_another() {
+    let world = World::up(&Setup::default());
+    let former = world.leader();
+    let another_leads = || world.cluster.status().is_ok_and(|status| status.leader.is_some_and(|name| name != world.name(former)));
+    world.settle("another leads after some deaths", || {
+        if let Some(postmaster) = world.cluster.postmaster(former) {
+            postmaster.signal(Signal::SIGKILL);
+        }
+        another_leads()
+    });
+    world.wait_whole("after the killing stopped");
+    world.finish();
+}
+
+#[test]
+fn the_loss_of_the_primary_and_of_etcds_leader_at_once_costs_one_failover() {
+    let setup = Setup { etcd_members: 3, ..Setup::default() };
+    let world = World::up(&setup);
+    let former = world.leader();
+    let etcd_leader = world.cluster.household().named(&world.etcd_leader()).unwrap();
+    etcd_leader.signal(Signal::SIGKILL);
+    world.cluster.cut_power(former);
+    world.wait_another_leads(former);
+    world.cluster.start_node(former).unwrap();
+    world.wait_whole("with one member of etcd less");
+    world.finish();
+}

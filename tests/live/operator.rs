@@ -136,3 +136,42 @@ fn deleting_all_keys_stops_writes_runs_no_initdb_and_an_apply_brings_the_cluster
     assert_eq!((0..world.nodes()).map(identity).collect::<Vec<_>>(), before, "no initdb");
     world.finish();
 }
+
+/// What a server says a parameter is.
+fn setting(world: &World, index: usize, name: &'static str) -> Option<String> {
+    let connection = world.cluster.connection(world.cluster.plan.nodes[index].declared.port).ok()?;
+    in_own_thread(async move {
+        let (client, io) = connection.connect(tokio_postgres::NoTls).await?;
+        tokio::spawn(io);
+        Ok(client.query_one("SELECT current_setting($1)", &[&name]).await?.get(0))
+    })
+    .ok()
+}
+
+#[test]
+fn a_changed_parameter_reaches_every_member_without_a_restart() {
+    let mut world = World::up(&Setup::default());
+    let before: Vec<_> = (0..world.nodes()).map(|index| world.postmaster(index)).collect();
+    world.document.parameters.insert("work_mem".into(), "7MB".into());
+    world.apply().must_succeed("pgherd apply");
+    world.settle("every member has it", || (0..world.nodes()).all(|index| setting(&world, index, "work_mem").as_deref() == Some("7MB")));
+    assert_eq!((0..world.nodes()).map(|index| world.postmaster(index)).collect::<Vec<_>>(), before, "no restart");
+    assert_eq!(world.status().generation, Some(2));
+    world.finish();
+}
+
+#[test]
+fn a_member_that_may_not_lead_does_not() {
+    let no_failover = |document: &mut pgherd::cli::demo::documents::ClusterDocument| {
+        document.members[1].tags.insert("nofailover".into(), "true".into());
+    };
+    let world = World::up(&Setup { document: no_failover, ..Setup::default() });
+    let former = world.leader();
+    assert_ne!(former, 1);
+    world.cluster.cut_power(former);
+    let leader = world.wait_another_leads(former);
+    assert_ne!(leader, 1, "n2 has nofailover");
+    world.cluster.start_node(former).unwrap();
+    world.wait_whole("after the former primary came back");
+    world.finish();
+}

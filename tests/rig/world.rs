@@ -12,12 +12,13 @@ use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use nix::sys::wait::WaitStatus;
 use pgherd::cli::demo::cluster::{LocalCluster, NodePlan, Plan, Said, run};
 use pgherd::cli::demo::documents::ClusterDocument;
 use pgherd::cli::demo::http;
 use pgherd::cli::demo::ledger::{judge, switch_points};
 use pgherd::cli::demo::ports::PortBlock;
-use pgherd::cli::demo::process::ProcessId;
+use pgherd::cli::demo::process::{ProcessId, end_of};
 use pgherd::cli::demo::programs::Programs;
 use pgherd::cli::demo::read_ledger;
 use pgherd::cli::demo::runtime::in_own_thread;
@@ -246,11 +247,27 @@ impl World {
     }
 
     /// Sends SIGTERM to the daemon and waits until it and its PostgreSQL are gone.
+    #[track_caller]
     pub fn stop_node(&self, index: usize) {
         let daemon = self.daemon(index);
         daemon.signal(Signal::SIGTERM);
         let gone = || !daemon.is_alive() && self.cluster.postgres_processes(index).is_empty() && self.cluster.guard(index).is_none();
         self.settle(&format!("{} has stopped with PostgreSQL and guard", self.name(index)), gone);
+        assert_eq!(self.exit_code(daemon), 0, "after SIGTERM {} exits with 0", self.name(index));
+    }
+
+    /// The code that a daemon exits with. Waits until it has.
+    #[track_caller]
+    pub fn exit_code(&self, daemon: ProcessId) -> i32 {
+        let mut code = None;
+        self.settle("the daemon has exited", || {
+            code = end_of(daemon);
+            code.is_some()
+        });
+        match code {
+            Some(WaitStatus::Exited(_, code)) => code,
+            other => panic!("the daemon did not exit: {other:?}"),
+        }
     }
 
     /// What OPTIONS of a path says on a node; None when nobody answers.
@@ -295,6 +312,22 @@ impl World {
         own.iter().chain(&status.conditions).any(|condition| condition.to_string().contains(word))
     }
 
+    /// The name of the etcd member that leads etcd.
+    pub fn etcd_leader(&self) -> String {
+        let members: Vec<(String, String)> =
+            self.cluster.plan.etcd.iter().map(|member| (member.name.clone(), member.client_url())).collect();
+        in_own_thread(async move {
+            for (name, url) in members {
+                let status = etcd_client::Client::connect([url], None).await?.status().await?;
+                if status.header().is_some_and(|header| header.member_id() == status.leader()) {
+                    return Ok(name);
+                }
+            }
+            anyhow::bail!("no member of etcd leads")
+        })
+        .unwrap()
+    }
+
     /// Breaks or heals what a node hears of etcd.
     pub fn set_etcd_network(&self, index: usize, network: Network) {
         self.etcd_proxies[index].iter().for_each(|proxy| proxy.set(network));
@@ -316,6 +349,7 @@ impl World {
     #[track_caller]
     pub fn finish(mut self) {
         self.judge(true);
+        self.no_secret_got_out();
         self.cluster.end().unwrap();
     }
 
@@ -349,6 +383,21 @@ impl World {
         );
         if one_writer && let Some(report) = broken_history(&verdict, &prober.failed(), &found) {
             panic!("the history on {} is broken: {report}", self.name(leader));
+        }
+    }
+
+    /// I14: the passwords are in no log and in no process's arguments.
+    #[track_caller]
+    fn no_secret_got_out(&self) {
+        let read = |path: PathBuf| (path.display().to_string(), String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned());
+        let secrets = ["superuser", "replication"].map(|name| read(self.cluster.plan.dir.join("secrets").join(name)).1);
+        let mut places: Vec<PathBuf> = (0..self.nodes()).map(|index| self.cluster.node_log(index)).collect();
+        for index in 0..self.nodes() {
+            places.extend(fs::read_dir(self.cluster.node_dir(index).join("log")).into_iter().flatten().flatten().map(|entry| entry.path()));
+        }
+        places.extend(self.cluster.household().living().iter().map(|found| format!("/proc/{}/cmdline", found.id.pid).into()));
+        for (place, text) in places.into_iter().map(read) {
+            assert!(!secrets.iter().any(|secret| text.contains(secret.trim())), "a password stands in {place}");
         }
     }
 
