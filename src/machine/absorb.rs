@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, MemberRole};
-use crate::facts::guard::{GuardFacts, PostmasterFacts};
+use crate::facts::guard::{GuardFacts, PostmasterFacts, Word};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{DataDirectory, Probe, ProbeOutcome};
 use crate::policy::rejoin::Rejoin;
@@ -26,6 +26,14 @@ const FOREIGN_AGAIN_MS: u64 = 1_000;
 const NEW_GUARD_MS: u64 = 1_000;
 
 impl World {
+    /// The guard should have begun to end a writable PostgreSQL, and has not: it cannot do its work, and the daemon does it by scan.
+    pub fn notice_idle_guard(&mut self, now: BootTime) {
+        let due = self.ladder_due.is_some_and(|due| now >= due);
+        if due && matches!(self.running(), Some((_, Word::Writable))) {
+            self.guard_gone = true;
+        }
+    }
+
     /// Takes in an event. Returns why the lock is gone if this event took it away.
     pub fn absorb(&mut self, now: BootTime, event: Event) -> Option<String> {
         match event {
@@ -63,6 +71,7 @@ impl World {
             Event::GuardGone => {
                 self.guard = None;
                 self.guard_gone = true;
+                self.scanned_empty = false;
                 self.forget_postmaster(now);
                 // A new guard knows of no lock: it has to acknowledge a new proof first.
                 if let Some(identity) = self.lock.identity() {
@@ -136,7 +145,9 @@ impl World {
                 // meanwhile comes too late, and proves nothing about now.
                 if self.lock.identity().map(|known| known.epoch) == Some(lock.epoch) {
                     self.holding = Some(lock);
-                    let announce_at = self.times().map_or(until, |times| times.deadlines(sent).announce_at);
+                    let deadlines = self.times().map(|times| times.deadlines(sent));
+                    let announce_at = deadlines.map_or(until, |deadlines| deadlines.announce_at);
+                    self.ladder_due = deadlines.map(|deadlines| deadlines.immediate_at);
                     self.lock = Lock::Proved { identity: lock, until, announce_at };
                 }
                 None
@@ -195,6 +206,7 @@ impl World {
         self.started = self.started.filter(|start| !another && !knows_of(&facts, *start));
         self.guard = Some(facts);
         self.guard_gone = false;
+        self.scanned_empty = false;
         if self.start_and_phase() != was {
             self.forget_postmaster(now);
         }
@@ -333,6 +345,7 @@ impl World {
             }
             Finished::FencedByScan(result) => {
                 self.guard_gone = self.guard_gone && result.is_err();
+                self.scanned_empty = result.is_ok() && self.guard.is_none();
                 self.judge(now, Kind::FenceByScan, result, "fence_failed");
                 self.pause(now, Kind::FenceByScan, NEW_GUARD_MS);
             }

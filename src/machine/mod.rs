@@ -41,6 +41,8 @@ pub const PROBE_IDLE_MS: u64 = 1_000;
 pub const TICK_MS: u64 = 1_000;
 /// A lease that was asked for and did not come is asked for again after so long.
 const LEASE_AGAIN_S: u64 = 5;
+/// Least time for which a lock is kept without getting anywhere.
+const IDLE_LOCK_S: u64 = 60;
 /// Beyond ttl: how long a member key of another run is waited for.
 const FOREIGN_KEY_GRACE_S: u64 = 3;
 /// Transitions that one event may cause; more would be a circle.
@@ -92,6 +94,7 @@ impl Machine {
         let ran_out = self.proof_ran_out(now);
         let stop = matches!(event, Event::StopRequested);
         let gone = self.world.absorb(now, event).or(ran_out).or_else(|| self.proof_ran_out(now));
+        self.world.notice_idle_guard(now);
         if let Some(why) = gone {
             self.dispatch(now, &mut actions, Input::LockGone(why));
         }
@@ -127,6 +130,7 @@ impl Machine {
         keep_lease(&mut context, &state);
         forget_lock(&mut context);
         release_orphan(&mut context, &state);
+        release_useless(&mut context, &state);
         requests::settle(&mut context, &state);
         publish::publish(&mut context, &state);
         leave_if_name_is_taken(&mut context);
@@ -152,6 +156,10 @@ impl Machine {
         let writes = self.world.sql().is_some_and(|sql| !sql.in_recovery);
         let allowed = match (self.state(), self.world.running()) {
             (State::Demoting { .. } | State::Stopping, _) | (_, None) => true,
+            // Not adopted yet: the guard knows a lock, and its ladder runs.
+            (State::Starting, Some((_, Word::Writable))) if !self.world.lease_asked => {
+                self.world.guard.as_ref().is_some_and(|guard| guard.lock.is_some())
+            }
             (_, Some((_, Word::Writable))) => self.world.lock != Lock::None,
             // The guard's facts may come later than what the promotion that it agreed to led to.
             (state, Some((_, Word::Standby))) => matches!(state, State::Promoting { .. }) && self.world.promotion_asked_lately(now),
@@ -166,7 +174,10 @@ impl Machine {
             Lock::Proved { until, .. } => Some(until),
             Lock::None | Lock::Unproved(_) => None,
         };
-        [self.world.next_retry(now), proof.filter(|at| *at > now)].into_iter().flatten().fold(tick, BootTime::min)
+        [self.world.next_retry(now), proof.filter(|at| *at > now), self.world.ladder_due.filter(|at| *at > now)]
+            .into_iter()
+            .flatten()
+            .fold(tick, BootTime::min)
     }
 
     /// How often PostgreSQL is to be asked.
@@ -243,6 +254,30 @@ fn release_orphan(context: &mut Context<'_>, state: &State) {
     let given_back = world.released == Some(leader.epoch);
     if leader.lease == lease.lease && leader.holder == world.me.name.as_str() && !given_back {
         context.start(Operation::Release { epoch: leader.epoch, record: None });
+    }
+}
+
+/// A lock that this member cannot lead with is given back: its data directory is gone, it has to rejoin, was promoted past the lock's
+/// timeline by hand, or just does not get anywhere.
+fn release_useless(context: &mut Context<'_>, state: &State) {
+    let world = &mut *context.world;
+    let idle = *state == State::Following && world.lock != Lock::None && world.etcd == Etcd::Reachable;
+    world.idle_lock_since = if idle { world.idle_lock_since.or(Some(context.now)) } else { None };
+    let (Some(lock), false) = (world.lock.identity(), world.in_flight.contains(&OperationKind::Release)) else { return };
+    let past_it = || world.timeline_of(lock).zip(world.own_timeline()).is_some_and(|(reserved, own)| own > reserved);
+    let patience = world.spec().map_or(Duration::ZERO, |spec| spec.ha.primary_start_timeout).max(Duration::from_secs(IDLE_LOCK_S));
+    let useless = match state {
+        State::Undeclared | State::AwaitingLeader | State::Cloning | State::Rejoining => true,
+        State::Following => past_it() || world.idle_lock_since.is_some_and(|since| context.now.since(since) > patience),
+        _ => false,
+    };
+    if !useless || !world.cannot_write(context.now) {
+        return;
+    }
+    if world.released == Some(lock.epoch) {
+        world.let_go(context.actions);
+    } else if world.etcd == Etcd::Reachable && context.start(Operation::Release { epoch: lock.epoch, record: None }) {
+        context.decide("gives_back", "the lock is given back: this member cannot lead with it");
     }
 }
 

@@ -136,6 +136,10 @@ pub struct World {
     pub adopting: Option<LeaseIdentity>,
     /// The leader lock.
     pub lock: Lock,
+    /// Since when the lock is ours and we only follow, although etcd can be asked.
+    pub idle_lock_since: Option<BootTime>,
+    /// By then the guard has to have begun to end PostgreSQL, unless the lock is proved again: the immediate stop of its ladder.
+    pub ladder_due: Option<BootTime>,
     /// The lock that the lease's thread was told to hold.
     pub holding: Option<LockIdentity>,
     /// The timeline id reserved with a lock that was won and has not been used.
@@ -144,6 +148,8 @@ pub struct World {
     pub guard: Option<GuardFacts>,
     /// The guard is gone; PostgreSQL's processes must be ended by scan.
     pub guard_gone: bool,
+    /// A scan found nothing of PostgreSQL, and the new guard has not spoken yet.
+    pub scanned_empty: bool,
     /// The last probe of the present postmaster.
     pub probe: Option<Probe>,
     /// When the present postmaster was first heard of.
@@ -241,10 +247,13 @@ impl World {
             lease_silent: false,
             adopting: None,
             lock: Lock::None,
+            idle_lock_since: None,
+            ladder_due: None,
             holding: None,
             reserved: None,
             guard: None,
             guard_gone: false,
+            scanned_empty: false,
             probe: None,
             postmaster_since: BootTime::default(),
             started: None,
@@ -363,7 +372,8 @@ impl World {
     /// Proved empty, and nothing under way that could bring up a server, or one that writes: the only ground on which a lock is let go,
     /// a leadership is over, and the daemon leaves.
     pub fn nothing_can_write(&self) -> bool {
-        self.proved_empty() && !self.in_flight.contains(&OperationKind::Start) && !self.in_flight.contains(&OperationKind::Promote)
+        let on_its_way = [OperationKind::Start, OperationKind::Promote].iter().any(|kind| self.in_flight.contains(kind));
+        (self.proved_empty() || self.scanned_empty) && !on_its_way
     }
 
     /// Nothing can write, or the server that runs is a standby by the daemon's word and nobody is promoting it.

@@ -118,7 +118,8 @@ fn by_rank(inputs: &Inputs<'_>, initialize: Option<SystemId>) -> Verdict {
     }
     let own_rank = rank(inputs.spec, inputs.me, inputs.own);
     let better: Vec<&MemberName> = valid_votes(inputs)
-        .filter(|(name, vote)| *name != inputs.me && may_lead(inputs.spec, name) && off_lineage(inputs.view, *vote).is_none())
+        .filter(|(name, _)| *name != inputs.me && may_lead(inputs.spec, name))
+        .filter(|(_, vote)| off_lineage(inputs.view, inputs.own).is_some() || off_lineage(inputs.view, *vote).is_none())
         .filter(|(name, vote)| rank(inputs.spec, name, *vote) > own_rank)
         .map(|(name, _)| name)
         .collect();
@@ -177,7 +178,7 @@ fn not_eligible(inputs: &Inputs<'_>) -> Option<String> {
     if inputs.own.lsn == Lsn(0) {
         return Some("how far this member's WAL reaches is not known, which is not the same as not behind".to_owned());
     }
-    too_far_behind(inputs).or_else(|| off_lineage(inputs.view, inputs.own))
+    too_far_behind(inputs).or_else(|| off_lineage(inputs.view, inputs.own).filter(|_| !nobody_is_on_the_lineage(inputs)))
 }
 
 fn too_far_behind(inputs: &Inputs<'_>) -> Option<String> {
@@ -205,6 +206,22 @@ fn off_lineage(view: &ClusterView, own: Vote) -> Option<String> {
         Some(switch) => Some(format!("timeline {} was left at {switch} and this member is at {} on it", own.timeline, own.lsn)),
         None => Some(format!("timeline {} is not an ancestor of the last leader's timeline {}", own.timeline, recorded.timeline)),
     }
+}
+
+/// Every declared member has said how far it is, and none is where the last leader was: then there is nothing better to wait for.
+fn nobody_is_on_the_lineage(inputs: &Inputs<'_>) -> bool {
+    inputs.spec.members.iter().all(|member| {
+        let Some(key) = inputs.view.members.get(&member.name) else { return false };
+        if key.record.data_directory == DataDirectoryReport::Empty {
+            return true;
+        }
+        let vote = if member.name == *inputs.me { Some(inputs.own) } else { key.record.vote };
+        // One that never leads is no candidate and gives no vote; its position is in its record.
+        let position = key.record.timeline.zip(key.record.receive_lsn.max(key.record.replay_lsn));
+        let said = position.map(|(timeline, lsn)| Vote { vacancy: inputs.view.history_revision, timeline, lsn });
+        let last_word = vote.filter(|vote| vote.vacancy == inputs.view.history_revision).or(said.filter(|_| member.nofailover()));
+        last_word.is_some_and(|word| off_lineage(inputs.view, word).is_some())
+    })
 }
 
 /// The last leadership that recorded its promotion.

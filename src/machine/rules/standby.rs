@@ -52,6 +52,8 @@ fn lock_is_ours(context: &Context<'_>) -> Option<State> {
     let recovering = world.sql().is_some_and(|sql| sql.in_recovery);
     let way = match (reserved == own, recovering) {
         (true, _) => Way::StartInPlace,
+        // Promoted past it by somebody's hand: PostgreSQL would take yet another id.
+        _ if own > reserved => return None,
         (false, true) => Way::Promote { timeline: reserved },
         // First it has to run as a standby.
         (false, false) => return None,

@@ -51,7 +51,7 @@ impl Checked {
     /// [`Machine::handle`], judged.
     pub(crate) fn handle(&mut self, now: BootTime, event: Event) -> Vec<Action> {
         if let Event::Finished(finished) = &event {
-            self.under_way.remove(&kind_of(finished));
+            kind_of(finished).map(|kind| self.under_way.remove(&kind));
         }
         let said = format!("{event:?}");
         let before = self.state().clone();
@@ -150,9 +150,10 @@ pub(crate) fn transitions(actions: &[Action]) -> Vec<(String, String)> {
 }
 
 /// Which operation ended.
-pub(crate) fn kind_of(finished: &Finished) -> OperationKind {
+pub(crate) fn kind_of(finished: &Finished) -> Option<OperationKind> {
     use OperationKind as Kind;
-    match finished {
+    Some(match finished {
+        Finished::KeptSeen(_) => return None,
         Finished::Looked(_) | Finished::KeptSeen(_) => Kind::Look,
         Finished::Started(_) | Finished::StartedOnOldFiles { .. } => Kind::Start,
         Finished::Configured { .. } => Kind::Configure,
@@ -172,5 +173,5 @@ pub(crate) fn kind_of(finished: &Finished) -> OperationKind {
         Finished::RequestAnswered(_) => Kind::AnswerRequest,
         Finished::PeersAsked { .. } => Kind::AskPeers,
         Finished::FencedByScan(_) => Kind::FenceByScan,
-    }
+    })
 }

@@ -7,4 +7,5 @@ mod checked;
 mod fixtures;
 mod toy;
 
+mod chaos;
 mod cluster;

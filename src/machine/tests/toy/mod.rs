@@ -375,7 +375,6 @@ impl Toy {
                     LeaseEvent::Failed { why: "etcd cannot be asked".to_owned() }
                 } else if !self.etcd.keep_alive(identity.lease) {
                     daemon.lease.held = None;
-                    daemon.lease.wanted = true;
                     LeaseEvent::Lost { why: LeaseLoss::LeaseNotFound }
                 } else {
                     match lock {

@@ -14,6 +14,9 @@ use crate::types::{Lsn, MemberName, TimelineId};
 use super::Toy;
 use super::server::{Data, Process, Segment};
 
+/// How long the daemon waits for the guard's answer to an order.
+const ORDER_TIMEOUT_MS: u64 = 2_000;
+
 /// An operation under way.
 pub(super) struct Pending {
     due: BootTime,
@@ -63,6 +66,10 @@ impl Toy {
                 if let Some((identity, _)) = daemon.lease.held {
                     daemon.lease.held = Some((identity, None));
                 }
+            }
+            // An order that is not answered is noticed; it is not carried out later.
+            Action::Stop(_) | Action::ForgetLock(_) if host.server.guard.as_ref().is_none_or(|guard| guard.frozen) => {
+                daemon.inbox.push((now + ms(ORDER_TIMEOUT_MS), Event::GuardGone));
             }
             Action::Stop(mode) => host.server.order_stop(now, mode),
             Action::ForgetLock(epoch) => host.server.forget_lock(epoch),
