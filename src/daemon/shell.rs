@@ -122,7 +122,7 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
 /// One round: the machine judges, the executor carries out. Some = leave with this code.
 fn step(machine: &mut Machine, executor: &mut Executor, kept: &mut snapshot::Kept, event: Event) -> Option<u8> {
     count(kept, &event);
-    let Some(event) = executor.before_machine(machine, event) else { return None };
+    let event = executor.before_machine(machine, event)?;
     let was = machine.state().name();
     let actions = machine.handle(BootTime::now(), event);
     let is = machine.state().name();

@@ -154,7 +154,7 @@ pub(crate) fn kind_of(finished: &Finished) -> Option<OperationKind> {
     use OperationKind as Kind;
     Some(match finished {
         Finished::KeptSeen(_) => return None,
-        Finished::Looked(_) | Finished::KeptSeen(_) => Kind::Look,
+        Finished::Looked(_) => Kind::Look,
         Finished::Started(_) | Finished::StartedOnOldFiles { .. } => Kind::Start,
         Finished::Configured { .. } => Kind::Configure,
         Finished::Initialized(_) => Kind::Initdb,
