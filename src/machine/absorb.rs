@@ -11,6 +11,7 @@ use crate::facts::guard::{GuardFacts, PostmasterFacts, Word};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{DataDirectory, Probe, ProbeOutcome};
 use crate::policy::rejoin::Rejoin;
+use crate::types::Epoch;
 
 use super::action::{OperationKind, Upstream};
 use super::event::{AcquireOutcome, Configured, Event, Failure, Finished, PutOutcome};
@@ -114,8 +115,12 @@ impl World {
             // A view older than our acquisition says nothing about it.
             view.revision.0 >= ours.epoch.0 && view.leader.as_ref().map(|leader| leader.epoch) != Some(ours.epoch)
         });
+        let led = self.present_epoch();
         self.view = Some(view);
         self.view_as_of = as_of;
+        if self.present_epoch() != led {
+            self.rejoin = None;
+        }
         let writes = self.other_leader().filter(|(_, key)| key.record.role == MemberRole::Primary).is_some();
         let epoch = self.view.as_ref().and_then(|view| view.leader.as_ref()).map(|leader| leader.epoch).filter(|_| writes);
         self.leader_writes_since = match (epoch, self.leader_writes_since) {
@@ -126,6 +131,10 @@ impl World {
         self.lock = Lock::None;
         self.holding = None;
         Some("the lock's key was deleted or replaced".to_owned())
+    }
+
+    fn present_epoch(&self) -> Option<Epoch> {
+        self.view.as_ref()?.leader.as_ref().map(|leader| leader.epoch)
     }
 
     fn absorb_lease(&mut self, event: LeaseEvent) -> Option<String> {
@@ -241,6 +250,7 @@ impl World {
                 // A postmaster that started meanwhile has made this look old.
                 if self.proved_empty() {
                     self.data = data;
+                    self.looked_at = now;
                 }
             }
             Finished::KeptSeen(Some(path)) => {
@@ -274,10 +284,12 @@ impl World {
                 self.judge(now, Kind::Clone, result, "clone_failed");
             }
             Finished::RejoinPlanned(result) => {
+                // Judged against one leader it says nothing about another.
+                let present = self.present_epoch().filter(|epoch| Some(*epoch) == self.planned_for);
                 if matches!(result, Ok(Rejoin::Follow)) {
-                    self.judged = self.view.as_ref().and_then(|view| view.leader.as_ref()).map(|leader| (leader.epoch, now));
+                    self.judged = present.map(|epoch| (epoch, now));
                 }
-                self.rejoin = result.as_ref().ok().cloned();
+                self.rejoin = result.as_ref().ok().filter(|_| present.is_some()).cloned();
                 self.judge(now, Kind::PlanRejoin, result, "rejoin_unclear");
             }
             Finished::PromotionAsked(result) => self.judge(now, Kind::Promote, result, "promotion_failed"),

@@ -69,8 +69,13 @@ impl World {
             && !(kind.is_job() && self.job().is_some())
     }
 
+    /// Whether an operation failed, and is not to be tried again yet.
+    pub fn backs_off(&self, now: BootTime, kind: OperationKind) -> bool {
+        self.backoff.get(&kind).is_some_and(|backoff| now < backoff.not_before)
+    }
+
     /// Puts off the next attempt of an operation, at least for so long.
-    pub(super) fn pause(&mut self, now: BootTime, kind: OperationKind, span_ms: u64) {
+    pub fn pause(&mut self, now: BootTime, kind: OperationKind, span_ms: u64) {
         let not_before = now + Duration::from_millis(span_ms);
         let backoff = self.backoff.entry(kind).or_insert(Backoff { failures: 0, not_before });
         backoff.not_before = backoff.not_before.max(not_before);

@@ -40,7 +40,7 @@ pub const EDGES: &[Edge] = &[
     edge(340, "awaiting_leader", "demoting", "PostgreSQL may write and the lock is not proved ours"),
     edge(350, "awaiting_leader", "stopping", "the daemon is to stop"),
     edge(400, "initializing", "promoting", "the new cluster's first lock was won"),
-    edge(410, "initializing", "awaiting_leader", "the claim to initialize was not ours or is gone"),
+    edge(410, "initializing", "awaiting_leader", "the claim to initialize is not ours, or was given back"),
     edge(420, "initializing", "following", "somebody else leads, or the lock could not be won"),
     edge(430, "initializing", "demoting", "PostgreSQL may write and the lock is not proved ours"),
     edge(440, "initializing", "stopping", "the daemon is to stop"),

@@ -169,6 +169,10 @@ pub struct World {
     pub in_force: Option<InForce>,
     /// The generation that PostgreSQL would not take.
     pub refused_generation: Option<u64>,
+    /// The leadership that the way back is being judged for.
+    pub planned_for: Option<Epoch>,
+    /// When the data directory was looked at last.
+    pub looked_at: BootTime,
     /// The leader that the files were judged to be able to follow, and when.
     pub judged: Option<(Epoch, BootTime)>,
     /// The last judgement on how to get back behind the leader.
@@ -264,6 +268,8 @@ impl World {
             files_failed: false,
             in_force: None,
             refused_generation: None,
+            planned_for: None,
+            looked_at: BootTime::default(),
             judged: None,
             rejoin: None,
             checkpointed: false,

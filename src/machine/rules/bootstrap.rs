@@ -60,6 +60,9 @@ fn may_initialize(context: &Context<'_>) -> Result<(), String> {
     let (Some(view), Some(spec)) = (context.world.fresh_view(), context.world.spec()) else {
         return Err("etcd cannot be asked".to_owned());
     };
+    if context.world.backs_off(context.now, OperationKind::Initdb) {
+        return Err("initdb failed here a moment ago; it is tried again unless another member is faster".to_owned());
+    }
     match &view.initialize {
         None => {}
         Some(Initialize::Claimed { by, .. }) if by == context.world.me.name.as_str() && context.world.claimed => {}
@@ -134,13 +137,20 @@ pub(crate) fn initializing(context: &mut Context<'_>) -> Outcome<State> {
     match context.world.data {
         DataDirectory::Full(ref control) => {
             // Ours, made a moment ago. The lock goes with the identity, in one transaction.
-            let initialize = Some(control.system_id);
+            let own = control.system_id;
+            let initialize = Some(own);
+            let somebody_elses = match &view.initialize {
+                Some(Initialize::Claimed { lease: on, .. }) => *on != lease.lease,
+                Some(Initialize::Done(id)) => *id != own,
+                Some(Initialize::Unreadable(_)) => true,
+                None => false,
+            };
+            if somebody_elses {
+                return Transition(State::Following);
+            }
             let reserved = TimelineId(1);
             context.world.reserved = Some(reserved);
             let history = standby::with_reservation(&view, reserved, &context.world.me.name, lease.lease, "the cluster was initialized");
-            if context.world.failures(OperationKind::Acquire) > 0 && !claimed_by_us {
-                return Transition(State::Following);
-            }
             context.start(Operation::Acquire { judged_on: view, history, initialize });
             Handled
         }
@@ -150,7 +160,8 @@ pub(crate) fn initializing(context: &mut Context<'_>) -> Outcome<State> {
         }
         DataDirectory::Unusable(_) => Transition(State::Following),
         DataDirectory::Empty if claimed_by_us => {
-            if context.world.failures(OperationKind::Initdb) > 0 {
+            let full = view.members.values().any(|key| key.record.data_directory == DataDirectoryReport::Full);
+            if full || context.world.backs_off(context.now, OperationKind::Initdb) {
                 context.start(Operation::GiveUpInitialize);
                 return Transition(State::AwaitingLeader);
             }

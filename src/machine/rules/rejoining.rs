@@ -13,6 +13,9 @@ use crate::machine::rules::standby;
 use crate::machine::state::State;
 use crate::policy::rejoin::Rejoin;
 
+/// A way back that was refused needs a person; it is judged again after so long.
+const REFUSED_PAUSE_MS: u64 = 10_000;
+
 pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
     if context.world.running().is_some() {
         context.world.rejoin = None;
@@ -49,7 +52,8 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
             }
         }
         Some(Rejoin::Clone { why, lost }) => {
-            let Some(spec) = context.world.spec().cloned() else { return Handled };
+            // Who leads has to be known now, not only to have been.
+            let Some(spec) = context.world.spec().cloned().filter(|_| context.world.fresh_view().is_some()) else { return Handled };
             let replaceable = lost.is_none();
             if context.start(Operation::Clone { from: leader, spec, lost, replaceable }) {
                 let kept = if replaceable { "its content is all elsewhere" } else { "the directory is kept beside, whole" };
@@ -64,7 +68,8 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
         Some(Rejoin::Refuse { why }) => {
             context.world.fail("rejoin_refused", why);
             context.world.rejoin = None;
-            context.world.retry_later(context.now, OperationKind::PlanRejoin);
+            standby::look_again(context);
+            context.world.pause(context.now, OperationKind::PlanRejoin, REFUSED_PAUSE_MS);
         }
     }
     Handled
@@ -73,6 +78,8 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
 fn plan(context: &mut Context<'_>, leader: crate::machine::action::Upstream) {
     let (Some(view), Some(spec)) = (context.world.fresh_view().cloned(), context.world.spec().cloned()) else { return };
     let Some(leader_timeline) = context.world.other_leader().and_then(|(_, key)| key.record.timeline) else { return };
-    context.world.clear("rejoin_waits");
-    context.start(Operation::PlanRejoin { leader, spec, leader_timeline, history: view.history.clone() });
+    let epoch = view.leader.as_ref().map(|leader| leader.epoch);
+    if context.start(Operation::PlanRejoin { leader, spec, leader_timeline, history: view.history.clone() }) {
+        context.world.planned_for = epoch;
+    }
 }

@@ -24,6 +24,8 @@ const STUCK_AFTER_S: u64 = 20;
 const DIVERGED_AFTER_S: u64 = 2;
 /// Entries of `history` that are kept: far more than PostgreSQL keeps history files for in practice.
 const HISTORY_MAX_ENTRIES: usize = 1_000;
+/// A data directory that cannot be used is looked at again after so long.
+const LOOK_AGAIN_S: u64 = 5;
 /// A standby's stop, which holds nobody up.
 pub(crate) const STANDBY_STOP_S: u64 = 10;
 
@@ -74,8 +76,7 @@ fn start_following(context: &mut Context<'_>) -> Outcome<State> {
         DataDirectory::Unusable(why) => {
             let message = why.clone();
             context.world.fail("data_directory_unusable", message);
-            context.world.data = DataDirectory::Unknown;
-            context.world.retry_later(context.now, OperationKind::Look);
+            look_again(context);
             return Handled;
         }
         DataDirectory::Full(_) => {}
@@ -83,6 +84,7 @@ fn start_following(context: &mut Context<'_>) -> Outcome<State> {
     context.world.clear("data_directory_unusable");
     if let Some(why) = wrong_identity(context) {
         context.world.fail("wrong_system_id", why);
+        look_again(context);
         return Handled;
     }
     context.world.clear("wrong_system_id");
@@ -92,6 +94,13 @@ fn start_following(context: &mut Context<'_>) -> Outcome<State> {
     }
     start_standby(context, upstream);
     Handled
+}
+
+/// Somebody has to put the data directory right: that is to be seen without a restart of the daemon.
+pub(crate) fn look_again(context: &mut Context<'_>) {
+    if context.now.since(context.world.looked_at) >= Duration::from_secs(LOOK_AGAIN_S) {
+        context.start(Operation::Look);
+    }
 }
 
 /// Asks for a postmaster in recovery.

@@ -31,6 +31,53 @@ fn three_empty_members_become_one_primary_and_two_standbys() {
 }
 
 #[test]
+fn a_member_whose_initdb_fails_lets_another_initialize_and_is_cloned() {
+    let mut toy = Toy::new(&THREE);
+    toy.host("a").failing.insert(OperationKind::Initdb);
+    toy.apply(spec(&THREE));
+    toy.converges(s(40));
+    assert_eq!(toy.leader(), Some("b"));
+    assert!(toy.etcd.writes.len() < 200, "{} writes", toy.etcd.writes.len());
+}
+
+#[test]
+fn where_initdb_fails_everywhere_it_is_tried_again_and_not_in_a_tight_loop() {
+    let mut toy = Toy::new(&THREE);
+    for member in THREE {
+        toy.host(member).failing.insert(OperationKind::Initdb);
+    }
+    toy.apply(spec(&THREE));
+    toy.run(s(60));
+    assert!(toy.etcd.writes.len() < 400, "{} writes in a minute", toy.etcd.writes.len());
+    assert!(toy.daemon("a").checked.world().conditions.contains_key("initdb_failed"));
+    for member in THREE {
+        toy.host(member).failing.clear();
+    }
+    toy.converges(s(40));
+}
+
+#[test]
+fn operations_that_fail_for_a_while_leave_nothing_stuck() {
+    use OperationKind::*;
+    for kind in [Look, Start, Configure, Clone, PlanRejoin, Promote, EnsureRoles, Checkpoint, AskPeers] {
+        let mut toy = Toy::working(&THREE);
+        for member in THREE {
+            toy.host(member).failing.insert(kind);
+        }
+        toy.ask("1", Ask::Switchover { to: name("b") });
+        toy.run(s(15));
+        toy.power_off("a");
+        toy.run(s(30));
+        toy.start_daemon("a");
+        toy.run(s(10));
+        for member in THREE {
+            toy.host(member).failing.clear();
+        }
+        toy.converges(s(90));
+    }
+}
+
+#[test]
 fn a_converged_cluster_without_writers_writes_one_position_update_per_loop_wait_and_nothing_else() {
     let mut toy = Toy::working(&THREE);
     toy.load = false;

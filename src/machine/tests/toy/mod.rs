@@ -61,6 +61,8 @@ pub(crate) struct Host {
     pub(crate) connected: bool,
     /// Operations that are carried out, but whose answer never comes.
     pub(crate) lost_answers: BTreeSet<OperationKind>,
+    /// Operations that come to nothing.
+    pub(crate) failing: BTreeSet<OperationKind>,
     /// Jobs of this kind never end by themselves.
     pub(crate) hanging: BTreeSet<OperationKind>,
     pub(crate) exit: Option<u8>,
@@ -104,6 +106,7 @@ impl Toy {
                 daemon: None,
                 connected: true,
                 lost_answers: BTreeSet::new(),
+                failing: BTreeSet::new(),
                 hanging: BTreeSet::new(),
                 exit: None,
                 runs: 0,

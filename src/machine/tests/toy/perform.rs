@@ -102,6 +102,9 @@ impl Toy {
             {
                 pending.failed = Some("etcd cannot be asked".to_owned());
             }
+            if self.hosts[member].failing.contains(&pending.operation.kind()) {
+                pending.failed.get_or_insert_with(|| "the test makes it fail".to_owned());
+            }
             let lost = self.hosts[member].lost_answers.contains(&pending.operation.kind());
             let finished = match pending.failed.take() {
                 Some(why) => failed(&pending.operation, why),
