@@ -4,6 +4,8 @@
 //!
 //! An exploration that has not found planted bugs has proved nothing: each mutant of the rules must be caught.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 #[path = "kernel/steps.rs"]
 mod steps;
 #[path = "kernel/world.rs"]
