@@ -290,11 +290,7 @@ impl LocalCluster {
     pub fn postgres_processes(&self, index: usize) -> Vec<ProcessId> {
         let data = self.data_dir(index);
         let here = |found: &Found| fs::read_link(format!("/proc/{}/cwd", found.id.pid)).is_ok_and(|cwd| cwd == data);
-        Found::all()
-            .into_iter()
-            .filter(|found| found.name == "postgres" && found.state != 'Z' && here(found))
-            .map(|found| found.id)
-            .collect()
+        Found::all().into_iter().filter(|found| found.name == "postgres" && !found.is_dead && here(found)).map(|found| found.id).collect()
     }
 
     /// The postmaster of a node, while it lives.

@@ -49,8 +49,8 @@ pub struct Found {
     pub id: ProcessId,
     /// Its name: the first 15 bytes of the program's.
     pub name: String,
-    /// State letter; Z is dead and not yet reaped.
-    pub state: char,
+    /// Dead and not yet reaped. A killed process whose first thread is dead while others are not still holds its locks.
+    pub is_dead: bool,
     /// Its parent.
     pub parent: i32,
 }
@@ -63,10 +63,11 @@ impl Found {
         let (head, tail) = stat.rsplit_once(')')?;
         let name = head.split_once('(')?.1.to_owned();
         let fields: Vec<&str> = tail.split_whitespace().collect();
+        let state = fields.first()?.chars().next()?;
         Some(Found {
             id: ProcessId { pid, started: fields.get(19)?.parse().ok()? },
             name,
-            state: fields.first()?.chars().next()?,
+            is_dead: state == 'X' || state == 'Z' && threads(pid) <= 1,
             parent: fields.get(1)?.parse().ok()?,
         })
     }
@@ -97,6 +98,10 @@ impl Found {
     }
 }
 
+fn threads(pid: i32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
+}
+
 impl ProcessId {
     /// The process with this pid, now.
     pub fn of(pid: i32) -> Option<ProcessId> {
@@ -105,7 +110,7 @@ impl ProcessId {
 
     /// Whether it still runs; one that is dead but not reaped does not.
     pub fn is_alive(self) -> bool {
-        Found::read(self.pid).is_some_and(|found| found.id == self && found.state != 'Z' && found.state != 'X')
+        Found::read(self.pid).is_some_and(|found| found.id == self && !found.is_dead)
     }
 
     /// Sends a signal, if it is still this process.
@@ -280,7 +285,7 @@ impl Household {
         let me = std::process::id().cast_signed();
         Found::all()
             .into_iter()
-            .filter(|found| found.state != 'Z' && found.state != 'X' && found.id.pid != me)
+            .filter(|found| !found.is_dead && found.id.pid != me)
             .filter(|found| named.contains(&found.id) || found.belongs_to(&self.dir))
             .collect()
     }
