@@ -42,6 +42,17 @@ impl Watched {
         tokio::time::timeout(PATIENCE, self.events.recv()).await.expect("the watch says nothing").expect("the watch is there")
     }
 
+    /// Until the watch itself has answered: the list before it is not the watch.
+    async fn established(&mut self) -> Arc<ClusterView> {
+        let (_, listed) = self.view(|_| true).await;
+        loop {
+            let (view, as_of) = self.view(|_| true).await;
+            if as_of > listed {
+                return view;
+            }
+        }
+    }
+
     async fn view(&mut self, wanted: impl Fn(&ClusterView) -> bool) -> (Arc<ClusterView>, BootTime) {
         loop {
             if let WatchEvent::View { view, as_of } = self.next().await
@@ -98,7 +109,7 @@ async fn a_watch_survives_compaction_while_it_was_cut_off(server: EtcdServer) {
     let (proxy, url) = proxied(&server);
     let mut watched = Watched::start(&Etcd::new(settings(vec![url])).unwrap());
     let etcd = server.etcd();
-    let (first, _) = watched.view(|_| true).await;
+    let first = watched.established().await;
     proxy.set(Network::Silent);
     let lease = lease_of_a_minute(&server).await;
     etcd.put_member(&name("a"), &record(1), lease).await.unwrap();
@@ -118,7 +129,7 @@ async fn a_silent_watch_is_found_out_and_continued_elsewhere(server: EtcdServer)
     let (proxy, url) = proxied(&server);
     let direct = server.endpoints().remove(0);
     let mut watched = Watched::start(&Etcd::new(settings(vec![url, direct])).unwrap());
-    watched.view(|_| true).await;
+    watched.established().await;
     proxy.set(Network::AnswersLost);
     let etcd = server.etcd();
     etcd.put_member(&name("a"), &record(1), lease_of_a_minute(&server).await).await.unwrap();
