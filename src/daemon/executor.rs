@@ -1,7 +1,7 @@
 //! Carries out the machine's actions, in order. Decides nothing; every operation ends in exactly one event, also when it is cancelled.
 
 use std::future::Future;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, oneshot};
@@ -15,7 +15,7 @@ use crate::http::peer;
 use crate::machine::Machine;
 use crate::machine::action::{Action, Decision, LeaseOrder, Operation, OperationKind};
 use crate::machine::event::{AcquireOutcome, Event, Finished, PutOutcome};
-use crate::policy::deadlines::{LeaseTimes, TTL_MIN_SECONDS};
+use crate::policy::deadlines::LeaseTimes;
 use crate::spec::cluster::ClusterSpec;
 use crate::types::{LeaseId, LeaseIdentity, LockIdentity, MemberName};
 
@@ -37,8 +37,6 @@ pub struct Executor {
     sink: Sink,
     lease: Option<LeaseHandle>,
     times: Option<LeaseTimes>,
-    /// What the lease's thread tells the guard to compute deadlines with.
-    guard_times: Arc<Mutex<LeaseTimes>>,
     cancel: Option<oneshot::Sender<()>>,
     events: Arc<Semaphore>,
 }
@@ -46,9 +44,8 @@ pub struct Executor {
 impl Executor {
     /// Nothing runs yet.
     pub fn new(host: Arc<Host>, etcd: Etcd, guard: Arc<GuardLink>, sink: Sink) -> Self {
-        let guard_times = Arc::new(Mutex::new(LeaseTimes::new(Duration::from_secs(TTL_MIN_SECONDS))));
         let events = Arc::new(Semaphore::new(EVENTS_IN_FLIGHT_MAX));
-        Executor { host, etcd, guard, sink, lease: None, times: None, guard_times, cancel: None, events }
+        Executor { host, etcd, guard, sink, lease: None, times: None, cancel: None, events }
     }
 
     /// A new spec: the lease may have to have other times.
@@ -56,7 +53,6 @@ impl Executor {
         let times = LeaseTimes { ttl: spec.ha.ttl, safety_margin: spec.watchdog.safety_margin, watchdog: None };
         if self.times != Some(times) {
             self.times = Some(times);
-            *self.guard_times.lock().unwrap_or_else(PoisonError::into_inner) = times;
             if let Some(lease) = &self.lease {
                 lease.change_times(times);
             }
@@ -65,12 +61,13 @@ impl Executor {
 
     /// Looks at an event before the machine does: a lease is noted for the next run, and a lease of another ttl gets our keys first.
     pub fn before_machine(&mut self, machine: &Machine, event: Event) -> Option<Event> {
-        if let Event::Lease(LeaseEvent::Granted { identity, .. }) = &event {
+        if let Event::Lease(LeaseEvent::Granted { identity, sent, .. }) = &event {
             let world = machine.world();
-            if let (Some(old), Some(record)) =
-                (world.lease.filter(|old| old != identity), world.written.as_ref().map(|(record, _)| record.clone()))
-            {
-                self.move_keys(world.lock.identity(), record, old, *identity);
+            if let Some(old) = world.lease.filter(|old| old != identity) {
+                // Without a member key there is nothing to move now: the new lease runs out, and another one is got.
+                if let Some((record, _)) = world.written.clone() {
+                    self.move_keys(world.lock.identity(), record, old, *identity, *sent);
+                }
                 return None;
             }
             self.note_lease(*identity);
@@ -95,11 +92,27 @@ impl Executor {
         });
     }
 
-    /// A changed ttl: member key and lock move to the new lease under the same epoch; only then it counts.
-    fn move_keys(&self, lock: Option<LockIdentity>, record: crate::facts::cluster::MemberRecord, old: LeaseIdentity, new: LeaseIdentity) {
+    /// A changed ttl: member key and lock move to the new lease under the same epoch; only then it counts. The guard is told first, and
+    /// from then on goes by the earlier of both deadlines: the lock may run out with either lease.
+    fn move_keys(
+        &self,
+        lock: Option<LockIdentity>,
+        record: crate::facts::cluster::MemberRecord,
+        old: LeaseIdentity,
+        new: LeaseIdentity,
+        sent: BootTime,
+    ) {
         let (etcd, name, sink) = (self.etcd.clone(), self.host.node.name.clone(), Arc::clone(&self.sink));
+        let (guard, times) = (Arc::clone(&self.guard), self.times);
         self.note_lease(new);
         tokio::spawn(async move {
+            if let (Some(lock), Some(times)) = (lock, times) {
+                let told = move || guard.acknowledge_move(LockIdentity { lease: new, ..lock }, sent, times);
+                if !tokio::task::spawn_blocking(told).await.is_ok_and(|told| told.is_ok()) {
+                    tracing::warn!("the guard did not take the lease with the new ttl: the keys stay where they are for now");
+                    return;
+                }
+            }
             let moved = etcd.move_to_lease(&name, &record, lock.map(|lock| lock.epoch), old.lease, new.lease).await;
             match moved {
                 Ok(Moved::Moved) => sink(Event::Lease(LeaseEvent::Moved { from: old, to: new })),
@@ -146,13 +159,9 @@ impl Executor {
 
     fn spawn_lease(&self, times: LeaseTimes) -> anyhow::Result<LeaseHandle> {
         let (guard, sink) = (Arc::clone(&self.guard), Arc::clone(&self.sink));
-        let known = Arc::clone(&self.guard_times);
-        let acknowledge = move |lock: LockIdentity, sent: BootTime| {
-            let times = *known.lock().unwrap_or_else(PoisonError::into_inner);
-            match guard.acknowledge(lock, sent, times) {
-                Ok(()) => Acknowledged::Yes,
-                Err(error) => Acknowledged::No(error.to_string()),
-            }
+        let acknowledge = move |lock: LockIdentity, sent: BootTime, times: LeaseTimes| match guard.acknowledge(lock, sent, times) {
+            Ok(()) => Acknowledged::Yes,
+            Err(error) => Acknowledged::No(error.to_string()),
         };
         lease::spawn(self.host.etcd_settings()?, times, Box::new(acknowledge), Box::new(move |event| sink(Event::Lease(event))))
     }

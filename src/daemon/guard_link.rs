@@ -173,6 +173,14 @@ impl GuardLink {
         }
     }
 
+    /// Tells the guard that the lock is about to hang on another lease. Unlike [`GuardLink::acknowledge`] it takes no refusal for a yes.
+    ///
+    /// # Errors
+    /// The guard's refusal, or its silence.
+    pub fn acknowledge_move(&self, identity: LockIdentity, sent: BootTime, times: LeaseTimes) -> Result<(), GuardError> {
+        self.client().request(&Request::Lock { identity, sent, times }, times.renewal_interval()).map(|_| ())
+    }
+
     /// Ends every process of PostgreSQL without the guard, then has a new guard. Blocking.
     ///
     /// # Errors

@@ -14,6 +14,8 @@ pub enum LeaseEvent {
         identity: LeaseIdentity,
         /// As granted.
         ttl: Duration,
+        /// When the request was handed to the client: the lease lives from here, or later.
+        sent: BootTime,
     },
     /// Renewed, without a lock to prove.
     Renewed {

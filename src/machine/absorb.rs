@@ -154,7 +154,7 @@ impl World {
                 // meanwhile comes too late, and proves nothing about now.
                 if self.lock.identity().map(|known| known.epoch) == Some(lock.epoch) {
                     self.holding = Some(lock);
-                    let deadlines = self.times().map(|times| times.deadlines(sent));
+                    let deadlines = self.times_of(until.since(sent)).map(|times| times.deadlines(sent));
                     let announce_at = deadlines.map_or(until, |deadlines| deadlines.announce_at);
                     self.ladder_due = deadlines.map(|deadlines| deadlines.immediate_at);
                     self.lock = Lock::Proved { identity: lock, until, announce_at };

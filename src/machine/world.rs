@@ -10,7 +10,7 @@ use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, Condition, HistoryEntry, MemberKey, MemberRecord, MemberRole, StatusRecord, Versions};
 use crate::facts::guard::{GuardFacts, PostmasterFacts, Rung, StartId, Word};
 use crate::facts::postgres::{ControlFacts, DataDirectory, Probe, ProbeOutcome, SqlFacts};
-use crate::policy::deadlines::LeaseTimes;
+use crate::policy::deadlines::{CLOCK_DRIFT_PER_MILLE, LeaseTimes};
 use crate::policy::rejoin::Rejoin;
 use crate::spec::cluster::{ClusterSpec, Member};
 use crate::types::{Epoch, Incarnation, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision, TimelineId};
@@ -334,6 +334,14 @@ impl World {
     /// Ourselves in the spec.
     pub fn declared(&self) -> Option<&Member> {
         self.spec()?.member(&self.me.name)
+    }
+
+    /// The times of a lease whose proofs are good for so long: its own ttl, which may not be the spec's yet.
+    pub(super) fn times_of(&self, validity: Duration) -> Option<LeaseTimes> {
+        let times = self.times()?;
+        let per_second_ms = u128::from(1_000 - CLOCK_DRIFT_PER_MILLE);
+        let ttl = Duration::from_secs(u64::try_from((validity.as_millis() + per_second_ms / 2) / per_second_ms).unwrap_or(0));
+        Some(if ttl == times.ttl { times } else { LeaseTimes::new(ttl) })
     }
 
     /// The lock's times under the spec in force.

@@ -193,7 +193,7 @@ async fn a_changed_ttl_takes_the_lock_along_under_the_same_epoch(server: EtcdSer
     let lock = keeper.leading(&etcd, "a").await;
     keeper.handle.change_times(LeaseTimes::new(Duration::from_secs(6)));
     let granted = keeper.until(|event| matches!(event, LeaseEvent::Granted { .. })).await.pop();
-    let Some(LeaseEvent::Granted { identity, ttl }) = granted else { panic!("{granted:?}") };
+    let Some(LeaseEvent::Granted { identity, ttl, .. }) = granted else { panic!("{granted:?}") };
     assert_eq!(ttl, Duration::from_secs(6));
     keeper.proved(lock).await;
 

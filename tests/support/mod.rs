@@ -113,7 +113,7 @@ impl Keeper {
         let times = LeaseTimes::new(std::time::Duration::from_secs(ttl_s));
         let acknowledged = Arc::new(Mutex::new(Vec::new()));
         let noted = acknowledged.clone();
-        let acknowledge = move |lock, sent| {
+        let acknowledge = move |lock, sent, _times| {
             let count = {
                 let mut noted = noted.lock().unwrap();
                 noted.push((lock, sent));

@@ -11,6 +11,8 @@ use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::policy::deadlines::LeaseTimes;
 use crate::types::{LeaseIdentity, LockIdentity};
 
+/// etcd may grant a little more than was asked for (its least ttl): no reason to get another lease.
+const GRANT_SURPLUS_MAX_S: u64 = 2;
 /// First pause after a failed grant; it doubles up to R.
 const GRANT_RETRY_MIN_MS: u64 = 100;
 
@@ -102,15 +104,30 @@ impl Book {
         }
     }
 
-    /// R of the lease that is kept up: how long the guard may take to acknowledge.
-    pub(super) fn acknowledge_within(&self) -> Duration {
-        self.held.as_ref().map_or(self.times, |held| held.times).renewal_interval()
+    /// The times of the lease that is kept up: what the guard computes the deadlines with, and how long it may take to acknowledge.
+    /// Never those of a lease to come: with a longer ttl than the lease has, the guard would fence after the lock is gone.
+    pub(super) fn held_times(&self) -> LeaseTimes {
+        self.held.as_ref().map_or(self.times, |held| held.times)
+    }
+
+    /// etcd said what ttl the lease was granted with. One that was adopted may be from before a change of the spec: it counts by its own
+    /// ttl, and a lease of the wanted one is got.
+    pub(super) fn learn_ttl(&mut self, ttl: Duration, now: BootTime) {
+        let wanted = self.times.ttl;
+        let Some(held) = self.held.as_mut().filter(|held| held.times.ttl != ttl) else { return };
+        // The configured margin was checked against the configured ttl, not against this one.
+        held.times = LeaseTimes { watchdog: held.times.watchdog, ..LeaseTimes::new(ttl) };
+        held.next_at = held.next_at.min(now + held.times.renewal_interval());
+        if ttl < wanted || ttl > wanted + Duration::from_secs(GRANT_SURPLUS_MAX_S) {
+            self.want(now);
+        }
     }
 
     fn want(&mut self, now: BootTime) {
         self.wanted = Some(Wanted { at: now, failures: 0 });
     }
 
+    /// `sent` is from before the request.
     pub(super) fn granted(&mut self, identity: LeaseIdentity, sent: BootTime) -> LeaseEvent {
         let (times, until) = (self.times, sent + self.times.validity());
         self.wanted = None;
@@ -120,7 +137,7 @@ impl Book {
             let next_at = sent + times.renewal_interval();
             self.held = Some(Held { identity, lock: None, times, until, next_at, proved: sent });
         }
-        LeaseEvent::Granted { identity, ttl: times.ttl }
+        LeaseEvent::Granted { identity, ttl: times.ttl, sent }
     }
 
     pub(super) fn grant_failed(&mut self, now: BootTime, why: String) -> LeaseEvent {
@@ -352,6 +369,29 @@ mod tests {
         book.adopt(lease(2), Some(lock_on(2)), ms(200));
         book.begun(ms(200));
         assert_eq!(book.renewed(ms(200)), Some(ms(200 + 59_700)));
+    }
+
+    #[test]
+    fn a_lock_counts_by_the_ttl_of_the_lease_it_hangs_on_and_not_by_the_one_that_is_wanted() {
+        let mut book = keeping();
+        book.hold(lock_on(1), ms(1)).unwrap();
+        book.change_times(times(60_000), ms(3));
+        assert_eq!(book.held_times().ttl, Duration::from_millis(T_MS), "the guard would fence 30 s after the lock is gone");
+        book.granted(lease(2), ms(3));
+        assert_eq!(book.held_times().ttl, Duration::from_millis(T_MS));
+        book.adopt(lease(2), Some(lock_on(2)), ms(200));
+        assert_eq!(book.held_times().ttl, Duration::from_secs(60));
+    }
+
+    #[test]
+    fn an_adopted_lease_counts_by_the_ttl_that_etcd_names_and_is_replaced() {
+        let mut book = Book::new(times(60_000));
+        book.adopt(lease(1), Some(lock_on(1)), ms(0));
+        book.begun(ms(0));
+        book.learn_ttl(Duration::from_secs(10), ms(1));
+        assert_eq!(book.held_times(), times(10_000));
+        assert_eq!(book.renewed(ms(0)), Some(ms(9_950)));
+        assert!(matches!(book.next(ms(1)), Step::Grant { ttl, .. } if ttl == Duration::from_secs(60)));
     }
 
     #[test]

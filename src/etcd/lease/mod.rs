@@ -45,8 +45,9 @@ pub enum Acknowledged {
     No(String),
 }
 
-/// Hands a proved lock and its send time to the guard and waits for the answer. May block; the lease thread does not wait longer than R.
-pub type Acknowledge = Box<dyn Fn(LockIdentity, BootTime) -> Acknowledged + Send + Sync>;
+/// Hands a proved lock, its send time and the times of the lease it hangs on to the guard and waits for the answer. May block; the lease
+/// thread does not wait longer than R.
+pub type Acknowledge = Box<dyn Fn(LockIdentity, BootTime, LeaseTimes) -> Acknowledged + Send + Sync>;
 /// Takes events in, on the lease thread: it must not block.
 pub type Sink = Box<dyn Fn(LeaseEvent) + Send>;
 
@@ -159,7 +160,7 @@ pub fn spawn(settings: Settings, times: LeaseTimes, acknowledge: Acknowledge, si
 struct Keeper {
     book: Book,
     renewer: Renewer,
-    acknowledge: Arc<dyn Fn(LockIdentity, BootTime) -> Acknowledged + Send + Sync>,
+    acknowledge: Arc<dyn Fn(LockIdentity, BootTime, LeaseTimes) -> Acknowledged + Send + Sync>,
     sink: Sink,
 }
 
@@ -229,10 +230,13 @@ impl Keeper {
     async fn renew(&mut self, lease: LeaseIdentity, lock: Option<LockIdentity>, budget: Duration, hear_first: bool) {
         self.book.begun(BootTime::now());
         let event = match self.renewer.renew(lease, lock, budget, hear_first).await {
-            Outcome::Renewed { sent } => match lock {
-                None => self.book.renewed(sent).map(|until| LeaseEvent::Renewed { sent, until }),
-                Some(lock) => self.proved(lock, sent).await,
-            },
+            Outcome::Renewed { sent, ttl } => {
+                self.book.learn_ttl(ttl, BootTime::now());
+                match lock {
+                    None => self.book.renewed(sent).map(|until| LeaseEvent::Renewed { sent, until }),
+                    Some(lock) => self.proved(lock, sent).await,
+                }
+            }
             Outcome::LockNotOurs { sent, found } => {
                 tracing::warn!(found, "the lock is not ours any more");
                 if let Some(sent) = sent {
@@ -249,8 +253,9 @@ impl Keeper {
     /// The guard learns the new deadline first, and everybody else after it.
     async fn proved(&mut self, lock: LockIdentity, sent: BootTime) -> Option<LeaseEvent> {
         let acknowledge = self.acknowledge.clone();
-        let within = self.book.acknowledge_within();
-        let waiting = tokio::task::spawn_blocking(move || acknowledge(lock, sent));
+        let times = self.book.held_times();
+        let within = times.renewal_interval();
+        let waiting = tokio::task::spawn_blocking(move || acknowledge(lock, sent, times));
         let silent: String = match tokio::time::timeout(within, waiting).await {
             Ok(Ok(Acknowledged::Yes)) => {
                 return self.book.renewed(sent).map(|until| LeaseEvent::Proved { lock, sent, until });

@@ -29,7 +29,8 @@ const ROUNDS: usize = 2;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Outcome {
     /// Renewed; the lock, if one was given, is proved.
-    Renewed { sent: BootTime },
+    /// With the ttl that the lease was granted with: an adopted one may be older than the spec.
+    Renewed { sent: BootTime, ttl: Duration },
     /// The lock is not ours; the lease was renewed if `sent` says when.
     LockNotOurs { sent: Option<BootTime>, found: String },
     /// There is no such lease.
@@ -175,15 +176,15 @@ async fn try_one(
         }
     }
     let sent = BootTime::now();
-    let (term, stream) = match keep_alive(&mut client, stream, lease, pool.url(index)).await {
+    let (term, ttl, stream) = match keep_alive(&mut client, stream, lease, pool.url(index)).await {
         Ok(Some(renewed)) => renewed,
         Ok(None) => return confirm_not_found(&mut client, keys, lease, lock, pool.url(index)).await,
         Err(failure) => return Tried::Not(failure),
     };
     let Some(lock) = lock else {
-        return Tried::Done(Outcome::Renewed { sent }, Some(stream));
+        return Tried::Done(Outcome::Renewed { sent, ttl }, Some(stream));
     };
-    match prove(&mut client, keys, lock, pool.url(index)).await.and_then(|proof| weigh(sent, term, proof)) {
+    match prove(&mut client, keys, lock, pool.url(index)).await.and_then(|proof| weigh(sent, ttl, term, proof)) {
         Ok(outcome) => Tried::Done(outcome, Some(stream)),
         Err(failure) => Tried::Not(failure),
     }
@@ -191,23 +192,24 @@ async fn try_one(
 
 /// What a renewal and the proof after it are worth together. That the lock is not ours needs no more than the proof; that it is, counts
 /// only for the etcd leader that the renewal reached.
-fn weigh(sent: BootTime, renewed_in_term: u64, proof: Proof) -> Result<Outcome, Failure> {
+fn weigh(sent: BootTime, ttl: Duration, renewed_in_term: u64, proof: Proof) -> Result<Outcome, Failure> {
     match proof {
         Proof::NotOurs { found } => Ok(Outcome::LockNotOurs { sent: Some(sent), found }),
-        Proof::Ours { term } if term == renewed_in_term => Ok(Outcome::Renewed { sent }),
+        Proof::Ours { term } if term == renewed_in_term => Ok(Outcome::Renewed { sent, ttl }),
         Proof::Ours { term } => {
             Err(Failure::Busy(format!("etcd's raft term went from {renewed_in_term} to {term} between the renewal and its proof")))
         }
     }
 }
 
-/// One keepalive on a stream that has nothing outstanding. None: there is no such lease. Otherwise the raft term of the answer.
+/// One keepalive on a stream that has nothing outstanding. None: there is no such lease. Otherwise the raft term of the answer, and the
+/// lease's ttl as it was granted.
 async fn keep_alive(
     client: &mut Client,
     stream: Option<Stream>,
     lease: LeaseIdentity,
     endpoint: &str,
-) -> Result<Option<(u64, Stream)>, Failure> {
+) -> Result<Option<(u64, Duration, Stream)>, Failure> {
     let mut stream = match stream {
         Some(stream) => stream,
         // Opening sends a keepalive and takes its answer in, without its header; a ttl of 0 comes back as this error and no other.
@@ -226,10 +228,11 @@ async fn keep_alive(
     if answer.id() != lease.lease.0 {
         return Err(Failure::Busy(format!("the answer is about lease {}", answer.id())));
     }
-    if answer.ttl() <= 0 {
+    let seconds = u64::try_from(answer.ttl()).unwrap_or(0);
+    if seconds == 0 {
         return Ok(None);
     }
-    Ok(Some((header.raft_term(), stream)))
+    Ok(Some((header.raft_term(), Duration::from_secs(seconds), stream)))
 }
 
 enum Proof {
@@ -308,15 +311,16 @@ mod tests {
     #[test]
     fn a_proof_from_another_raft_term_than_the_renewal_does_not_count() {
         let sent = BootTime(1);
-        assert_eq!(weigh(sent, 4, Proof::Ours { term: 4 }), Ok(Outcome::Renewed { sent }));
+        let ttl = Duration::from_secs(10);
+        assert_eq!(weigh(sent, ttl, 4, Proof::Ours { term: 4 }), Ok(Outcome::Renewed { sent, ttl }));
         for term in [3, 5] {
-            assert!(weigh(sent, 4, Proof::Ours { term }).is_err(), "{term}");
+            assert!(weigh(sent, ttl, 4, Proof::Ours { term }).is_err(), "{term}");
         }
     }
 
     #[test]
     fn a_lock_that_is_not_ours_is_not_ours_in_any_term() {
-        let outcome = weigh(BootTime(1), 4, Proof::NotOurs { found: "b".into() });
+        let outcome = weigh(BootTime(1), Duration::from_secs(10), 4, Proof::NotOurs { found: "b".into() });
         assert_eq!(outcome, Ok(Outcome::LockNotOurs { sent: Some(BootTime(1)), found: "b".into() }));
     }
 }

@@ -404,7 +404,7 @@ impl Toy {
                 if let Some(guard) = &mut host.server.guard {
                     guard.lease = Some(identity);
                 }
-                LeaseEvent::Granted { identity, ttl: times().ttl }
+                LeaseEvent::Granted { identity, ttl: times().ttl, sent: now }
             }
             Some(_) | None => return,
         };
