@@ -150,7 +150,8 @@ fn rounds(cluster: &LocalCluster, stop: &AtomicBool, count: u16, turns: &[Scenar
         for scenario in turns {
             let run = rounds.run(*scenario)?;
             println!(
-                "{round:>3}/{count} {:<56} {} -> {}  HAProxy {:.3} s, direct {:.3} s, failed {}+{}{}",
+                "{} {round:>3}/{count} {:<56} {} -> {}  HAProxy {:.3} s, direct {:.3} s, failed {}+{}{}",
+                run.at,
                 scenario.title(),
                 run.node,
                 run.leader_after,

@@ -230,6 +230,7 @@ mod tests {
 
     fn run(scenario: Scenario, haproxy_s: f64, direct_s: f64, failed: usize) -> Run {
         Run {
+            at: String::new(),
             scenario,
             node: "n1".into(),
             leader_after: "n2".into(),

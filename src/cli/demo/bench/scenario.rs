@@ -15,7 +15,7 @@ use super::super::http;
 use super::super::process::{ProcessId, wait_for, wait_for_every};
 use super::clients::Client;
 use super::statistics::outage;
-use crate::clock::BootTime;
+use crate::clock::{BootTime, wall_clock};
 
 /// Rows that each client has to see acknowledged before a fault, and again after it and after the cluster is whole: 2 s of writing,
 /// two rounds of HAProxy's checks.
@@ -76,6 +76,8 @@ impl Scenario {
 /// One run of one scenario.
 #[derive(Debug, Clone, Serialize)]
 pub struct Run {
+    /// When, wall clock: to be found in the logs.
+    pub at: String,
     /// What was done.
     pub scenario: Scenario,
     /// To which node.
@@ -125,12 +127,12 @@ impl<'a> Rounds<'a> {
         self.rows_flow(BootTime::now())?;
         let (node, index) = leader(self.cluster)?;
         self.not_a_crash_loop(index)?;
-        let fault = BootTime::now();
+        let (at, fault) = (wall_clock(), BootTime::now());
         self.faults.entry(index).or_default().push(fault);
         self.inflict(scenario, index).with_context(|| format!("{scenario:?} on {node}"))?;
         self.wait_until_ready().with_context(|| format!("after {scenario:?} on {node}"))?;
         self.rows_flow(BootTime::now())?;
-        self.judge(scenario, node, index, fault)
+        self.judge(scenario, (at, node), index, fault)
     }
 
     fn inflict(&self, scenario: Scenario, index: usize) -> Result<()> {
@@ -174,7 +176,7 @@ impl<'a> Rounds<'a> {
         Ok(())
     }
 
-    fn judge(&self, scenario: Scenario, node: String, index: usize, fault: BootTime) -> Result<Run> {
+    fn judge(&self, scenario: Scenario, (at, node): (String, String), index: usize, fault: BootTime) -> Result<Run> {
         let longest = |client: &Client| {
             let acknowledged: Vec<BootTime> =
                 client.tried().iter().filter(|tried| tried.failure.is_none()).map(|tried| tried.ended).collect();
@@ -186,6 +188,7 @@ impl<'a> Rounds<'a> {
         };
         let (haproxy_failed, direct_failed) = (failures(&self.haproxy), failures(&self.direct));
         let run = Run {
+            at,
             scenario,
             node,
             leader_after: leader(self.cluster)?.0,
