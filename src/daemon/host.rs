@@ -26,6 +26,7 @@ use crate::types::{Incarnation, LeaseIdentity};
 /// One request to etcd outside the lease's thread.
 const ETCD_REQUEST_TIMEOUT_MS: u64 = 3_000;
 const BOOT_ID_FILE: &str = "/proc/sys/kernel/random/boot_id";
+const KERNEL_RELEASE_FILE: &str = "/proc/sys/kernel/osrelease";
 const MACHINE_ID_FILE: &str = "/etc/machine-id";
 
 /// This host.
@@ -196,6 +197,8 @@ impl Host {
             primary_slot_name: None,
             synchronous_standby_names: None,
             floor,
+            syncfs_tells_errors: std::fs::read_to_string(KERNEL_RELEASE_FILE)
+                .is_ok_and(|release| parameters::syncfs_tells_errors(&release)),
         })
     }
 

@@ -43,6 +43,8 @@ pub struct ConfigInputs {
     pub synchronous_standby_names: Option<String>,
     /// What the control file demands of a standby; None for a server that never was one.
     pub floor: Option<StandbyFloor>,
+    /// Whether the kernel tells who asks for a sync of a whole file system of write errors ([`syncfs_tells_errors`]).
+    pub syncfs_tells_errors: bool,
 }
 
 /// A parameter whose value in the spec is below what this data directory can start with.
@@ -132,6 +134,15 @@ pub fn owned_elsewhere(name: &str) -> Option<&'static str> {
     OWNED.iter().find(|(owned, _)| owned.eq_ignore_ascii_case(name)).map(|(_, instead)| *instead)
 }
 
+/// Whether syncfs(2) of this kernel release reports write errors: Linux 5.8 and later (PostgreSQL manual, recovery_init_sync_method).
+pub fn syncfs_tells_errors(kernel_release: &str) -> bool {
+    let mut numbers = kernel_release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= (5, 8),
+        _ => false,
+    }
+}
+
 /// Whether the text can be the name of a parameter: `work_mem`, `pg_stat_statements.track`.
 pub fn is_name(name: &str) -> bool {
     let part = |part: &str| {
@@ -200,6 +211,11 @@ fn push(text: &mut String, name: &str, value: &str) -> Result<(), String> {
 /// pgherd's defaults, the spec's over them, the member's over those. Parameter names are the same in any case of letters.
 fn chosen(inputs: &ConfigInputs) -> BTreeMap<String, String> {
     let mut chosen: BTreeMap<String, String> = DEFAULTS.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    // Before it recovers from a crash, PostgreSQL makes the whole data directory durable: file by file, which is seconds on a busy disk
+    // even of a small cluster, or each file system at once. Nothing is safer about the slow way where the fast one tells errors.
+    if inputs.major_version >= 14 && inputs.syncfs_tells_errors {
+        chosen.insert("recovery_init_sync_method".to_owned(), "syncfs".to_owned());
+    }
     for (name, value) in inputs.parameters.iter().chain(&inputs.member_parameters) {
         let name = name.to_ascii_lowercase();
         match value {
@@ -292,6 +308,7 @@ mod tests {
             primary_slot_name: None,
             synchronous_standby_names: None,
             floor: None,
+            syncfs_tells_errors: true,
         }
     }
 
@@ -321,6 +338,19 @@ mod tests {
             }
         }
         text
+    }
+
+    #[test]
+    fn crash_recovery_syncs_whole_file_systems_only_where_that_tells_errors_and_nobody_wants_otherwise() {
+        let method = |inputs: &ConfigInputs| values(&postgresql_conf(inputs).unwrap().text).get("recovery_init_sync_method").cloned();
+        assert_eq!(method(&inputs()).as_deref(), Some("syncfs"));
+        assert_eq!(method(&ConfigInputs { major_version: 13, ..inputs() }), None, "not there before 14");
+        assert_eq!(method(&ConfigInputs { syncfs_tells_errors: false, ..inputs() }), None);
+        let wish = parameters(&[("recovery_init_sync_method", Some("fsync"))]);
+        assert_eq!(method(&ConfigInputs { parameters: wish, ..inputs() }).as_deref(), Some("fsync"));
+        for (release, tells) in [("6.1.0-18-amd64", true), ("5.8.0", true), ("5.7.19", false), ("4.18.0-553.el8", false), ("new", false)] {
+            assert_eq!(syncfs_tells_errors(release), tells, "{release}");
+        }
     }
 
     proptest! {

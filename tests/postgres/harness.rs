@@ -110,6 +110,7 @@ impl Server {
             primary_slot_name: None,
             synchronous_standby_names: None,
             floor: None,
+            syncfs_tells_errors: true,
         };
         let sql = Sql::local(root, port, "postgres");
         let (installation, root, name) = (installation.clone(), root.to_owned(), name.to_owned());
