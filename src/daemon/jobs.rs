@@ -96,17 +96,16 @@ async fn start(
     generation: u64,
     fall_back: bool,
 ) -> anyhow::Result<Finished> {
-    let control = control(host).await?;
-    let upstream = match &role {
-        StartAs::Standby(upstream) => upstream.as_ref(),
-        StartAs::Primary => None,
+    let (upstream, control) = match &role {
+        StartAs::Standby(upstream) => (upstream.as_ref(), Some(control(host).await?)),
+        // What the control file says matters to standbys only, and the machine starts a primary on nothing but what it has just read.
+        StartAs::Primary => (None, None),
     };
     // What must not be lower on a standby is lowered on the primary first (SAFETY row 50).
-    let floor = (role != StartAs::Primary).then_some(control.floor);
-    let inputs = host.config_inputs(spec, upstream, floor)?;
+    let inputs = host.config_inputs(spec, upstream, control.as_ref().map(|control| control.floor))?;
     let old_files = prepare_files(host, spec, &inputs, fall_back).await?;
-    set_standby(host.layout.data_dir(), role != StartAs::Primary)?;
-    if role != StartAs::Primary {
+    set_standby(host.layout.data_dir(), control.is_some())?;
+    if let Some(control) = control {
         history_files::remove_unused_reservations(host.layout.data_dir(), control.timeline.max(control.min_recovery_timeline))?;
     }
     let word = if role == StartAs::Primary { Word::Writable } else { Word::Standby };
