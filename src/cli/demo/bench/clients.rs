@@ -19,6 +19,8 @@ use crate::clock::BootTime;
 
 /// Time from one row to the next, in milliseconds.
 const ROW_INTERVAL_MS: u64 = 5;
+/// Pause before the next attempt to connect, in milliseconds. Shorter ones make a starting server refuse connections instead of recovering.
+const RECONNECT_PAUSE_MS: u64 = 10;
 /// After how long an attempt is given up as unknown, in milliseconds.
 const ROW_LIMIT_MS: u64 = 1_000;
 /// Limit of a connection attempt, in milliseconds.
@@ -151,7 +153,10 @@ async fn write(client: &str, node: Option<usize>, config: &Config, shared: &Shar
         let Some(writer) = connection.as_ref().filter(|writer| !writer.is_closed()) else {
             match Writer::connect(config, connect_limit).await {
                 Ok(writer) => connection = Some(writer),
-                Err(error) => shared.note(node, Some(format!("{error:#}"))),
+                Err(error) => {
+                    shared.note(node, Some(format!("{error:#}")));
+                    tokio::time::sleep(Duration::from_millis(RECONNECT_PAUSE_MS)).await;
+                }
             }
             continue;
         };

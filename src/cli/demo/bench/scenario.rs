@@ -28,7 +28,7 @@ const STATUS_PAUSE_MS: u64 = 250;
 const RESTART_AFTER_MS: u64 = 100;
 /// pgherd takes three ends of one process within a minute for a crash loop, which is not what is measured here.
 const CRASH_WINDOW_MS: u64 = 61_000;
-/// Faults that one node may have within that window.
+/// How often one node may have one fault within that window: its promotion is a start too.
 const FAULTS_IN_WINDOW_MAX: usize = 2;
 /// Limit of one question to a member, in milliseconds.
 const ASK_LIMIT_MS: u64 = 1_000;
@@ -104,7 +104,7 @@ pub struct Rounds<'a> {
     pub stop: &'a AtomicBool,
     haproxy: Client,
     direct: Client,
-    faults: BTreeMap<usize, Vec<BootTime>>,
+    faults: BTreeMap<(Scenario, usize), Vec<BootTime>>,
 }
 
 impl<'a> Rounds<'a> {
@@ -126,9 +126,9 @@ impl<'a> Rounds<'a> {
     pub fn run(&mut self, scenario: Scenario) -> Result<Run> {
         self.rows_flow(BootTime::now())?;
         let (node, index) = leader(self.cluster)?;
-        self.not_a_crash_loop(index)?;
+        self.not_a_crash_loop(scenario, index)?;
         let (at, fault) = (wall_clock(), BootTime::now());
-        self.faults.entry(index).or_default().push(fault);
+        self.faults.entry((scenario, index)).or_default().push(fault);
         self.inflict(scenario, index).with_context(|| format!("{scenario:?} on {node}"))?;
         self.wait_until_ready().with_context(|| format!("after {scenario:?} on {node}"))?;
         self.rows_flow(BootTime::now())?;
@@ -220,8 +220,11 @@ impl<'a> Rounds<'a> {
         self.wait("a process does not end", || !id.is_alive())
     }
 
-    fn not_a_crash_loop(&mut self, index: usize) -> Result<()> {
-        let before = self.faults.get(&index).cloned().unwrap_or_default();
+    fn not_a_crash_loop(&mut self, scenario: Scenario, index: usize) -> Result<()> {
+        let before = match scenario {
+            Scenario::Postmaster | Scenario::Daemon => self.faults.get(&(scenario, index)).cloned().unwrap_or_default(),
+            Scenario::Stop | Scenario::Switchover | Scenario::Power | Scenario::PowerShort | Scenario::Idle => return Ok(()),
+        };
         let lately = || {
             before.iter().filter(|at| BootTime::now().since(**at) < Duration::from_millis(CRASH_WINDOW_MS)).count() < FAULTS_IN_WINDOW_MAX
         };
