@@ -15,7 +15,7 @@ mod node;
 mod rules;
 pub mod state;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 pub mod world;
 
 use std::time::Duration;

@@ -288,3 +288,6 @@ pub fn next_timeline(view: &ClusterView, own: TimelineId) -> TimelineId {
     let written = [view.release.as_ref().map(|r| r.timeline), view.status.as_ref().map(|s| s.timeline)].into_iter().flatten();
     reserved.chain(reported).chain(voted).chain(written).fold(own, TimelineId::max).next()
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,7 @@
 #[allow(dead_code)]
 mod checked;
 #[allow(dead_code)]
-mod fixtures;
+pub(crate) mod fixtures;
 mod toy;
 
 mod chaos;
