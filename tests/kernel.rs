@@ -6,6 +6,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "kernel/key.rs"]
+mod key;
 #[path = "kernel/steps.rs"]
 mod steps;
 #[path = "kernel/world.rs"]
@@ -75,8 +77,8 @@ const HONEST: Setup = Setup {
     guard_fails: false,
     mutant: None,
 };
-/// The same without the stranger, and etcd lies.
-const LYING_ETCD: Setup = Setup { etcd_lies: true, stranger: false, late_messages: false, ..HONEST };
+/// The same without the stranger and planned stops, and etcd lies.
+const LYING_ETCD: Setup = Setup { etcd_lies: true, stranger: false, late_messages: false, planned_stops: false, ..HONEST };
 /// The guard is frozen or killed while its daemon runs; no watchdog.
 const GUARD_FAILS: Setup = Setup { daemon_dies: false, guard_fails: true, stranger: false, late_messages: false, ..HONEST };
 /// Guard and daemon both fail; the watchdog is armed.

@@ -117,17 +117,21 @@ impl GuardClient {
     pub fn request(&self, request: &Request, timeout: Duration) -> Result<GuardFacts, GuardError> {
         let mut slot = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
         let deadline = Instant::now() + timeout;
-        let mut stream = match slot.take() {
-            Some(stream) => stream,
-            None => open(&self.socket, self.owner, timeout)?.0,
-        };
+        if let Some(mut stream) = slot.take() {
+            match exchange(&mut stream, request, deadline, timeout) {
+                Ok(answer) => {
+                    *slot = Some(stream);
+                    return told(answer);
+                }
+                // The guard had hung up before (it was upgraded): it never got to see this request.
+                Err(GuardError::Gone(error)) if error.kind() == io::ErrorKind::BrokenPipe => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let (mut stream, _) = open(&self.socket, self.owner, timeout)?;
         let answer = exchange(&mut stream, request, deadline, timeout)?;
         *slot = Some(stream);
-        match answer {
-            Response::Done { facts } | Response::Changed { facts } => Ok(*facts),
-            Response::Refused { reason, message, facts } => Err(GuardError::Refused { reason, message, facts: Some(facts) }),
-            Response::Hello { version } => Err(GuardError::Version(version)),
-        }
+        told(answer)
     }
 
     /// Calls `then` once, on a thread of its own, when the guard's process has ended.
@@ -176,7 +180,8 @@ pub fn upgrade(run_dir: &Path, binary: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// Calls `each` with the guard's facts, now and at every change, on a thread of its own, until the connection ends; then `ended`, once.
+/// Calls `each` with the guard's facts, now and at every change, on a thread of its own, until the guard is gone or silent; then `ended`,
+/// once. A connection that ends under a guard that lives (an upgrade, or we read too slowly) is made again.
 ///
 /// # Errors
 /// When there is no guard, or no thread can be started.
@@ -185,25 +190,39 @@ pub fn subscribe(
     mut each: impl FnMut(GuardFacts) + Send + 'static,
     ended: impl FnOnce() + Send + 'static,
 ) -> anyhow::Result<()> {
-    let timeout = Duration::from_millis(HELLO_TIMEOUT_MS);
-    let (mut stream, _) = open(&run_dir.join(SOCKET_NAME), false, timeout)?;
-    let first = match exchange(&mut stream, &Request::Subscribe, Instant::now() + timeout, timeout)? {
-        Response::Done { facts } => *facts,
-        other => anyhow::bail!("the guard answered `subscribe` with {other:?}"),
-    };
-    stream.get_ref().set_read_timeout(None).context("setting up the subscription")?;
+    let socket = run_dir.join(SOCKET_NAME);
+    let mut subscription = Some(subscribe_once(&socket)?);
     let listen = move || {
-        each(first);
-        let mut line = Vec::new();
-        while let Ok(1..) = read_line(&mut stream, &mut line) {
-            if let Ok(Response::Changed { facts }) = serde_json::from_slice(&line) {
-                each(*facts);
+        while let Some((mut stream, first)) = subscription {
+            each(first);
+            let mut line = Vec::new();
+            while let Ok(1..) = read_line(&mut stream, &mut line) {
+                if let Ok(Response::Changed { facts }) = serde_json::from_slice(&line) {
+                    each(*facts);
+                }
             }
+            subscription = subscribe_once(&socket).ok();
         }
         ended();
     };
     thread::Builder::new().name("guard-facts".into()).spawn(listen).context("starting a thread")?;
     Ok(())
+}
+
+fn subscribe_once(socket: &Path) -> anyhow::Result<(BufReader<UnixStream>, GuardFacts)> {
+    let timeout = Duration::from_millis(HELLO_TIMEOUT_MS);
+    let (mut stream, _) = open(socket, false, timeout)?;
+    let first = told(exchange(&mut stream, &Request::Subscribe, Instant::now() + timeout, timeout)?)?;
+    stream.get_ref().set_read_timeout(None).context("setting up the subscription")?;
+    Ok((stream, first))
+}
+
+fn told(answer: Response) -> Result<GuardFacts, GuardError> {
+    match answer {
+        Response::Done { facts } | Response::Changed { facts } => Ok(*facts),
+        Response::Refused { reason, message, facts } => Err(GuardError::Refused { reason, message, facts: Some(facts) }),
+        Response::Hello { version } => Err(GuardError::Version(version)),
+    }
 }
 
 fn nobody_listens(error: &io::Error) -> bool {

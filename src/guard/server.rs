@@ -214,6 +214,9 @@ impl Guard {
     /// Once the postmaster itself has ended: reap until there is no child, or none that is PostgreSQL, and no other process of it.
     fn prove_death(&mut self) {
         self.reap();
+        if self.state.is_empty() && !self.no_children {
+            self.end_orphans();
+        }
         if !matches!(&self.state.postmaster, Postmaster::Kept(kept) if kept.end.is_some()) {
             return;
         }
@@ -221,14 +224,18 @@ impl Guard {
         if !left.postgres.is_empty() {
             return;
         }
-        if !self.no_children {
-            // What archive_command and its like left behind cannot acknowledge anything: ended, not waited for.
-            scan::end_others(&left.other_children);
-        }
         let now = BootTime::now();
         self.state.proved_empty(now);
-        self.adopted = None;
+        self.end_orphans();
         self.log.say(now, &format!("no process of PostgreSQL is left in {}", self.data_dir.display()));
+    }
+
+    /// What archive_command and its like left behind cannot acknowledge anything: ended, not waited for. Their own children come to the
+    /// guard when they end, and are met here again.
+    fn end_orphans(&self) {
+        if let Ok(left) = scan::left(&self.data_dir) {
+            scan::end_others(&left.other_children);
+        }
     }
 
     fn reap(&mut self) {
@@ -323,6 +330,8 @@ impl Guard {
             Source::Adopted => {
                 let now = BootTime::now();
                 self.state.postmaster_ended(now, None, None);
+                // It would stay readable, and the loop would never rest.
+                self.adopted = None;
             }
             Source::Notes => self.take_notes(),
             Source::Connection(id) => self.serve(id, flags),
