@@ -9,11 +9,11 @@ use crate::types::TimelineId;
 
 use super::toy::Toy;
 
-const fn s(seconds: u64) -> Duration {
+pub(super) const fn s(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
-const THREE: [&str; 3] = ["a", "b", "c"];
+pub(super) const THREE: [&str; 3] = ["a", "b", "c"];
 
 /// Long enough for a lease of 10 s to expire and for an election without a release.
 const FAILOVER: Duration = s(25);
@@ -457,66 +457,4 @@ fn a_job_that_hangs_holds_up_neither_a_promotion_nor_the_way_out() {
         }
         toy.until("all have left", s(120), |toy| THREE.iter().all(|member| toy.hosts[&name(member)].exit == Some(0)));
     }
-}
-
-#[test]
-fn a_stop_ends_in_an_exit_also_when_etcd_is_away() {
-    let mut toy = Toy::working(&THREE);
-    toy.etcd.up = false;
-    toy.run(s(1));
-    for member in THREE {
-        toy.stop_daemon(member);
-    }
-    toy.until("all have left", s(60), |toy| THREE.iter().all(|member| toy.hosts[&name(member)].exit == Some(0)));
-}
-
-#[test]
-fn a_guard_that_dies_is_replaced_and_its_server_comes_back() {
-    for member in ["a", "b"] {
-        let mut toy = Toy::working(&THREE);
-        toy.kill_guard(member);
-        toy.run(s(1));
-        toy.converges(s(60));
-        toy.stop_daemon(member);
-        toy.until("it has left", s(20), |toy| toy.hosts[&name(member)].exit == Some(0));
-    }
-}
-
-#[test]
-fn a_guard_that_is_silent_is_replaced() {
-    let mut toy = Toy::working(&THREE);
-    toy.host("a").server.guard.as_mut().unwrap().frozen = true;
-    toy.run(s(3));
-    toy.converges(s(60));
-}
-
-#[test]
-fn a_data_directory_that_vanished_is_cloned_anew_and_never_initialized() {
-    let mut toy = Toy::working(&THREE);
-    toy.power_off("b");
-    toy.host("b").server.data = None;
-    toy.run(s(1));
-    toy.start_daemon("b");
-    toy.converges(s(40));
-    // The leader's own: no in-place start, no initdb, another leads.
-    toy.power_off("a");
-    toy.host("a").server.data = None;
-    toy.start_daemon("a");
-    toy.converges(s(60));
-    assert_ne!(toy.leader(), Some("a"));
-    let now = toy.now;
-    let leader = toy.leader().unwrap().to_owned();
-    toy.host(&leader).server.crash(now);
-    toy.host(&leader).server.data = None;
-    toy.converges(s(60));
-    assert_ne!(toy.leader(), Some(leader.as_str()));
-}
-
-#[test]
-fn member_keys_that_were_deleted_by_hand_come_back() {
-    let mut toy = Toy::working(&THREE);
-    toy.load = false;
-    toy.run(s(10));
-    toy.etcd.by_hand(|keys| keys.members.clear());
-    toy.until("all keys are back", s(5), |toy| toy.etcd.keys.members.len() == 3);
 }

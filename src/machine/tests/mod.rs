@@ -9,3 +9,4 @@ mod toy;
 
 mod chaos;
 mod cluster;
+mod recovery;
