@@ -25,6 +25,7 @@ use std::fs::File;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use nix::fcntl::{Flock, FlockArg};
@@ -43,6 +44,10 @@ const QUEUE_MAX: usize = 4_096;
 const ENDS_MAX: usize = 64;
 /// Worker threads of the runtime: the machine's loop and everything that waits.
 const WORKER_THREADS: usize = 2;
+/// How often, and how far apart, the lock of run_dir is tried.
+const LOCK_TRIES: u32 = 40;
+/// See [`LOCK_TRIES`].
+const LOCK_AGAIN: Duration = Duration::from_millis(50);
 /// Exit code: refused (DESIGN, command line).
 const EXIT_REFUSED: u8 = 4;
 /// Exit code: stays down after repeated crashes.
@@ -108,14 +113,19 @@ fn make_private_directory(path: &Path) -> anyhow::Result<()> {
     })
 }
 
-/// One daemon per run_dir. The lock goes with the process, however it ends.
+/// One daemon per run_dir. The lock goes with the process, however it ends; the last thread of one that was killed a moment ago may
+/// still hold it.
 fn lock_run_dir(run_dir: &Path) -> anyhow::Result<Option<Flock<File>>> {
     let path = run_dir.join("daemon.lock");
-    let file =
+    let mut file =
         File::options().create(true).write(true).truncate(false).open(&path).with_context(|| format!("opening {}", path.display()))?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(Some(lock)),
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
-        Err((_, error)) => Err(error).with_context(|| format!("locking {}", path.display())),
+    for _ in 0..LOCK_TRIES {
+        file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(Some(lock)),
+            Err((file, nix::errno::Errno::EWOULDBLOCK)) => file,
+            Err((_, error)) => return Err(error).with_context(|| format!("locking {}", path.display())),
+        };
+        std::thread::sleep(LOCK_AGAIN);
     }
+    Ok(None)
 }

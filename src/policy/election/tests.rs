@@ -65,7 +65,7 @@ impl Vacant {
         self
     }
 
-    fn as_member(mut self, me: &str) -> Self {
+    fn of_member(mut self, me: &str) -> Self {
         self.me = name(me);
         self.own = self.view.members.get(&self.me).and_then(|key| key.record.vote).unwrap_or(self.own);
         self
@@ -173,7 +173,7 @@ fn timeline_comes_before_position_before_priority_before_the_order_in_the_spec()
     for (members, b, c) in votes {
         let vacant = Vacant::new().members(members).history(history.clone()).voted("b", b).voted("c", c);
         assert!(vacant.runs_after(0), "{members:?} {b:?} {c:?}");
-        assert!(!vacant.as_member("c").runs_after(0), "{members:?} {b:?} {c:?}: only one of them is the best");
+        assert!(!vacant.of_member("c").runs_after(0), "{members:?} {b:?} {c:?}: only one of them is the best");
     }
 }
 
@@ -183,7 +183,7 @@ fn the_member_that_a_release_names_runs_at_once_and_the_others_leave_it_alone_fo
     assert!(!vacant.runs_after(0));
     assert!(!vacant.runs_after(EXPECTED_GRACE_MS - 1));
     assert!(vacant.runs_after(EXPECTED_GRACE_MS));
-    assert!(vacant.as_member("c").runs_after(0), "without votes, peers or rank");
+    assert!(vacant.of_member("c").runs_after(0), "without votes, peers or rank");
 }
 
 #[test]
@@ -233,7 +233,7 @@ fn row_53_a_timeline_that_the_cluster_has_left_behind_is_not_eligible_however_fa
     // `a` promoted to 2 and died; `b` was promoted to 3 from the same point and led. Now `a` is back with more WAL.
     let history = vec![recorded(1, "c", 1, 10, 0, 0), recorded(2, "a", 2, 20, 1, LSN), recorded(3, "b", 3, 30, 1, LSN)];
     let vacant = Vacant::new().history(history).voted("b", vote(3, LSN + 64)).voted("c", vote(3, LSN + 64));
-    vacant.voted("a", vote(2, LSN + 4_096)).as_member("a").not_eligible_because("not an ancestor");
+    vacant.voted("a", vote(2, LSN + 4_096)).of_member("a").not_eligible_because("not an ancestor");
 }
 
 #[test]
@@ -263,7 +263,7 @@ fn row_66_a_later_timeline_that_no_leadership_reserved_is_not_eligible() {
 fn where_nobody_is_on_the_lineage_any_more_the_best_leads_once_all_have_said_so() {
     let vacant = Vacant::new().voted("a", vote(2, LSN)).voted("b", vote(2, LSN + 8)).voted("c", vote(2, LSN));
     assert!(vacant.runs_after(0), "{:?}", vacant.judge_after(0));
-    assert!(!Vacant::new().voted("a", vote(2, LSN)).voted("b", vote(2, LSN + 8)).voted("c", vote(2, LSN)).as_member("c").runs_after(0));
+    assert!(!Vacant::new().voted("a", vote(2, LSN)).voted("b", vote(2, LSN + 8)).voted("c", vote(2, LSN)).of_member("c").runs_after(0));
     Vacant::new().voted("b", vote(2, LSN + 8)).voted("c", vote(2, LSN)).gone("a").not_eligible_because("by hand");
     Vacant::new().voted("b", vote(2, LSN + 8)).voted("c", vote(2, LSN)).silent("a").not_eligible_because("by hand");
     Vacant::new().voted("a", vote(1, LSN)).voted("b", vote(2, LSN + 8)).voted("c", vote(2, LSN)).not_eligible_because("by hand");
@@ -316,7 +316,7 @@ fn rows_13_and_72_without_an_identity_in_etcd_all_declared_members_have_to_repor
 fn row_13_after_all_were_down_the_farthest_of_the_voters_leads() {
     let vacant = Vacant::new().voted("a", vote(1, LSN + 64)).voted("b", vote(1, LSN)).voted("c", vote(1, LSN));
     assert!(!vacant.runs_after(0));
-    assert!(vacant.as_member("a").runs_after(0), "the former leader too, if it is the farthest");
+    assert!(vacant.of_member("a").runs_after(0), "the former leader too, if it is the farthest");
 }
 
 #[test]
@@ -369,7 +369,7 @@ proptest! {
         }
         let running = MEMBERS.into_iter().filter(|member| {
             let mut other = Vacant { members: vacant.members.clone(), view: vacant.view.clone(), peers: Some(Vec::new()), ..Vacant::new() };
-            other = other.as_member(member);
+            other = other.of_member(member);
             other.runs_after(0)
         });
         prop_assert_eq!(running.count(), 1);
