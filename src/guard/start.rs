@@ -15,6 +15,7 @@ use anyhow::{Context, bail, ensure};
 use nix::errno::Errno;
 use nix::sys::mman::{MlockAllFlags, mlockall};
 use nix::sys::prctl::set_child_subreaper;
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::stat::{Mode, umask};
@@ -33,6 +34,8 @@ pub const LOCK_NAME: &str = "guard.lock";
 pub const SAY_PROTOCOL: &str = "--protocol";
 /// OOM score adjustment that is good enough: the OOM killer takes nearly anything else first. The unit file gives this to the daemon.
 const GUARD_OOM_SCORE: i32 = -900;
+/// RLIMIT_MEMLOCK that leaves room: twice the guard, and all its connections with full buffers.
+const MEMLOCK_ROOMY_BYTES: u64 = 8 << 20;
 
 /// The guard's main.
 ///
@@ -113,7 +116,7 @@ fn signals() -> anyhow::Result<SignalFd> {
 
 fn ask_for_privileges(guard: &mut Guard) {
     let subreaper = set_child_subreaper(true).map_err(io::Error::from);
-    let locked = mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE).map_err(io::Error::from);
+    let locked = mlockall(what_to_lock()).map_err(io::Error::from);
     for (what, done) in [
         ("orphans of PostgreSQL do not come to the guard", subreaper),
         ("the guard's memory is not locked, swapping can delay it", locked),
@@ -124,6 +127,13 @@ fn ask_for_privileges(guard: &mut Guard) {
             guard.condition(format!("{what}: {error}"));
         }
     }
+}
+
+/// With room to spare also what will be allocated; under a tight limit an allocation would fail, and a guard that fails takes PostgreSQL
+/// with it.
+fn what_to_lock() -> MlockAllFlags {
+    let roomy = getrlimit(Resource::RLIMIT_MEMLOCK).is_ok_and(|(soft, _)| soft >= MEMLOCK_ROOMY_BYTES);
+    if roomy { MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE } else { MlockAllFlags::MCL_CURRENT }
 }
 
 fn lower_oom_score() -> io::Result<()> {
