@@ -5,4 +5,5 @@ pub mod election;
 pub mod hba;
 pub mod parameters;
 pub mod rejoin;
+pub mod renewal;
 pub mod timelines;

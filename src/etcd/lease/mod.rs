@@ -11,7 +11,6 @@
 //! The rule that would surprise: the guard's acknowledgement, not etcd's answer, makes a deadline true. Without one within R nothing is
 //! renewed any more.
 
-mod book;
 mod renewal;
 
 use std::sync::Arc;
@@ -21,7 +20,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use self::book::{Book, Step};
+use crate::policy::renewal::{Book, Step};
 use self::renewal::{Outcome, Renewer};
 use super::pool::Pool;
 use super::settings::Settings;

@@ -1,4 +1,4 @@
-//! What the lease thread knows and what it does next. Pure: the time comes in, a step comes out.
+//! Decides when a lease is renewed, granted, or left alone: what the lease thread knows and what it does next. Never talks to etcd.
 //!
 //! The rule that would surprise: a lease that has run out by our own clock is not said to be lost, and is asked for until etcd says that
 //! it is gone. Whoever needs the deadline has it (E) and looks at the clock first; and because etcd gives every lease its full ttl again
@@ -18,16 +18,29 @@ const GRANT_RETRY_MIN_MS: u64 = 100;
 
 /// What to do next.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Step {
+pub enum Step {
     /// Nothing until a command comes.
     Idle,
     /// Nothing until then.
     WaitUntil(BootTime),
     /// Renew, and prove the lock if there is one.
-    /// With `hear_first`, only to an endpoint that has answered just before.
-    Renew { lease: LeaseIdentity, lock: Option<LockIdentity>, budget: Duration, hear_first: bool },
+    Renew {
+        /// Which lease.
+        lease: LeaseIdentity,
+        /// The lock to prove.
+        lock: Option<LockIdentity>,
+        /// a: bounds keepalive and proof together.
+        budget: Duration,
+        /// Only to an endpoint that has answered just before.
+        hear_first: bool,
+    },
     /// Get a lease.
-    Grant { ttl: Duration, budget: Duration },
+    Grant {
+        /// The ttl to ask for.
+        ttl: Duration,
+        /// How long that may take.
+        budget: Duration,
+    },
 }
 
 /// A lease that is kept up.
@@ -66,7 +79,7 @@ struct Wanted {
 
 /// The whole state of the lease thread.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Book {
+pub struct Book {
     /// For leases to come.
     times: LeaseTimes,
     held: Option<Held>,
@@ -77,11 +90,13 @@ pub(super) struct Book {
 }
 
 impl Book {
-    pub(super) fn new(times: LeaseTimes) -> Self {
+    /// Keeps nothing up yet.
+    pub fn new(times: LeaseTimes) -> Self {
         Self { times, held: None, candidate: None, wanted: None, silent: false }
     }
 
-    pub(super) fn next(&self, now: BootTime) -> Step {
+    /// What is due.
+    pub fn next(&self, now: BootTime) -> Step {
         let held = self.held.as_ref().filter(|_| !self.silent);
         if let Some(held) = held.filter(|held| held.next_at <= now) {
             let hear_first = held.hear_first(now);
@@ -97,7 +112,7 @@ impl Book {
     }
 
     /// A new lease that nobody took up in time is replaced. To be called before anything else at each waking.
-    pub(super) fn expire(&mut self, now: BootTime) {
+    pub fn expire(&mut self, now: BootTime) {
         if self.candidate.as_ref().is_some_and(|candidate| candidate.until <= now) {
             self.candidate = None;
             self.want(now);
@@ -106,13 +121,13 @@ impl Book {
 
     /// The times of the lease that is kept up: what the guard computes the deadlines with, and how long it may take to acknowledge.
     /// Never those of a lease to come: with a longer ttl than the lease has, the guard would fence after the lock is gone.
-    pub(super) fn held_times(&self) -> LeaseTimes {
+    pub fn held_times(&self) -> LeaseTimes {
         self.held.as_ref().map_or(self.times, |held| held.times)
     }
 
     /// etcd said what ttl the lease was granted with. One that was adopted may be from before a change of the spec: it counts by its own
     /// ttl, and a lease of the wanted one is got.
-    pub(super) fn learn_ttl(&mut self, ttl: Duration, now: BootTime) {
+    pub fn learn_ttl(&mut self, ttl: Duration, now: BootTime) {
         let wanted = self.times.ttl;
         let Some(held) = self.held.as_mut().filter(|held| held.times.ttl != ttl) else { return };
         // The configured margin was checked against the configured ttl, not against this one.
@@ -127,8 +142,8 @@ impl Book {
         self.wanted = Some(Wanted { at: now, failures: 0 });
     }
 
-    /// `sent` is from before the request.
-    pub(super) fn granted(&mut self, identity: LeaseIdentity, sent: BootTime) -> LeaseEvent {
+    /// etcd granted a lease; `sent` is from before the request.
+    pub fn granted(&mut self, identity: LeaseIdentity, sent: BootTime) -> LeaseEvent {
         let (times, until) = (self.times, sent + self.times.validity());
         self.wanted = None;
         if self.held.is_some() {
@@ -140,7 +155,8 @@ impl Book {
         LeaseEvent::Granted { identity, ttl: times.ttl, sent }
     }
 
-    pub(super) fn grant_failed(&mut self, now: BootTime, why: String) -> LeaseEvent {
+    /// It did not: tried again after a pause that grows.
+    pub fn grant_failed(&mut self, now: BootTime, why: String) -> LeaseEvent {
         let longest = self.times.renewal_interval();
         if let Some(wanted) = &mut self.wanted {
             let pause = Duration::from_millis(GRANT_RETRY_MIN_MS) * 2_u32.saturating_pow(wanted.failures.min(10));
@@ -151,14 +167,14 @@ impl Book {
     }
 
     /// Books the beginning of a renewal: the next one is due R after it, however this one ends.
-    pub(super) fn begun(&mut self, now: BootTime) {
+    pub fn begun(&mut self, now: BootTime) {
         if let Some(held) = &mut self.held {
             held.next_at = now + held.times.renewal_interval();
         }
     }
 
     /// The lease was renewed by a request sent at `sent`. Moves the deadline, only forward, and says until when.
-    pub(super) fn renewed(&mut self, sent: BootTime) -> Option<BootTime> {
+    pub fn renewed(&mut self, sent: BootTime) -> Option<BootTime> {
         let held = self.held.as_mut()?;
         held.until = held.until.max(sent + held.times.validity());
         held.proved = held.proved.max(sent);
@@ -166,24 +182,25 @@ impl Book {
     }
 
     /// etcd says that there is no such lease. The next one is granted when it is asked for.
-    pub(super) fn not_found(&mut self) -> Option<LeaseEvent> {
+    pub fn not_found(&mut self) -> Option<LeaseEvent> {
         self.forget().map(|_| LeaseEvent::Lost { why: LeaseLoss::LeaseNotFound })
     }
 
     /// The proof failed. The lease itself is kept.
-    pub(super) fn lock_not_ours(&mut self) -> Option<LeaseEvent> {
+    pub fn lock_not_ours(&mut self) -> Option<LeaseEvent> {
         let held = self.held.as_mut()?;
         held.lock.take().map(|_| LeaseEvent::Lost { why: LeaseLoss::LockNotOurs })
     }
 
-    pub(super) fn guard_silent(&mut self) -> LeaseEvent {
+    /// The guard did not acknowledge: nothing is renewed until somebody says that it is back.
+    pub fn guard_silent(&mut self) -> LeaseEvent {
         self.silent = true;
         self.wanted = None;
         LeaseEvent::GuardSilent
     }
 
     /// Takes a lease over and renews it at once.
-    pub(super) fn adopt(&mut self, identity: LeaseIdentity, lock: Option<LockIdentity>, now: BootTime) {
+    pub fn adopt(&mut self, identity: LeaseIdentity, lock: Option<LockIdentity>, now: BootTime) {
         let candidate = self.candidate.take().filter(|candidate| candidate.identity == identity);
         let times = candidate.map_or(self.times, |candidate| candidate.times);
         // When it was renewed last is not known here; the guard has the deadline.
@@ -193,20 +210,23 @@ impl Book {
     }
 
     /// Drops what is held and gets a new lease.
-    pub(super) fn grant(&mut self, now: BootTime) {
+    pub fn grant(&mut self, now: BootTime) {
         self.forget();
         self.want(now);
     }
 
     /// Keeps nothing up any more. Answers with the lease that was.
-    pub(super) fn forget(&mut self) -> Option<LeaseIdentity> {
+    pub fn forget(&mut self) -> Option<LeaseIdentity> {
         let held = self.held.take();
         *self = Self::new(self.times);
         held.map(|held| held.identity)
     }
 
     /// A lock was taken: renew and prove at once.
-    pub(super) fn hold(&mut self, lock: LockIdentity, now: BootTime) -> Result<(), String> {
+    ///
+    /// # Errors
+    /// When it hangs on another lease than the one that is kept up.
+    pub fn hold(&mut self, lock: LockIdentity, now: BootTime) -> Result<(), String> {
         match self.held.as_mut().filter(|held| held.identity == lock.lease) {
             Some(held) => {
                 if held.lock != Some(lock) {
@@ -221,14 +241,14 @@ impl Book {
     }
 
     /// The lock is given up: from now on the lease alone is renewed.
-    pub(super) fn let_go(&mut self) {
+    pub fn let_go(&mut self) {
         if let Some(held) = &mut self.held {
             held.lock = None;
         }
     }
 
     /// A changed ttl needs a lease of its own; anything else counts at once.
-    pub(super) fn change_times(&mut self, times: LeaseTimes, now: BootTime) {
+    pub fn change_times(&mut self, times: LeaseTimes, now: BootTime) {
         self.times = times;
         self.candidate = None;
         match &mut self.held {
