@@ -10,6 +10,7 @@ pub mod facts;
 pub mod guard;
 pub mod http;
 pub mod machine;
+pub mod mutants;
 pub mod policy;
 pub mod postgres;
 pub mod spec;

@@ -1,0 +1,133 @@
+//! Deliberate bugs, to prove that the simulator would find them. A simulator that has not found planted bugs has proved nothing.
+//!
+//! Without the cargo feature `mutants`, which no shipped program is built with, [`mutant`] is a constant `false` and nothing of it is
+//! left in the code. With it one bug at a time is switched on, for the thread that asks.
+//!
+//! The rule that would surprise: some of these live in the simulator, where it stands in for an edge (etcd's transactions, the lease's
+//! thread, jobs on PostgreSQL), and are switched on the same way.
+
+/// One deliberate bug.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Mutant {
+    /// E counts from etcd's answer and not from before the request.
+    DeadlineFromTheAnswer,
+    /// A keepalive that says OK is taken for a proof of the lock (etcd #20616).
+    ProofOmitted,
+    /// A proof of another raft term than the keepalive's counts.
+    ProofOfAnyTerm,
+    /// A deadline counts although the guard did not acknowledge it.
+    SilentGuardTrusted,
+    /// The guard does not perform the ladder.
+    LadderNotClimbed,
+    /// The end of the postmaster is taken for the end of all its processes (SAFETY row 6).
+    DeathOfPostmasterIsProof,
+    /// A watch that says nothing is believed to be well.
+    SilentWatchTrusted,
+    /// After a compaction the watch goes on as if nothing had been missed.
+    WatchGapIgnored,
+    /// What peers say of themselves before an election is not heard.
+    PeersNotHeard,
+    /// A diverged data directory is not kept when a copy takes its place.
+    DivergedNotKept,
+    /// Ids that others reserved are not laid as history files before promote.
+    ReservedIdsNotLaid,
+    /// PostgreSQL is promoted before the guard has acknowledged that it may write.
+    PromoteUnvouched,
+    /// A leader's write is accepted whatever its epoch.
+    EpochNotCompared,
+    /// The transaction that takes the lock does not compare what the member judged itself on.
+    AcquireComparesNothing,
+    /// The machine does not look whether its proof has run out.
+    ProofNeverRunsOut,
+    /// The lock is given back before PostgreSQL is proved dead.
+    ReleasedBeforeDeath,
+    /// Positions are compared by number, whatever timeline they are on.
+    PositionsWithoutTimeline,
+    /// A member that lost the lock takes it back from a timeline that was left behind.
+    LineageNotLooked,
+    /// How far behind a member is does not matter.
+    LagIgnored,
+    /// The next timeline id is one more than the member's own.
+    TimelineFromOwnOnly,
+    /// initdb although another member holds data.
+    InitdbBesideData,
+    /// A daemon that starts takes a leader key with its own name for its own lock.
+    AdoptedByName,
+    /// A promotion without a proof of the lock.
+    PromoteUnproved,
+    /// The lock that vanished from the view is still believed to be held.
+    LostLockNotSeen,
+    /// PostgreSQL out of recovery without a lock is left alone (SAFETY row 66).
+    UnlawfulLeftAlone,
+    /// A timeline of the leader's number is followed whoever promoted it (SAFETY row 53).
+    ForeignPromotionFollowed,
+    /// Divergence past the switch point is not looked at.
+    DivergenceIgnored,
+    /// A proof that comes after the fast stop was due calls the ladder off.
+    LadderCalledOff,
+}
+
+impl Mutant {
+    /// All of them.
+    pub const ALL: [Mutant; 28] = [
+        Mutant::DeadlineFromTheAnswer,
+        Mutant::ProofOmitted,
+        Mutant::ProofOfAnyTerm,
+        Mutant::SilentGuardTrusted,
+        Mutant::LadderNotClimbed,
+        Mutant::DeathOfPostmasterIsProof,
+        Mutant::SilentWatchTrusted,
+        Mutant::WatchGapIgnored,
+        Mutant::PeersNotHeard,
+        Mutant::DivergedNotKept,
+        Mutant::ReservedIdsNotLaid,
+        Mutant::PromoteUnvouched,
+        Mutant::EpochNotCompared,
+        Mutant::AcquireComparesNothing,
+        Mutant::ProofNeverRunsOut,
+        Mutant::ReleasedBeforeDeath,
+        Mutant::PositionsWithoutTimeline,
+        Mutant::LineageNotLooked,
+        Mutant::LagIgnored,
+        Mutant::TimelineFromOwnOnly,
+        Mutant::InitdbBesideData,
+        Mutant::AdoptedByName,
+        Mutant::PromoteUnproved,
+        Mutant::LostLockNotSeen,
+        Mutant::UnlawfulLeftAlone,
+        Mutant::ForeignPromotionFollowed,
+        Mutant::DivergenceIgnored,
+        Mutant::LadderCalledOff,
+    ];
+}
+
+#[cfg(feature = "mutants")]
+mod switch {
+    use std::cell::Cell;
+
+    use super::Mutant;
+
+    thread_local! {
+        static ACTIVE: Cell<Option<Mutant>> = const { Cell::new(None) };
+    }
+
+    /// Whether this bug is in force on this thread.
+    pub fn mutant(which: Mutant) -> bool {
+        ACTIVE.get() == Some(which)
+    }
+
+    /// Switches one bug on, or all off, for this thread.
+    pub fn activate(which: Option<Mutant>) {
+        ACTIVE.set(which);
+    }
+}
+
+#[cfg(feature = "mutants")]
+pub use switch::{activate, mutant};
+
+/// Never: this program was built without deliberate bugs.
+#[cfg(not(feature = "mutants"))]
+#[inline(always)]
+pub const fn mutant(_: Mutant) -> bool {
+    false
+}

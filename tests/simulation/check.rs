@@ -1,0 +1,344 @@
+//! What must hold at every moment (SAFETY 3), judged from outside by what really is: processes, WAL, etcd's own state.
+//!
+//! Each violation names its invariant. The limits of P1 that are stated to users are in [`Sim::excused`], and nowhere else.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use pgherd::clock::BootTime;
+use pgherd::facts::cluster::{ClusterView, DataDirectoryReport, Initialize};
+use pgherd::machine::action::{Action, Operation, OperationKind, StartAs};
+use pgherd::machine::event::{Event, Finished};
+use pgherd::machine::world::Lock;
+use pgherd::types::{Epoch, LockIdentity, Lsn, TimelineId};
+
+use super::clock::{Real, ms};
+use super::etcd::Acquired;
+use super::host::{Daemon, Host};
+use super::wal::Segment;
+use super::world::Sim;
+
+/// More orders at once than any event can need.
+const ACTIONS_PER_EVENT_MAX: usize = 16;
+/// One probe, and the order that follows it: a promotion by hand is fenced within this (P1's limits).
+const BY_HAND_MS: u64 = 1_600;
+/// A machine that goes on after standing still has its guard run before this.
+pub const AWAKE_MS: u64 = 60;
+
+#[derive(Debug, Clone)]
+pub struct Violation {
+    pub invariant: &'static str,
+    pub what: String,
+}
+
+/// The end of a leadership as it was published, and the WAL it was on.
+#[derive(Debug, Clone)]
+struct Published {
+    segments: Vec<Segment>,
+    lsn: Lsn,
+}
+
+#[derive(Default)]
+pub struct Checks {
+    pub violation: Option<Violation>,
+    /// Hosts whose daemon's loop is running right now.
+    pub pumping: BTreeSet<usize>,
+    /// Each id has one promoter.
+    promoters: BTreeMap<TimelineId, (usize, u64)>,
+    last_timeline: TimelineId,
+    last_epoch: Epoch,
+    published: Option<Published>,
+    pub commits: u64,
+    pub lost_bytes: u64,
+    /// Changes of the lock's holder: when, whose.
+    pub leaders: Vec<(Real, usize)>,
+    maximum_lag: u64,
+    last_fenced: Epoch,
+    /// etcd was restored from a backup: ids and epochs may come twice, and who leads is the operator's to see to (SAFETY row 43).
+    restored: bool,
+}
+
+impl Checks {
+    pub fn new() -> Self {
+        Checks { maximum_lag: 1 << 20, ..Checks::default() }
+    }
+
+    pub fn fail(&mut self, invariant: &'static str, what: String) {
+        // Two promotions to one id are possible where etcd has forgotten the first.
+        if self.restored && invariant == "I9" {
+            return;
+        }
+        self.violation.get_or_insert(Violation { invariant, what });
+    }
+
+    pub fn before_event(daemon: &mut Daemon, event: &Event) {
+        if let Event::Finished(finished) = event
+            && let Some(kind) = kind_of(finished)
+        {
+            daemon.under_way.remove(&kind);
+        }
+    }
+
+    /// The claims on orders: I2, I3, I9, I10, I11.
+    pub fn judge_actions(&mut self, now: BootTime, daemon: &mut Daemon, actions: &[Action]) {
+        if actions.len() > ACTIONS_PER_EVENT_MAX {
+            self.fail("L5", format!("{} actions at one event", actions.len()));
+        }
+        for action in actions {
+            let Action::Do(operation) = action else { continue };
+            let kind = operation.kind();
+            if daemon.under_way.contains(&kind) {
+                self.fail("L5", format!("{kind:?} twice at a time"));
+            }
+            if kind.is_job()
+                && let Some(job) = daemon.under_way.iter().find(|kind| kind.is_job())
+            {
+                self.fail("L5", format!("{kind:?} while {job:?} is under way"));
+            }
+            self.judge_operation(daemon, now, operation);
+            daemon.under_way.insert(kind);
+        }
+    }
+
+    fn judge_operation(&mut self, daemon: &Daemon, now: BootTime, operation: &Operation) {
+        let world = daemon.machine.world();
+        let proved = |wanted: Option<LockIdentity>| match world.lock {
+            Lock::Proved { identity, announce_at, .. } => now < announce_at && wanted.is_none_or(|wanted| wanted == identity),
+            Lock::None | Lock::Unproved(_) => false,
+        };
+        match operation {
+            Operation::Promote { lock, timeline, .. } => {
+                if !proved(Some(*lock)) {
+                    self.fail("I3", "a promotion is ordered without a proof of the lock".to_owned());
+                }
+                if world.timeline_of(*lock) != Some(*timeline) {
+                    self.fail("I9", format!("a promotion onto {timeline} is ordered, which the lock did not reserve"));
+                }
+            }
+            Operation::Start { role: StartAs::Primary, .. } if !proved(None) => {
+                self.fail("I2", "a start as a primary is ordered without a proof of the lock".to_owned());
+            }
+            Operation::Clone { .. } if world.lock != Lock::None => {
+                self.fail("I10", "a copy is ordered over the data directory of the lock's holder".to_owned());
+            }
+            Operation::Initdb { .. } => {
+                let Some(view) = &world.view else { return self.fail("I11", "initdb without a view of etcd".to_owned()) };
+                let full = view.members.values().any(|key| key.record.data_directory == DataDirectoryReport::Full);
+                let ours = world.lease.map(|lease| lease.lease);
+                let claimed = matches!(&view.initialize, Some(Initialize::Claimed { lease, .. }) if Some(*lease) == ours);
+                if full || !claimed {
+                    self.fail("I11", "initdb is ordered although data is known, or the claim is not ours".to_owned());
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// A leader's position is in etcd: so much must survive it, less `maximum_lag_on_failover` (P2).
+    pub fn etcd_changed(&mut self, view: &ClusterView) {
+        if let Some(leader) = &view.leader {
+            if leader.epoch < self.last_epoch && view.revision.0 > self.last_epoch.0 {
+                self.fail("I4", format!("the lock's epoch goes back from {} to {}", self.last_epoch, leader.epoch));
+            }
+            self.last_epoch = self.last_epoch.max(leader.epoch);
+        }
+    }
+
+    /// etcd went back to an older state: what was known of epochs and ids is over.
+    pub fn etcd_restored(&mut self) {
+        (self.last_epoch, self.last_fenced) = (Epoch(0), Epoch(0));
+        self.restored = true;
+    }
+
+    /// I4: accepted writes of leaders never carry an epoch older than one already accepted.
+    fn fenced_writes(&mut self, writes: &[Epoch]) {
+        for epoch in writes {
+            if *epoch < self.last_fenced {
+                self.fail("I4", format!("a write under epoch {epoch} was accepted after one under {}", self.last_fenced));
+            }
+            self.last_fenced = *epoch;
+        }
+    }
+
+    pub fn published(&mut self, host: &Host, lsn: Lsn) {
+        if let Some(data) = &host.server.data {
+            self.published = Some(Published { segments: data.wal.segments.clone(), lsn });
+        }
+    }
+
+    /// A primary takes connections that was started as one.
+    pub fn opened(&mut self, host: usize, hosts: &[Host]) {
+        let Some(data) = &hosts[host].server.data else { return };
+        self.led_on(data.wal.timeline(), hosts[host].name.as_str());
+    }
+
+    /// I9: along leaderships the timeline never goes back.
+    fn led_on(&mut self, timeline: TimelineId, name: &str) {
+        if timeline < self.last_timeline && !self.restored {
+            self.fail("I9", format!("{name} leads on timeline {timeline} after {} was led on", self.last_timeline));
+        }
+        self.last_timeline = self.last_timeline.max(timeline);
+    }
+
+    pub fn promoted(&mut self, host: usize, timeline: TimelineId, by_hand: bool, hosts: &[Host]) {
+        let Some(data) = &hosts[host].server.data else { return };
+        let token = data.wal.token();
+        if by_hand {
+            return;
+        }
+        if let Some((other, _)) = self.promoters.insert(timeline, (host, token)).filter(|_| !self.restored) {
+            let what = format!("timeline {timeline} is promoted to by {} and by {}", hosts[other].name, hosts[host].name);
+            self.fail("I9", what);
+        }
+        self.led_on(timeline, hosts[host].name.as_str());
+        self.judge_loss(host, hosts);
+    }
+
+    /// P2 in async: at most `maximum_lag_on_failover` of what the last leader has published is left behind, unless nobody has it any more.
+    fn judge_loss(&mut self, host: usize, hosts: &[Host]) {
+        let (Some(published), Some(data)) = (&self.published, &hosts[host].server.data) else { return };
+        let shared = data.wal.segments.iter().zip(&published.segments).take_while(|(ours, theirs)| ours == theirs).count();
+        let next_of = |segments: &[Segment], end: Lsn| segments.get(shared).map_or(end, |next| next.start);
+        let common =
+            if shared == 0 { Lsn(0) } else { next_of(&data.wal.segments, data.wal.end).min(next_of(&published.segments, published.lsn)) };
+        let lost = published.lsn.bytes_since(common);
+        let token = published.segments.last().map_or(0, |segment| segment.token);
+        let still_there = hosts.iter().any(|other| {
+            let extent = other.server.data.as_ref().and_then(|data| data.wal.extent_of(token));
+            extent.is_some_and(|extent| extent >= published.lsn)
+        });
+        self.lost_bytes += lost;
+        if lost > self.maximum_lag && still_there && !self.restored {
+            let what = format!("{} was promoted {lost} bytes behind what its predecessor had published", hosts[host].name);
+            self.fail("P2", what);
+        }
+    }
+
+    pub fn initdb(&mut self, host: usize, hosts: &[Host]) {
+        let full: Vec<&str> = hosts.iter().filter(|host| host.server.data.is_some()).map(|host| host.name.as_str()).collect();
+        if !full.is_empty() {
+            self.fail("I11", format!("{} runs initdb beside the data of {full:?}", hosts[host].name));
+        }
+    }
+
+    /// A data directory is replaced by a copy: P5 and I10.
+    pub fn swapped(&mut self, host: usize, hosts: &[Host], kept: bool, holder: Option<&str>) {
+        let this = &hosts[host];
+        if !this.server.is_empty() {
+            self.fail("I10", format!("{}'s data directory is replaced under a live server", this.name));
+        }
+        if holder == Some(this.name.as_str()) {
+            self.fail("I10", format!("{} replaces its data directory while it holds the lock", this.name));
+        }
+        let Some(old) = &this.server.data else { return };
+        let elsewhere = hosts
+            .iter()
+            .enumerate()
+            .any(|(other, there)| other != host && there.server.data.as_ref().is_some_and(|data| old.wal.is_in_the_past_of(&data.wal)));
+        if !kept && !elsewhere {
+            self.fail("I10", format!("{} gives away WAL that is nowhere else", this.name));
+        }
+    }
+
+    /// I13: at most one member's leader paths answer 200, and its server is a primary whose lock runs.
+    pub fn leader_paths(&mut self, now: Real, says: &[usize], hosts: &[Host]) {
+        let bound: Vec<&usize> = says.iter().filter(|host| now >= hosts[**host].excused_until).collect();
+        if bound.len() > 1 {
+            let names: Vec<&str> = bound.iter().map(|host| hosts[**host].name.as_str()).collect();
+            self.fail("I13", format!("leader paths answer 200 on {names:?}"));
+        }
+        for host in bound {
+            if hosts[*host].local(now) >= hosts[*host].proved_until {
+                self.fail("I13", format!("{}'s leader paths answer 200 after its lock has run out", hosts[*host].name));
+            }
+        }
+    }
+}
+
+impl Sim {
+    pub fn lock_was_taken(&mut self, host: usize, outcome: &Acquired) {
+        if let Acquired::Ours(_) = outcome {
+            self.checks.leaders.push((self.now, host));
+            let name = self.hosts[host].name.clone();
+            self.say(Some(host), || format!("etcd: {name} takes the lock"));
+        }
+    }
+
+    /// I1 and I2, after everything that happens.
+    pub fn check(&mut self) {
+        let now = self.now;
+        let mut writer: Option<usize> = None;
+        for host in 0..self.hosts.len() {
+            if !self.hosts[host].server.acknowledges(now) || self.hosts[host].stands {
+                continue;
+            }
+            if self.excused(host) {
+                continue;
+            }
+            let local = self.hosts[host].local(now);
+            if local >= self.hosts[host].proved_until {
+                let what = format!("{} can acknowledge commits although its lock has run out", self.hosts[host].name);
+                self.checks.fail("I2", what);
+            }
+            if let Some(other) = writer.replace(host) {
+                let what = format!("{} and {} can both acknowledge commits", self.hosts[other].name, self.hosts[host].name);
+                self.checks.fail("I1", what);
+            }
+        }
+        let writes = std::mem::take(&mut self.etcd.fenced_writes);
+        self.checks.fenced_writes(&writes);
+    }
+
+    /// The limits of P1 that are stated to the user.
+    fn excused(&mut self, host: usize) -> bool {
+        let now = self.now;
+        let (guard, daemon) = (self.hosts[host].guard_works(), self.hosts[host].daemon_works());
+        let reaches = self.reaches_etcd(host);
+        let this = &mut self.hosts[host];
+        // Guard and daemon both cannot do their work, and there is no watchdog.
+        if !guard && !daemon && this.guard.as_ref().is_some_and(|guard| guard.frozen) {
+            this.excused_until = this.excused_until.max(now.after(ms(AWAKE_MS)));
+        }
+        // pg_promote by hand: fenced within one probe while its daemon runs and its server answers.
+        if let Some(at) = this.server.postmaster.as_ref().and_then(|postmaster| postmaster.promoted_by_hand) {
+            let blind = !daemon || !guard || this.server.ail.slowness > 0 || this.server.ail.stuck;
+            let from = if blind { now } else { at };
+            this.excused_until = this.excused_until.max(from.after(ms(BY_HAND_MS)));
+        }
+        // etcd took the lock away before its time, and its holder cannot be told.
+        if now < this.early_loss_until {
+            let deaf =
+                !daemon || !reaches || this.daemon.as_ref().is_some_and(|daemon| daemon.watch.stalled || daemon.watch.known.is_none());
+            if deaf {
+                this.excused_until = this.excused_until.max(this.early_loss_until);
+            }
+        }
+        now < this.excused_until
+    }
+}
+
+/// Which operation ended.
+fn kind_of(finished: &Finished) -> Option<OperationKind> {
+    use OperationKind as Kind;
+    Some(match finished {
+        Finished::KeptSeen(_) => return None,
+        Finished::Looked(_) => Kind::Look,
+        Finished::Started(_) | Finished::StartedOnOldFiles { .. } => Kind::Start,
+        Finished::Configured { .. } => Kind::Configure,
+        Finished::Initialized(_) => Kind::Initdb,
+        Finished::Cloned(_) => Kind::Clone,
+        Finished::RejoinPlanned(_) => Kind::PlanRejoin,
+        Finished::PromotionAsked(_) => Kind::Promote,
+        Finished::RolesEnsured(_) => Kind::EnsureRoles,
+        Finished::Checkpointed(_) => Kind::Checkpoint,
+        Finished::MemberPut(_) => Kind::PutMember,
+        Finished::Acquired(_) => Kind::Acquire,
+        Finished::Released(_) => Kind::Release,
+        Finished::StatusWritten(_) => Kind::WriteStatus,
+        Finished::PromotionRecorded(_) => Kind::RecordPromotion,
+        Finished::InitializeClaimed(_) => Kind::ClaimInitialize,
+        Finished::InitializeGivenUp(_) => Kind::GiveUpInitialize,
+        Finished::RequestAnswered(_) => Kind::AnswerRequest,
+        Finished::PeersAsked { .. } => Kind::AskPeers,
+        Finished::FencedByScan(_) => Kind::FenceByScan,
+    })
+}

@@ -1,0 +1,386 @@
+//! etcd as far as pgherd sees it: revisions, leases, and the transactions that the daemon makes, each applied at one moment. Who reaches
+//! it, and what becomes of requests and answers on the way, is `network`'s business. `reality` holds it against real servers.
+//!
+//! What would surprise: a lease that has run out is there until the next look at expired leases, 500 ms apart, and every lease gets its
+//! full ttl again when etcd's leader changes.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pgherd::facts::cluster::{
+    ClusterView, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord,
+};
+use pgherd::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision, SystemId};
+
+use super::clock::{Real, ms};
+
+/// etcd's lessor looks for expired leases so often.
+pub const EXPIRY_TICK_MS: u64 = 500;
+/// The one cluster.
+pub const CLUSTER: EtcdClusterId = EtcdClusterId(14_841_639_068_965_178_418);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Serving {
+    Yes,
+    /// No majority. `refuses` = its members are gone, and a connection is refused at once.
+    No {
+        refuses: bool,
+    },
+    /// Between two leaders.
+    Electing {
+        until: Real,
+    },
+}
+
+#[derive(Debug, Clone)]
+struct Lease {
+    ttl: Duration,
+    until: Real,
+}
+
+/// Known bugs of old servers (SAFETY 6), switched on as faults.
+#[derive(Debug, Clone, Default)]
+pub struct Bugs {
+    /// #20616: a keepalive of a lease that is gone answers as if it were there.
+    pub renews_the_dead: bool,
+    /// #15247: the old leader revokes leases that live.
+    pub revokes_early: bool,
+    /// Watches lose deletions.
+    pub loses_deletions: bool,
+}
+
+/// What a member takes the lock with.
+#[derive(Debug, Clone)]
+pub struct AcquireAsk {
+    pub member: MemberName,
+    pub lease: LeaseId,
+    pub history_revision: Revision,
+    pub sync_revision: Revision,
+    pub history: Vec<HistoryEntry>,
+    pub initialize: Option<SystemId>,
+}
+
+/// How taking it ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Acquired {
+    Ours(LockIdentity),
+    Beaten,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Put {
+    Written,
+    Foreign(LeaseId),
+    /// Another write of ours came between.
+    Moved,
+    NoLease,
+}
+
+pub struct Etcd {
+    pub serving: Serving,
+    pub term: u64,
+    pub view: Arc<ClusterView>,
+    pub bugs: Bugs,
+    /// The database is full: whatever writes is refused (SAFETY row 44).
+    pub no_space: bool,
+    leases: BTreeMap<LeaseId, Lease>,
+    next_lease: i64,
+    pub next_tick: Real,
+    /// Epochs of leaders' writes that were accepted (I4).
+    pub fenced_writes: Vec<Epoch>,
+    /// Transactions that wrote, by the name of what they wrote, for L5.
+    pub writes: u64,
+    backup: Option<(Arc<ClusterView>, BTreeMap<LeaseId, Lease>)>,
+}
+
+impl Etcd {
+    pub fn new() -> Self {
+        Etcd {
+            serving: Serving::Yes,
+            term: 2,
+            view: Arc::new(ClusterView { etcd_cluster: Some(CLUSTER), revision: Revision(1), ..ClusterView::default() }),
+            bugs: Bugs::default(),
+            no_space: false,
+            leases: BTreeMap::new(),
+            next_lease: 0x7000,
+            next_tick: Real(0),
+            fenced_writes: Vec::new(),
+            writes: 0,
+            backup: None,
+        }
+    }
+
+    pub fn serves(&self) -> bool {
+        self.serving == Serving::Yes
+    }
+
+    /// Time goes by. True = something changed.
+    pub fn tick(&mut self, now: Real) -> bool {
+        if now < self.next_tick {
+            return false;
+        }
+        self.next_tick = now.after(ms(EXPIRY_TICK_MS));
+        if !self.serves() {
+            return false;
+        }
+        let expired: Vec<LeaseId> = self.leases.iter().filter(|(_, lease)| lease.until <= now).map(|(id, _)| *id).collect();
+        expired.into_iter().fold(false, |changed, lease| self.revoke(lease) || changed)
+    }
+
+    /// Leases that live run out now: the bug of an old leader.
+    pub fn revoke_early(&mut self) {
+        self.leases.values_mut().for_each(|lease| lease.until = Real(0));
+    }
+
+    /// A new leader: a new term, and full ttls.
+    pub fn elected(&mut self, now: Real) {
+        self.serving = Serving::Yes;
+        self.term += 1;
+        for lease in self.leases.values_mut() {
+            lease.until = now.after(lease.ttl);
+        }
+    }
+
+    /// When a lease that holds is over at the earliest; None = it is gone.
+    pub fn lease_until(&self, lease: LeaseId) -> Option<Real> {
+        self.leases.get(&lease).map(|lease| lease.until)
+    }
+
+    pub fn keys(&mut self) -> &mut ClusterView {
+        Arc::make_mut(&mut self.view)
+    }
+
+    fn wrote(&mut self) -> Revision {
+        self.writes += 1;
+        let keys = self.keys();
+        keys.revision.0 += 1;
+        keys.revision
+    }
+
+    /// Somebody changes keys by hand.
+    pub fn by_hand(&mut self, change: impl FnOnce(&mut ClusterView)) {
+        let revision = self.wrote();
+        let keys = self.keys();
+        change(keys);
+        keys.revision = revision;
+    }
+
+    /// `etcdctl del --prefix`: leases stay.
+    pub fn wipe(&mut self) {
+        let revision = self.wrote();
+        *self.keys() = ClusterView { etcd_cluster: Some(CLUSTER), revision, ..ClusterView::default() };
+    }
+
+    pub fn back_up(&mut self) {
+        self.backup = Some((Arc::clone(&self.view), self.leases.clone()));
+    }
+
+    /// Comes back as it was at the backup (SAFETY row 43).
+    pub fn restore(&mut self, now: Real) -> bool {
+        let Some((view, leases)) = self.backup.clone() else { return false };
+        (self.view, self.leases) = (view, leases);
+        self.elected(now);
+        true
+    }
+
+    pub fn grant(&mut self, now: Real, ttl: Duration) -> LeaseIdentity {
+        self.next_lease += 1;
+        let lease = LeaseId(self.next_lease);
+        self.leases.insert(lease, Lease { ttl, until: now.after(ttl) });
+        LeaseIdentity { cluster: CLUSTER, lease }
+    }
+
+    /// The ttl it was granted with; None = there is no such lease.
+    pub fn keep_alive(&mut self, now: Real, lease: LeaseId) -> Option<Duration> {
+        let known = self.leases.get_mut(&lease).map(|kept| {
+            kept.until = now.after(kept.ttl);
+            kept.ttl
+        });
+        known.or(self.bugs.renews_the_dead.then_some(Duration::from_secs(10)))
+    }
+
+    /// True = keys went with it.
+    pub fn revoke(&mut self, lease: LeaseId) -> bool {
+        self.leases.remove(&lease);
+        let has = |view: &ClusterView| {
+            view.members.values().any(|key| key.lease == lease)
+                || view.leader.as_ref().is_some_and(|leader| leader.lease == lease)
+                || matches!(&view.initialize, Some(Initialize::Claimed { lease: on, .. }) if *on == lease)
+        };
+        if !has(&self.view) {
+            return false;
+        }
+        let keys = self.keys();
+        keys.members.retain(|_, key| key.lease != lease);
+        keys.leader = keys.leader.take().filter(|leader| leader.lease != lease);
+        if matches!(&keys.initialize, Some(Initialize::Claimed { lease: on, .. }) if *on == lease) {
+            keys.initialize = None;
+        }
+        keys.revision.0 += 1;
+        true
+    }
+
+    /// The transaction after a keepalive: whether the lock is this one.
+    pub fn proves(&self, lock: LockIdentity) -> bool {
+        self.view.leader.as_ref().is_some_and(|leader| leader.epoch == lock.epoch && leader.lease == lock.lease.lease)
+    }
+
+    fn is_epoch(&self, epoch: Epoch) -> bool {
+        self.view.leader.as_ref().is_some_and(|leader| leader.epoch == epoch)
+    }
+
+    pub fn member_revision(&self, member: &MemberName) -> Revision {
+        self.view.members.get(member).map_or(Revision(0), |key| key.mod_revision)
+    }
+
+    /// `expected` is the revision that was read before.
+    pub fn put_member(&mut self, member: &MemberName, record: MemberRecord, lease: LeaseId, expected: Revision) -> Put {
+        if let Some(foreign) = self.view.members.get(member).filter(|key| key.lease != lease) {
+            return Put::Foreign(foreign.lease);
+        }
+        if self.member_revision(member) != expected {
+            let same = self.view.members.get(member).is_some_and(|key| key.record == record);
+            return if same { Put::Written } else { Put::Moved };
+        }
+        if !self.leases.contains_key(&lease) {
+            return Put::NoLease;
+        }
+        let mod_revision = self.wrote();
+        self.keys().members.insert(member.clone(), MemberKey { record, lease, mod_revision });
+        Put::Written
+    }
+
+    /// What `initialize` must be when the lock is the cluster's first; judged on a read before.
+    fn identity_fits(&self, ask: &AcquireAsk) -> bool {
+        match (ask.initialize, &self.view.initialize) {
+            (None, _) | (Some(_), None) => true,
+            (Some(id), Some(Initialize::Done(done))) => id == *done,
+            (Some(_), Some(Initialize::Claimed { lease, .. })) => *lease == ask.lease,
+            (Some(_), Some(Initialize::Unreadable(_))) => false,
+        }
+    }
+
+    pub fn acquire(&mut self, ask: &AcquireAsk) -> Acquired {
+        if let Some(leader) = &self.view.leader {
+            return Self::read_back(leader, ask);
+        }
+        let member_is_ours = self.view.members.get(&ask.member).is_some_and(|key| key.lease == ask.lease);
+        let fits = self.view.history_revision == ask.history_revision
+            && self.view.sync_revision == ask.sync_revision
+            && member_is_ours
+            && self.identity_fits(ask)
+            && self.leases.contains_key(&ask.lease);
+        if !fits {
+            return Acquired::Beaten;
+        }
+        let revision = self.wrote();
+        let epoch = Epoch(revision.0);
+        let keys = self.keys();
+        keys.leader = Some(LeaderKey { holder: ask.member.as_str().to_owned(), epoch, lease: ask.lease });
+        keys.history.clone_from(&ask.history);
+        keys.history_revision = revision;
+        keys.release = None;
+        if let Some(id) = ask.initialize {
+            keys.initialize = Some(Initialize::Done(id));
+        }
+        Acquired::Ours(LockIdentity { lease: LeaseIdentity { cluster: CLUSTER, lease: ask.lease }, epoch })
+    }
+
+    /// A leader key is there: whose is it?
+    pub fn read_back(leader: &LeaderKey, ask: &AcquireAsk) -> Acquired {
+        if leader.lease == ask.lease && leader.holder == ask.member.as_str() {
+            let lease = LeaseIdentity { cluster: CLUSTER, lease: ask.lease };
+            Acquired::Ours(LockIdentity { lease, epoch: leader.epoch })
+        } else {
+            Acquired::Beaten
+        }
+    }
+
+    /// True = the lock of this epoch is released, now or before, by us.
+    pub fn release(&mut self, epoch: Epoch, record: Option<&ReleaseRecord>) -> bool {
+        if !self.is_epoch(epoch) {
+            return self.view.release.as_ref().is_some_and(|release| release.epoch == epoch);
+        }
+        self.fenced_writes.push(epoch);
+        self.wrote();
+        let keys = self.keys();
+        keys.leader = None;
+        if let Some(record) = record {
+            keys.release = Some(record.clone());
+        }
+        true
+    }
+
+    /// False = the lock is not of this epoch.
+    pub fn write_fenced(&mut self, epoch: Epoch, write: impl FnOnce(&mut ClusterView, Revision)) -> bool {
+        if !self.is_epoch(epoch) {
+            return false;
+        }
+        self.fenced_writes.push(epoch);
+        let revision = self.wrote();
+        write(self.keys(), revision);
+        true
+    }
+
+    pub fn write_status(&mut self, status: StatusRecord) -> bool {
+        self.write_fenced(status.epoch, |keys, _| keys.status = Some(status))
+    }
+
+    pub fn record_promotion(&mut self, epoch: Epoch, history: Vec<HistoryEntry>) -> bool {
+        self.write_fenced(epoch, |keys, revision| (keys.history, keys.history_revision) = (history, revision))
+    }
+
+    pub fn claim_initialize(&mut self, member: &MemberName, lease: LeaseId) -> bool {
+        let ours = self.view.members.get(member).is_some_and(|key| key.lease == lease);
+        if self.view.initialize.is_none() && ours && self.leases.contains_key(&lease) {
+            self.wrote();
+            self.keys().initialize = Some(Initialize::Claimed { by: member.as_str().to_owned(), lease });
+        }
+        self.claimed_by(lease)
+    }
+
+    fn claimed_by(&self, lease: LeaseId) -> bool {
+        matches!(&self.view.initialize, Some(Initialize::Claimed { lease: on, .. }) if *on == lease)
+    }
+
+    pub fn give_up_initialize(&mut self, lease: LeaseId) {
+        if self.claimed_by(lease) {
+            self.wrote();
+            self.keys().initialize = None;
+        }
+    }
+
+    pub fn answer_request(&mut self, id: &str, mod_revision: Revision, progress: RequestProgress) -> bool {
+        if self.view.requests.get(id).is_none_or(|request| request.mod_revision != mod_revision) {
+            return false;
+        }
+        let revision = self.wrote();
+        if let Some(request) = self.keys().requests.get_mut(id) {
+            request.record.progress = progress;
+            request.mod_revision = revision;
+        }
+        true
+    }
+
+    /// Member key and lock move to another lease of the same member, under the same epoch.
+    pub fn move_to_lease(&mut self, member: &MemberName, record: MemberRecord, lock: Option<Epoch>, old: LeaseId, new: LeaseId) -> bool {
+        let key_on = |view: &ClusterView, lease| view.members.get(member).is_some_and(|key| key.lease == lease);
+        let lock_on = |view: &ClusterView, lease| {
+            lock.is_none_or(|epoch| view.leader.as_ref().is_some_and(|leader| leader.epoch == epoch && leader.lease == lease))
+        };
+        if key_on(&self.view, new) && lock_on(&self.view, new) {
+            return true;
+        }
+        if !key_on(&self.view, old) || !lock_on(&self.view, old) || !self.leases.contains_key(&new) {
+            return false;
+        }
+        let mod_revision = self.wrote();
+        let keys = self.keys();
+        keys.members.insert(member.clone(), MemberKey { record, lease: new, mod_revision });
+        if let (Some(_), Some(leader)) = (lock, &mut keys.leader) {
+            leader.lease = new;
+        }
+        true
+    }
+}

@@ -1,0 +1,599 @@
+//! How each fault begins and ends, and the strikes that wait for the moment before or after an order.
+
+use std::time::Duration;
+
+use pgherd::facts::cluster::{Ask, RequestKey, RequestProgress, RequestRecord};
+use pgherd::machine::action::{Action, LeaseOrder, OperationKind};
+use pgherd::machine::event::Event;
+use pgherd::types::Revision;
+
+use super::check::AWAKE_MS;
+use super::clock::{ms, secs};
+use super::etcd::Serving;
+use super::network::Link;
+use super::plan::{Fault, Kind};
+use super::world::{Sim, What, member, spec_of};
+
+/// What an order of the machine is, as far as a strike can be aimed at it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hook {
+    Do(OperationKind),
+    Hold,
+    LetGo,
+    Stop,
+    ForgetLock,
+    Other,
+}
+
+impl Hook {
+    pub fn of(action: &Action) -> Hook {
+        match action {
+            Action::Do(operation) => Hook::Do(operation.kind()),
+            Action::Lease(LeaseOrder::Hold(_)) => Hook::Hold,
+            Action::Lease(LeaseOrder::LetGo) => Hook::LetGo,
+            Action::Stop(_) => Hook::Stop,
+            Action::ForgetLock(_) => Hook::ForgetLock,
+            _ => Hook::Other,
+        }
+    }
+
+    /// The orders on which everything hangs.
+    const AIMS: [Hook; 18] = [
+        Hook::Do(OperationKind::Acquire),
+        Hook::Do(OperationKind::Promote),
+        Hook::Do(OperationKind::Release),
+        Hook::Do(OperationKind::RecordPromotion),
+        Hook::Do(OperationKind::Start),
+        Hook::Do(OperationKind::Clone),
+        Hook::Do(OperationKind::PlanRejoin),
+        Hook::Do(OperationKind::Checkpoint),
+        Hook::Do(OperationKind::PutMember),
+        Hook::Do(OperationKind::AskPeers),
+        Hook::Do(OperationKind::FenceByScan),
+        Hook::Do(OperationKind::WriteStatus),
+        Hook::Do(OperationKind::Look),
+        Hook::Hold,
+        Hook::LetGo,
+        Hook::Stop,
+        Hook::ForgetLock,
+        Hook::Do(OperationKind::Configure),
+    ];
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Effect {
+    KillDaemon,
+    FreezeDaemon,
+    KillGuard,
+    KillPostmaster,
+    PowerOff,
+    CutEtcd,
+    LoseAnswers,
+}
+
+/// A strike that waits for its moment, on any host.
+#[derive(Debug, Clone, Copy)]
+pub struct Armed {
+    hook: Hook,
+    before: bool,
+    effect: Effect,
+    lasts: Duration,
+}
+
+impl Sim {
+    pub fn lay_out(&mut self, plan: Vec<Fault>) {
+        self.plan = plan;
+        for index in 0..self.plan.len() {
+            self.at(self.plan[index].at, What::Fault { index });
+        }
+    }
+
+    /// True = the daemon was struck down, and what it was about to do waits or is gone.
+    pub fn strike(&mut self, host: usize, hook: Hook, before: bool) -> bool {
+        let Some(at) = self.armed.iter().position(|armed| armed.hook == hook && armed.before == before) else { return false };
+        let armed = self.armed.remove(at);
+        self.say(Some(host), || format!("!! strike {} {hook:?}: {:?}", if before { "before" } else { "after" }, armed.effect));
+        self.coverage.strike(format!("{} {hook:?} {:?}", if before { "before" } else { "after" }, armed.effect));
+        match armed.effect {
+            Effect::KillDaemon => self.daemon_ends(host, None),
+            Effect::FreezeDaemon => self.freeze_daemon_for(host, armed.lasts),
+            Effect::KillGuard => {
+                self.kill_guard(host);
+                return false;
+            }
+            Effect::KillPostmaster => {
+                self.kill_postmaster(host);
+                return false;
+            }
+            Effect::PowerOff => self.power_off_for(host, armed.lasts),
+            Effect::CutEtcd => {
+                self.cut_etcd_for(host, armed.lasts, true);
+                return false;
+            }
+            Effect::LoseAnswers => {
+                self.cut_etcd_for(host, armed.lasts, false);
+                return false;
+            }
+        }
+        true
+    }
+
+    fn freeze_daemon_for(&mut self, host: usize, lasts: Duration) {
+        let Some(daemon) = &mut self.hosts[host].daemon else { return };
+        daemon.frozen = true;
+        self.ends_after(host, Kind::FreezeDaemon, lasts);
+    }
+
+    fn power_off_for(&mut self, host: usize, lasts: Duration) {
+        self.power_off(host);
+        self.ends_after(host, Kind::PowerOff, lasts);
+    }
+
+    fn cut_etcd_for(&mut self, host: usize, lasts: Duration, both: bool) {
+        self.links[host].0.cut |= both;
+        self.links[host].1.cut = true;
+        self.ends_after(host, Kind::CutEtcd, lasts);
+    }
+
+    /// A fault that a strike began ends like one of the plan.
+    fn ends_after(&mut self, host: usize, kind: Kind, lasts: Duration) {
+        let index = self.plan.len();
+        self.plan.push(Fault { at: self.now, kind, victim: host as u64 * 2 + 1, lasts, choice: 0 });
+        self.later(lasts, What::FaultEnds { index });
+    }
+
+    fn victim(&self, fault: &Fault) -> usize {
+        let any = ((fault.victim / 2) % self.hosts.len() as u64) as usize;
+        if fault.victim % 2 == 1 {
+            return any;
+        }
+        let leader = self.etcd.view.leader.as_ref().and_then(|leader| leader.holder.parse().ok());
+        leader.and_then(|name| self.host_of(&name)).unwrap_or(any)
+    }
+
+    pub fn kill_postmaster(&mut self, host: usize) {
+        let now = self.now;
+        let pid = self.hosts[host].server.postmaster.as_ref().map(|postmaster| postmaster.pid);
+        let live = self.random.between(ms(0), ms(2_500));
+        self.hosts[host].server.kill_postmaster(now, live);
+        self.server_changed(host);
+        self.receivers_notice(host, pid);
+        self.guard_turn(host);
+    }
+
+    pub fn power_off(&mut self, host: usize) {
+        let this = &mut self.hosts[host];
+        this.powered = false;
+        this.server.power_off();
+        this.guard = None;
+        this.daemon = None;
+        this.hello_waits = false;
+    }
+
+    pub fn power_on(&mut self, host: usize) {
+        if self.hosts[host].powered {
+            return;
+        }
+        let now = self.now;
+        let booted = self.random.between(secs(5), secs(60));
+        let this = &mut self.hosts[host];
+        this.powered = true;
+        this.stands = false;
+        this.boot += 1;
+        let local = pgherd::clock::BootTime(0) + booted;
+        this.clock.boot(now, local);
+        this.proved_until = pgherd::clock::BootTime(0);
+        self.start_daemon(host);
+    }
+
+    /// The lock goes before its time: its holder knows only when it is told.
+    fn early_loss(&mut self) {
+        let now = self.now;
+        if let Some((host, _)) = self.lock_runs_until() {
+            let this = &mut self.hosts[host];
+            let until = this.clock.real(now, this.proved_until).after(ms(AWAKE_MS));
+            this.early_loss_until = this.early_loss_until.max(until);
+        }
+    }
+
+    fn request_switchover(&mut self, to: usize) {
+        self.requests += 1;
+        let id = format!("{}", self.requests);
+        let ask = Ask::Switchover { to: member(to) };
+        let record = RequestRecord { ask, by: "operator".to_owned(), at: String::new(), progress: RequestProgress::Created };
+        let mod_revision = Revision(self.etcd.view.revision.0 + 1);
+        self.etcd.by_hand(|keys| {
+            keys.requests.insert(id, RequestKey { record, mod_revision });
+        });
+        self.etcd_changed();
+    }
+
+    pub fn fault_begins(&mut self, index: usize) {
+        let fault = self.plan[index].clone();
+        let (host, now) = (self.victim(&fault), self.now);
+        self.plan[index].victim = host as u64 * 2 + 1;
+        self.coverage.fault(fault.kind);
+        self.say(Some(host), || format!("!! {:?} for {:.1} s", fault.kind, fault.lasts.as_secs_f64()));
+        self.later(fault.lasts, What::FaultEnds { index });
+        if self.begin_on_host(&fault, host) || self.begin_on_network(&fault, host) {
+            return;
+        }
+        match fault.kind {
+            Kind::EtcdLeaderLost => {
+                let takes = ms(800 + fault.choice % 1_700);
+                self.etcd.serving = Serving::Electing { until: now.after(takes) };
+            }
+            Kind::EtcdDown => self.etcd.serving = Serving::No { refuses: fault.choice % 2 == 0 },
+            Kind::EtcdFull => self.etcd.no_space = true,
+            Kind::LockDeleted => {
+                self.early_loss();
+                self.etcd.by_hand(|keys| keys.leader = None);
+                self.etcd_changed();
+            }
+            Kind::LeaseRevoked | Kind::RenewsTheDead => {
+                let name = self.hosts[host].name.clone();
+                self.etcd.bugs.renews_the_dead |= fault.kind == Kind::RenewsTheDead;
+                if let Some(lease) = self.etcd.view.members.get(&name).map(|key| key.lease) {
+                    self.early_loss();
+                    if self.etcd.revoke(lease) {
+                        self.etcd_changed();
+                    }
+                }
+            }
+            Kind::RevokesEarly => {
+                self.early_loss();
+                self.etcd.bugs.revokes_early = true;
+            }
+            Kind::MemberKeyDeleted => {
+                let name = self.hosts[host].name.clone();
+                self.etcd.by_hand(|keys| {
+                    keys.members.remove(&name);
+                });
+                self.etcd_changed();
+            }
+            Kind::LosesDeletions => self.etcd.bugs.loses_deletions = true,
+            Kind::Compaction => self.compact(),
+            Kind::EtcdRestored => self.etcd.back_up(),
+            Kind::EtcdWiped => {
+                self.early_loss();
+                self.etcd.wipe();
+                self.etcd_changed();
+            }
+            Kind::Switchover => self.request_switchover(((fault.choice >> 8) % self.hosts.len() as u64) as usize),
+            Kind::SpecEdited => self.edit_spec(fault.choice),
+            Kind::Strike => {
+                let effects = [
+                    Effect::KillDaemon,
+                    Effect::KillDaemon,
+                    Effect::FreezeDaemon,
+                    Effect::KillGuard,
+                    Effect::KillPostmaster,
+                    Effect::PowerOff,
+                    Effect::CutEtcd,
+                    Effect::LoseAnswers,
+                ];
+                let hook = Hook::AIMS[(fault.choice % Hook::AIMS.len() as u64) as usize];
+                let effect = effects[(fault.choice / 64 % effects.len() as u64) as usize];
+                self.armed.push(Armed { hook, before: fault.choice / 1024 % 2 == 0, effect, lasts: fault.lasts.min(secs(8)) });
+            }
+            _ => {}
+        }
+    }
+
+    /// Faults of one machine and what runs on it.
+    fn begin_on_host(&mut self, fault: &Fault, host: usize) -> bool {
+        let now = self.now;
+        match fault.kind {
+            Kind::KillDaemon => self.daemon_ends(host, None),
+            Kind::DaemonStaysDown => {
+                self.hosts[host].supervised = false;
+                self.daemon_ends(host, None);
+            }
+            Kind::FreezeDaemon => self.freeze_daemon(host, true),
+            Kind::StarveDaemon => {
+                if let Some(daemon) = &mut self.hosts[host].daemon {
+                    daemon.starved = true;
+                }
+            }
+            Kind::CrashLoopOfDaemon => {
+                for delay in [0, 400, 800, 1_200] {
+                    self.later(ms(delay), What::KillDaemon { host });
+                }
+            }
+            Kind::StopDaemon => {
+                self.hosts[host].supervised = false;
+                self.fact(host, Event::StopRequested);
+            }
+            Kind::LeaveDaemon => {
+                if let Some(guard) = &mut self.hosts[host].guard {
+                    guard.owner = None;
+                }
+                self.daemon_ends(host, None);
+            }
+            Kind::KillGuard => self.kill_guard(host),
+            Kind::KillGuardAndDaemon => {
+                self.kill_guard(host);
+                self.daemon_ends(host, None);
+            }
+            Kind::FreezeGuard => self.freeze_guard(host),
+            Kind::FreezeGuardAndDaemon => {
+                self.freeze_guard(host);
+                self.freeze_daemon(host, true);
+            }
+            Kind::KillPostmaster => self.kill_postmaster(host),
+            Kind::StoppedByHand => {
+                self.hosts[host].server.fast_stop(now, &mut self.random);
+                self.server_changed(host);
+            }
+            Kind::CrashLoopOfPostgres => {
+                self.hosts[host].server.ail.crashes = true;
+                self.kill_postmaster(host);
+            }
+            Kind::StartRefused => self.hosts[host].server.ail.refuses_start = true,
+            Kind::PromotionRefused => self.hosts[host].server.ail.refuses_promotion = true,
+            Kind::SlowPostgres => self.hosts[host].server.ail.slowness = 1 + (fault.choice % 40) as u32,
+            Kind::StuckBackend => self.hosts[host].server.ail.stuck = true,
+            Kind::DiskFull => self.hosts[host].server.ail.disk_full = true,
+            Kind::CopiesBreak => self.hosts[host].server.ail.breaks_copies = true,
+            Kind::DataLost => {
+                self.power_off(host);
+                self.hosts[host].server.data = None;
+                self.hosts[host].disk = super::host::Disk::default();
+            }
+            Kind::PromotedByHand => {
+                let standby = (0..self.hosts.len()).find(|other| *other != host && self.hosts[*other].server.recovering());
+                if let Some(standby) = standby {
+                    self.promote_by_hand(standby);
+                }
+            }
+            Kind::PowerOff => self.power_off(host),
+            Kind::AllPowerOff => (0..self.hosts.len()).for_each(|host| self.power_off(host)),
+            Kind::Suspend => self.hosts[host].stands = true,
+            Kind::HypervisorPause => {
+                self.hosts[host].stands = true;
+                self.hosts[host].clock.stand_still(now);
+            }
+            Kind::ClockRate => {
+                // What the margin is for: at most 0.5 % between this clock and etcd's.
+                let ppm = (fault.choice % 9_000) as i64 - 4_500;
+                self.hosts[host].clock.set_rate(now, ppm);
+            }
+            _ => return false,
+        }
+        true
+    }
+
+    fn freeze_daemon(&mut self, host: usize, frozen: bool) {
+        if let Some(daemon) = &mut self.hosts[host].daemon {
+            daemon.frozen = frozen;
+        }
+        if !frozen {
+            self.unpark(host);
+            self.pump(host);
+        }
+    }
+
+    fn begin_on_network(&mut self, fault: &Fault, host: usize) -> bool {
+        match fault.kind {
+            Kind::CutEtcd => {
+                self.links[host].0.cut = true;
+                self.links[host].1.cut = true;
+            }
+            Kind::CutAnswers => self.links[host].1.cut = true,
+            Kind::FlappingEtcd => {
+                let mut at = ms(0);
+                while at < fault.lasts {
+                    self.later(at, What::Flap { host });
+                    at += ms(700 + fault.choice % 2_000);
+                }
+            }
+            Kind::LossyEtcd => {
+                let (out, back) = &mut self.links[host];
+                [out, back].into_iter().for_each(|link| link.loss_percent = 5 + fault.choice % 40);
+            }
+            Kind::SlowEtcd => {
+                let most = ms(20 + fault.choice % 2_500);
+                let (out, back) = &mut self.links[host];
+                [out, back].into_iter().for_each(|link| link.delay = Some((ms(5), most)));
+            }
+            Kind::DuplicatedRequests => self.links[host].0.duplicates_percent = 40,
+            Kind::CutPeers => {
+                let other = (host + 1 + (fault.choice % (self.hosts.len() as u64 - 1)) as usize) % self.hosts.len();
+                self.peers_cut.insert((host.min(other), host.max(other)), true);
+            }
+            Kind::Isolate => {
+                self.links[host].0.cut = true;
+                self.links[host].1.cut = true;
+                for other in (0..self.hosts.len()).filter(|other| *other != host) {
+                    self.peers_cut.insert((host.min(other), host.max(other)), true);
+                }
+            }
+            Kind::WatchStalls => {
+                if let Some(daemon) = &mut self.hosts[host].daemon {
+                    daemon.watch.stalled = true;
+                }
+            }
+            _ => return false,
+        }
+        true
+    }
+
+    fn edit_spec(&mut self, choice: u64) {
+        let ttl = [3, 4, 5, 6, 8, 10][(choice % 6) as usize];
+        let loop_wait = [1, 2, 3, 5][(choice / 8 % 4) as usize];
+        let members: Vec<String> = self.hosts.iter().map(|host| host.name.to_string()).collect();
+        let spec = spec_of(&members, &spec_lines(ttl, loop_wait));
+        self.apply(spec);
+    }
+
+    pub fn fault_ends(&mut self, index: usize) {
+        if self.healed {
+            return;
+        }
+        let fault = self.plan[index].clone();
+        let host = ((fault.victim / 2) % self.hosts.len() as u64) as usize;
+        self.say(Some(host), || format!("!! end of {:?}", fault.kind));
+        match fault.kind {
+            Kind::DaemonStaysDown | Kind::StopDaemon => {
+                self.hosts[host].supervised = true;
+                self.start_daemon(host);
+            }
+            Kind::CrashLoopOfDaemon => self.clear_crashes(host),
+            Kind::FreezeDaemon => self.freeze_daemon(host, false),
+            Kind::StarveDaemon => {
+                if let Some(daemon) = &mut self.hosts[host].daemon {
+                    daemon.starved = false;
+                }
+                self.pump(host);
+            }
+            Kind::FreezeGuard => self.thaw_guard(host),
+            Kind::FreezeGuardAndDaemon => {
+                self.thaw_guard(host);
+                self.freeze_daemon(host, false);
+            }
+            Kind::CrashLoopOfPostgres => self.hosts[host].server.ail.crashes = false,
+            Kind::StartRefused => self.hosts[host].server.ail.refuses_start = false,
+            Kind::PromotionRefused => self.hosts[host].server.ail.refuses_promotion = false,
+            Kind::SlowPostgres => self.hosts[host].server.ail.slowness = 0,
+            Kind::StuckBackend => {
+                self.hosts[host].server.ail.stuck = false;
+                self.hosts[host].server.orphans.retain(|orphan| !orphan.stuck);
+                self.guard_turn(host);
+            }
+            Kind::DiskFull => self.hosts[host].server.ail.disk_full = false,
+            Kind::CopiesBreak => self.hosts[host].server.ail.breaks_copies = false,
+            Kind::PowerOff | Kind::DataLost => self.power_on(host),
+            Kind::AllPowerOff => (0..self.hosts.len()).for_each(|host| self.power_on(host)),
+            Kind::Suspend => self.goes_on(host, false),
+            Kind::HypervisorPause => self.goes_on(host, true),
+            Kind::CutEtcd | Kind::CutAnswers | Kind::FlappingEtcd | Kind::LossyEtcd | Kind::SlowEtcd | Kind::DuplicatedRequests => {
+                self.links[host] = (Link::default(), Link::default());
+            }
+            Kind::CutPeers => {
+                let other = (host + 1 + (fault.choice % (self.hosts.len() as u64 - 1)) as usize) % self.hosts.len();
+                self.peers_cut.remove(&(host.min(other), host.max(other)));
+            }
+            Kind::Isolate => {
+                self.links[host] = (Link::default(), Link::default());
+                self.peers_cut.retain(|(one, two), _| *one != host && *two != host);
+            }
+            Kind::WatchStalls => {
+                if let Some(daemon) = &mut self.hosts[host].daemon {
+                    daemon.watch.stalled = false;
+                }
+            }
+            Kind::EtcdDown => {
+                let takes = self.random.between(ms(300), ms(1_800));
+                self.etcd.serving = Serving::Electing { until: self.now.after(takes) };
+            }
+            Kind::EtcdFull => self.etcd.no_space = false,
+            Kind::RenewsTheDead => self.etcd.bugs.renews_the_dead = false,
+            Kind::LosesDeletions => self.etcd.bugs.loses_deletions = false,
+            Kind::EtcdRestored => {
+                self.early_loss();
+                let now = self.now;
+                if self.etcd.restore(now) {
+                    self.checks.etcd_restored();
+                }
+            }
+            Kind::EtcdWiped => self.apply_again(),
+            _ => {}
+        }
+    }
+
+    /// The operator applies the spec that is missing.
+    fn apply_again(&mut self) {
+        if self.etcd.view.spec.is_none()
+            && let Some(spec) = self.specs.values().next_back().cloned()
+        {
+            self.apply(spec);
+        }
+    }
+
+    fn clear_crashes(&mut self, host: usize) {
+        if let Some(guard) = &mut self.hosts[host].guard {
+            guard.state.clear_crashes();
+        }
+        self.start_daemon(host);
+    }
+
+    /// A machine goes on after standing still; with its clock, if that stood too.
+    fn goes_on(&mut self, host: usize, clock_stood: bool) {
+        let now = self.now;
+        let this = &mut self.hosts[host];
+        if !this.stands {
+            return;
+        }
+        this.stands = false;
+        if clock_stood {
+            this.clock.go_on(now);
+            // No mechanism inside a guest covers this (P1's limits).
+            let until = this.clock.real(now, this.proved_until).after(ms(AWAKE_MS));
+            this.excused_until = this.excused_until.max(until);
+        }
+        this.excused_until = this.excused_until.max(now.after(ms(AWAKE_MS)));
+        let takes = self.random.between(ms(0), ms(5));
+        if let Some(guard) = &self.hosts[host].guard {
+            let (pid, token) = (guard.pid, guard.wake);
+            self.later(takes, What::GuardWake { host, pid, token });
+        }
+        self.server_changed(host);
+        self.unpark(host);
+        self.pump(host);
+        self.supervise(host);
+    }
+
+    pub fn flap(&mut self, host: usize) {
+        if self.healed {
+            return;
+        }
+        let cut = !self.links[host].0.cut;
+        self.links[host].0.cut = cut;
+        self.links[host].1.cut = cut;
+    }
+
+    /// Everything that is wrong is put right, as operators and hardware would.
+    pub fn heal(&mut self) {
+        self.say(None, || "!! everything is healed".to_owned());
+        self.healed = true;
+        self.armed.clear();
+        self.peers_cut.clear();
+        self.links.fill((Link::default(), Link::default()));
+        if self.etcd.serving != Serving::Yes {
+            self.etcd.serving = Serving::Electing { until: self.now.after(ms(500)) };
+        }
+        self.etcd.no_space = false;
+        self.etcd.bugs = super::etcd::Bugs::default();
+        self.apply_again();
+        for host in 0..self.hosts.len() {
+            self.hosts[host].supervised = true;
+            self.hosts[host].server.ail = super::postgres::Ailments::default();
+            self.hosts[host].server.orphans.retain(|orphan| !orphan.stuck);
+            self.power_on(host);
+            self.goes_on(host, false);
+            self.thaw_guard(host);
+            if let Some(daemon) = &mut self.hosts[host].daemon {
+                daemon.starved = false;
+                daemon.watch.stalled = false;
+            }
+            self.freeze_daemon(host, false);
+            // Whoever saw an etcd from before its restoration believes it only once an operator has confirmed it.
+            let doubts = self.hosts[host].daemon.as_ref().is_some_and(|daemon| daemon.witness > self.etcd.view.revision);
+            if doubts {
+                // Stopped and started: the guard, too, knows of leaderships that etcd has forgotten.
+                self.kill_guard(host);
+                self.daemon_ends(host, None);
+            }
+            self.clear_crashes(host);
+            self.guard_turn(host);
+        }
+    }
+}
+
+/// The lines of `spec:` that runs use.
+pub fn spec_lines(ttl_s: u64, loop_wait_s: u64) -> String {
+    format!(
+        "ha: {{ ttl: {ttl_s}s, loop_wait: {loop_wait_s}s, primary_start_timeout: 12s, primary_stop_timeout: 6s, failsafe: false }}\n\
+         replication: {{ mode: async }}"
+    )
+}

@@ -1,0 +1,275 @@
+//! Jobs on PostgreSQL: each in steps with time between them, so that a fault can fall into every gap; a cancelled one leaves what its
+//! steps have done.
+
+use pgherd::facts::guard::{GuardFacts, PostmasterFacts, Word};
+use pgherd::facts::postgres::DataDirectory;
+use pgherd::machine::action::{Operation, OperationKind, StartAs, Upstream};
+use pgherd::machine::event::{Configured, Finished};
+use pgherd::policy::rejoin::{self, Inputs, LeaderLineage, OwnPromotion, Rejoin};
+use pgherd::types::{SystemId, TimelineId};
+
+use super::clock::ms;
+use super::guard::{AskError, AskedBy, GuardAsk, ORDER_TIMEOUT_MS};
+use super::host::Job;
+use super::mutants::{Mutant, mutant};
+use super::wal::Data;
+use super::world::{DaemonDue, Sim, What};
+
+impl Sim {
+    pub fn begin_job(&mut self, host: usize, operation: Operation) {
+        self.ids += 1;
+        let id = self.ids;
+        let Some(daemon) = &mut self.hosts[host].daemon else { return };
+        daemon.job = Some(Job { id, operation, step: 0 });
+        self.job_later(host, id, 1);
+    }
+
+    /// The next step comes after a while that depends on what is done in between.
+    fn job_later(&mut self, host: usize, id: u64, step: u32) {
+        let Some(daemon) = &mut self.hosts[host].daemon else { return };
+        let Some(job) = daemon.job.as_mut().filter(|job| job.id == id) else { return };
+        job.step = step;
+        let (least, most) = match (&job.operation, step) {
+            (Operation::Initdb { .. }, 1) => (200, 900),
+            (Operation::Clone { .. }, 1) => (100, 600),
+            (Operation::Clone { .. }, 2) => (200, 3_000),
+            (Operation::PlanRejoin { .. }, _) => (10, 80),
+            (Operation::Checkpoint, _) => (10, 400),
+            (Operation::Start { .. }, 1) => (3, 40),
+            _ => (1, 12),
+        };
+        let run = daemon.run;
+        let takes = self.random.between(ms(least), ms(most)) * (1 + self.hosts[host].server.ail.slowness.min(20));
+        self.later(takes, What::Daemon { host, run, due: DaemonDue::Job { id, step } });
+    }
+
+    pub fn cancel_job(&mut self, host: usize) {
+        let Some(job) = self.hosts[host].daemon.as_mut().and_then(|daemon| daemon.job.take()) else { return };
+        self.end(host, failed(&job.operation, "cancelled: something more urgent came up"));
+    }
+
+    fn job_ends(&mut self, host: usize, finished: Finished) {
+        if let Some(daemon) = &mut self.hosts[host].daemon {
+            daemon.job = None;
+        }
+        self.end(host, finished);
+    }
+
+    fn job_fails(&mut self, host: usize, why: &str) {
+        let Some(job) = self.hosts[host].daemon.as_mut().and_then(|daemon| daemon.job.take()) else { return };
+        self.end(host, failed(&job.operation, why));
+    }
+
+    pub fn job_goes_on(&mut self, host: usize, id: u64, step: u32) {
+        let Some(daemon) = &mut self.hosts[host].daemon else { return };
+        let Some(job) = daemon.job.as_ref().filter(|job| job.id == id && job.step == step) else { return };
+        let operation = job.operation.clone();
+        match operation {
+            Operation::Look => {
+                let seen = self.hosts[host].server.look();
+                self.job_ends(host, Finished::Looked(seen));
+            }
+            Operation::Start { role, .. } => self.start_step(host, &role),
+            Operation::Configure { generation, upstream, .. } => {
+                if !self.hosts[host].server.accepting() {
+                    return self.job_fails(host, "the server does not take connections");
+                }
+                let from = upstream.as_ref().and_then(|upstream| self.host_of(&upstream.member));
+                self.follow(host, from);
+                self.job_ends(host, Finished::Configured { generation, upstream, result: Ok(Configured::Taken) });
+            }
+            Operation::Initdb { .. } => self.initdb(host),
+            Operation::Clone { from, lost, replaceable, .. } => self.clone_step(host, id, step, &from, lost.is_some(), replaceable),
+            Operation::PlanRejoin { leader, history, .. } => match self.plan(host, &leader, &history) {
+                Ok(plan) => self.job_ends(host, Finished::RejoinPlanned(Ok(plan))),
+                Err(why) => self.job_fails(host, why),
+            },
+            Operation::Promote { lock, timeline, parent } => self.promote_step(host, id, step, lock, timeline, parent),
+            Operation::EnsureRoles { .. } => {
+                let writes = self.hosts[host].server.accepting() && !self.hosts[host].server.recovering();
+                if !writes || self.hosts[host].server.ail.disk_full {
+                    return self.job_fails(host, "the roles could not be seen to");
+                }
+                self.job_ends(host, Finished::RolesEnsured(Ok(())));
+            }
+            Operation::Checkpoint => {
+                let this = &mut self.hosts[host].server;
+                if !this.accepting() || this.ail.disk_full {
+                    return self.job_fails(host, "no checkpoint");
+                }
+                if let Some(data) = &mut this.data {
+                    data.make_checkpoint();
+                }
+                self.job_ends(host, Finished::Checkpointed(Ok(())));
+            }
+            other => panic!("{:?} is no job", other.kind()),
+        }
+    }
+
+    fn start_step(&mut self, host: usize, role: &StartAs) {
+        let this = &mut self.hosts[host];
+        let server_is_there = !this.server.is_empty();
+        let Some(data) = &mut this.server.data else { return self.job_fails(host, "there is no data directory") };
+        if !server_is_there {
+            data.standby_signal = matches!(role, StartAs::Standby(_));
+            if data.standby_signal {
+                // Laid files above our own timeline would keep recovery from following.
+                let own = data.wal.timeline();
+                data.laid.retain(|id| *id <= own);
+            }
+        }
+        let (word, upstream) = match role {
+            StartAs::Primary => (Word::Writable, None),
+            StartAs::Standby(upstream) => (Word::Standby, upstream.as_ref().and_then(|upstream| self.host_of(&upstream.member))),
+        };
+        let Some(id) = self.hosts[host].daemon.as_ref().and_then(|daemon| daemon.job.as_ref()).map(|job| job.id) else { return };
+        self.guard_ask(host, GuardAsk::Start { word, upstream }, AskedBy::Job(id), ms(ORDER_TIMEOUT_MS));
+    }
+
+    fn initdb(&mut self, host: usize) {
+        if self.hosts[host].server.ail.breaks_copies {
+            return self.job_fails(host, "initdb failed");
+        }
+        if self.hosts[host].server.data.is_some() {
+            // The directory is filled from beside: what is there is never overwritten.
+            return self.job_fails(host, "the data directory is not empty");
+        }
+        self.system_ids += 1;
+        self.wal_tokens += 1;
+        let (id, token) = (SystemId(self.system_ids), self.wal_tokens);
+        self.checks.initdb(host, &self.hosts);
+        self.hosts[host].server.data = Some(Data::made_by_initdb(id, token));
+        self.job_ends(host, Finished::Initialized(Ok(())));
+    }
+
+    /// The leader's server, if it can be asked and is out of recovery or not.
+    fn ask_leader(&self, host: usize, leader: &Upstream) -> Result<usize, &'static str> {
+        let other = self.host_of(&leader.member).ok_or("there is no such host")?;
+        let answers = self.hosts[other].powered && !self.hosts[other].stands && self.hosts[other].server.accepting();
+        if answers && !self.cut(host, other) { Ok(other) } else { Err("the leader does not answer") }
+    }
+
+    fn clone_step(&mut self, host: usize, id: u64, step: u32, from: &Upstream, lost: bool, replaceable: bool) {
+        let source = match self.ask_leader(host, from) {
+            Ok(source) if !self.hosts[host].server.ail.breaks_copies => source,
+            Ok(_) => return self.job_fails(host, "the copy broke off"),
+            Err(why) => return self.job_fails(host, why),
+        };
+        if step < 3 {
+            return self.job_later(host, id, step + 1);
+        }
+        let Some(source_data) = self.hosts[source].server.data.clone() else { return self.job_fails(host, "the leader has no data") };
+        let copy = Data { checkpoint: source_data.wal.last_record, standby_signal: true, backup_label: true, ..source_data };
+        let keep = lost || !replaceable;
+        let epoch = self.etcd.view.leader.as_ref().map(|leader| leader.holder.clone());
+        self.checks.swapped(host, &self.hosts, keep, epoch.as_deref());
+        let this = &mut self.hosts[host];
+        if let Some(old) = this.server.data.replace(copy).filter(|_| keep && !mutant(Mutant::DivergedNotKept)) {
+            this.disk.kept.push(old);
+        }
+        this.disk.promotion = None;
+        self.job_ends(host, Finished::Cloned(Ok(())));
+    }
+
+    fn plan(&mut self, host: usize, leader: &Upstream, history: &[pgherd::facts::cluster::HistoryEntry]) -> Result<Rejoin, &'static str> {
+        let Some(data) = self.hosts[host].server.data.clone() else { return Err("there is no data directory") };
+        let local = data.control();
+        let wal = data.local_wal();
+        let own_promotion = self.hosts[host].disk.promotion.clone();
+        let promoted_under = history.iter().rev().find(|entry| entry.timeline == wal.timeline).and_then(|entry| entry.epoch);
+        let other = self.ask_leader(host, leader)?;
+        let theirs = self.hosts[other].server.data.as_ref().ok_or("the leader has no data")?;
+        let lineage = LeaderLineage {
+            system_id: theirs.system_id,
+            major_version: 15,
+            in_recovery: self.hosts[other].server.recovering(),
+            timeline: theirs.wal.timeline(),
+            history: theirs.wal.history(),
+            lsn: theirs.wal.end,
+        };
+        Ok(rejoin::decide(Inputs { local: &local, wal: &wal, own_promotion: own_promotion.as_ref(), promoted_under, leader: &lineage }))
+    }
+
+    /// What has to be on disk first, then the guard's word, then promote.
+    fn promote_step(
+        &mut self,
+        host: usize,
+        id: u64,
+        step: u32,
+        lock: pgherd::types::LockIdentity,
+        timeline: TimelineId,
+        parent: TimelineId,
+    ) {
+        match step {
+            1 => self.guard_ask(host, GuardAsk::Facts, AskedBy::Job(id), ms(ORDER_TIMEOUT_MS)),
+            2 => {
+                let this = &mut self.hosts[host];
+                if let Some(data) = this.server.data.as_mut().filter(|_| !mutant(Mutant::ReservedIdsNotLaid)) {
+                    data.laid.extend((parent.next().0..timeline.0).map(TimelineId));
+                }
+                this.disk.promotion = Some(OwnPromotion { timeline, epoch: lock.epoch, parent, switch_lsn: None });
+                self.job_later(host, id, 3);
+            }
+            3 => {
+                if mutant(Mutant::PromoteUnvouched) {
+                    return self.job_later(host, id, 4);
+                }
+                let Some(PostmasterFacts::Running { start, word, .. }) =
+                    self.hosts[host].guard.as_ref().map(|guard| guard.state.facts(self.local(host)).postmaster)
+                else {
+                    return self.job_fails(host, "PostgreSQL does not run");
+                };
+                if word == Word::Writable {
+                    return self.job_later(host, id, 4);
+                }
+                self.guard_ask(host, GuardAsk::Vouch { start }, AskedBy::Job(id), ms(ORDER_TIMEOUT_MS));
+            }
+            _ => {
+                let now = self.now;
+                let this = &mut self.hosts[host];
+                let asked = this.server.promote(now, &mut self.random, false);
+                self.server_changed(host);
+                match asked {
+                    Ok(()) => self.job_ends(host, Finished::PromotionAsked(Ok(()))),
+                    Err(why) => self.job_fails(host, why),
+                }
+            }
+        }
+    }
+
+    /// The guard's answer to a start, or to a step of a promotion.
+    pub fn job_heard_guard(&mut self, host: usize, id: u64, answer: Result<GuardFacts, AskError>) {
+        let Some(daemon) = &mut self.hosts[host].daemon else { return };
+        let Some(job) = daemon.job.as_ref().filter(|job| job.id == id) else { return };
+        let (kind, step) = (job.operation.kind(), job.step);
+        match (kind, answer) {
+            (OperationKind::Promote, Ok(facts)) if matches!(facts.postmaster, PostmasterFacts::Running { .. }) => {
+                self.job_later(host, id, step + 1);
+            }
+            (OperationKind::Start, Ok(facts)) => match facts.postmaster {
+                PostmasterFacts::Running { start, .. } | PostmasterFacts::Ending { start, .. } => {
+                    self.job_ends(host, Finished::Started(Ok(start)));
+                }
+                PostmasterFacts::ProvedEmpty { .. } | PostmasterFacts::Unclaimed { .. } => self.job_fails(host, "PostgreSQL ended at once"),
+            },
+            (_, Ok(_)) => self.job_fails(host, "PostgreSQL does not run"),
+            (_, Err(error)) => self.job_fails(host, &format!("the guard: {error:?}")),
+        }
+    }
+}
+
+/// The end of a job that came to nothing: what it was about is unknown now.
+fn failed(operation: &Operation, why: &str) -> Finished {
+    let why = why.to_owned();
+    match operation.kind() {
+        OperationKind::Start => Finished::Started(Err(why)),
+        OperationKind::Configure => Finished::Configured { generation: 0, upstream: None, result: Err(why) },
+        OperationKind::Initdb => Finished::Initialized(Err(why)),
+        OperationKind::Clone => Finished::Cloned(Err(why)),
+        OperationKind::PlanRejoin => Finished::RejoinPlanned(Err(why)),
+        OperationKind::Promote => Finished::PromotionAsked(Err(why)),
+        OperationKind::EnsureRoles => Finished::RolesEnsured(Err(why)),
+        OperationKind::Checkpoint => Finished::Checkpointed(Err(why)),
+        _ => Finished::Looked(DataDirectory::Unknown),
+    }
+}

@@ -1,0 +1,39 @@
+//! The simulator: seeded runs of whole clusters around the unchanged core. `make sim`, `make mutants`; without arguments it is a test
+//! binary like the others.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod check;
+mod clock;
+mod command;
+mod coverage;
+mod daemon;
+mod etcd;
+mod faults;
+mod guard;
+mod host;
+mod jobs;
+mod lease;
+mod mutants;
+mod network;
+mod plan;
+mod postgres;
+mod promises;
+mod random;
+mod records;
+mod replication;
+mod runner;
+mod seeds;
+mod trace;
+mod wal;
+mod watch;
+mod world;
+
+fn main() -> std::process::ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.split_first() {
+        Some((word, rest)) if word == "storm" => command::storm(rest),
+        Some((word, rest)) if word == "mutants" => command::mutants(rest),
+        _ => promises::main(),
+    }
+}

@@ -1,0 +1,301 @@
+//! Requests of a daemon to etcd, and what becomes of them: lost, late, applied without an answer, applied twice.
+//!
+//! A caller waits for so long and no longer. What it has given up may still arrive and be applied.
+
+use std::time::Duration;
+
+use pgherd::facts::cluster::{HistoryEntry, LeaderKey, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord};
+use pgherd::types::{Epoch, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision};
+
+use super::clock::{Real, ms, us};
+use super::etcd::{AcquireAsk, Acquired, Put, Serving};
+use super::world::{DaemonDue, Sim, What};
+
+/// One request outside the lease's thread may take so long.
+pub const REQUEST_TIMEOUT_MS: u64 = 3_000;
+/// A server without a leader holds requests back; they are looked at again so often.
+const HELD_BACK_MS: u64 = 70;
+/// And so long at most, before it answers with an error.
+const HOLD_BACK_MAX_MS: u64 = 5_000;
+
+/// One direction between a host and etcd.
+#[derive(Debug, Clone, Default)]
+pub struct Link {
+    pub cut: bool,
+    pub loss_percent: u64,
+    pub delay: Option<(Duration, Duration)>,
+    /// Requests are carried out twice now and then.
+    pub duplicates_percent: u64,
+}
+
+/// Who waits for the answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Caller {
+    Lease,
+    Watch,
+    Record(u64),
+    Nobody,
+}
+
+#[derive(Debug, Clone)]
+pub enum EtcdAsk {
+    Grant {
+        ttl: Duration,
+    },
+    /// Sent when the host's clock showed `sent`.
+    KeepAlive {
+        lease: LeaseId,
+        sent: pgherd::clock::BootTime,
+    },
+    Prove {
+        lock: LockIdentity,
+    },
+    Revoke {
+        lease: LeaseId,
+    },
+    List,
+    ReadMember {
+        member: MemberName,
+    },
+    PutMember {
+        member: MemberName,
+        record: Box<MemberRecord>,
+        lease: LeaseId,
+        expected: Revision,
+    },
+    ReadLeader,
+    Acquire(Box<AcquireAsk>),
+    Release {
+        epoch: Epoch,
+        record: Option<ReleaseRecord>,
+    },
+    WriteStatus(Box<StatusRecord>),
+    RecordPromotion {
+        epoch: Epoch,
+        history: Vec<HistoryEntry>,
+    },
+    ClaimInitialize {
+        member: MemberName,
+        lease: LeaseId,
+    },
+    GiveUpInitialize {
+        lease: LeaseId,
+    },
+    AnswerRequest {
+        id: String,
+        mod_revision: Revision,
+        progress: RequestProgress,
+    },
+    MoveToLease {
+        member: MemberName,
+        record: Box<MemberRecord>,
+        lock: Option<Epoch>,
+        old: LeaseId,
+        new: LeaseId,
+    },
+}
+
+#[derive(Debug, Clone)]
+pub enum EtcdAnswer {
+    Granted(LeaseIdentity),
+    /// The raft term it was answered in, and the lease's ttl.
+    Renewed {
+        term: u64,
+        ttl: Duration,
+    },
+    NoSuchLease,
+    Proof {
+        ours: bool,
+        term: u64,
+    },
+    Done(bool),
+    View(std::sync::Arc<pgherd::facts::cluster::ClusterView>),
+    MemberAt(Revision),
+    Put(Put),
+    Leader(Option<LeaderKey>),
+    Acquired(Acquired),
+    /// etcd answered with an error: nothing was done.
+    Error,
+}
+
+impl EtcdAsk {
+    fn writes(&self) -> bool {
+        !matches!(
+            self,
+            EtcdAsk::KeepAlive { .. } | EtcdAsk::List | EtcdAsk::ReadMember { .. } | EtcdAsk::ReadLeader | EtcdAsk::Prove { .. }
+        )
+    }
+
+    /// A transaction that is the same when it is carried out twice: it is sent to another endpoint beside a silent one.
+    fn may_be_sent_twice(&self) -> bool {
+        matches!(
+            self,
+            EtcdAsk::PutMember { .. }
+                | EtcdAsk::WriteStatus(_)
+                | EtcdAsk::RecordPromotion { .. }
+                | EtcdAsk::KeepAlive { .. }
+                | EtcdAsk::Prove { .. }
+                | EtcdAsk::MoveToLease { .. }
+        )
+    }
+}
+
+impl Sim {
+    fn latency(&mut self, link: &Link) -> Duration {
+        let base = self.random.between(us(150), us(900));
+        match link.delay {
+            Some((least, most)) => base + self.random.between(least, most),
+            None if self.random.below(200) == 0 => base + self.random.between(ms(2), ms(40)),
+            None => base,
+        }
+    }
+
+    /// Sends a request. The caller is told by [`Sim::answered`], once.
+    pub fn call(&mut self, host: usize, caller: Caller, ask: EtcdAsk, patience: Duration) -> u64 {
+        self.ids += 1;
+        let (id, run) = (self.ids, self.hosts[host].daemon.as_ref().map_or(0, |daemon| daemon.run));
+        if let Some(daemon) = self.hosts[host].daemon_of(run) {
+            daemon.calls.insert(id, caller);
+        }
+        self.daemon_later(host, run, patience, DaemonDue::Timeout { call: id });
+        let link = self.links[host].0.clone();
+        let times = if ask.may_be_sent_twice() && self.random.percent(link.duplicates_percent) { 2 } else { 1 };
+        for _ in 0..times {
+            if link.cut || self.random.percent(link.loss_percent) {
+                continue;
+            }
+            let latency = self.latency(&link);
+            self.later(latency, What::Arrive { host, run, call: id, ask: Box::new(ask.clone()), held: 0 });
+        }
+        id
+    }
+
+    /// A request is at etcd.
+    pub fn arrive(&mut self, host: usize, run: u64, call: u64, ask: Box<EtcdAsk>, held_ms: u64) {
+        match self.etcd.serving {
+            Serving::Yes => {}
+            Serving::No { refuses: true } => return self.send_answer(host, run, call, EtcdAnswer::Error),
+            Serving::No { refuses: false } | Serving::Electing { .. } => {
+                if held_ms >= HOLD_BACK_MAX_MS {
+                    return self.send_answer(host, run, call, EtcdAnswer::Error);
+                }
+                return self.later(ms(HELD_BACK_MS), What::Arrive { host, run, call, ask, held: held_ms + HELD_BACK_MS });
+            }
+        }
+        if self.etcd.no_space && ask.writes() {
+            return self.send_answer(host, run, call, EtcdAnswer::Error);
+        }
+        let before = self.etcd.view.revision;
+        let answer = self.carry_out(host, *ask);
+        if self.etcd.view.revision != before {
+            self.etcd_changed();
+        }
+        self.send_answer(host, run, call, answer);
+    }
+
+    fn send_answer(&mut self, host: usize, run: u64, call: u64, answer: EtcdAnswer) {
+        let link = self.links[host].1.clone();
+        if link.cut || self.random.percent(link.loss_percent) {
+            return;
+        }
+        let latency = self.latency(&link);
+        let revision = self.etcd.view.revision;
+        let what = DaemonDue::Answer { call, answer: Box::new(answer), revision };
+        self.later(latency, What::Daemon { host, run, due: what });
+    }
+
+    fn carry_out(&mut self, host: usize, ask: EtcdAsk) -> EtcdAnswer {
+        let now = self.now;
+        match ask {
+            EtcdAsk::Grant { ttl } => EtcdAnswer::Granted(self.etcd.grant(now, ttl)),
+            EtcdAsk::KeepAlive { lease, sent } => match self.etcd.keep_alive(now, lease) {
+                Some(ttl) => {
+                    self.lock_was_renewed(host, lease, sent, ttl);
+                    EtcdAnswer::Renewed { term: self.etcd.term, ttl }
+                }
+                None => EtcdAnswer::NoSuchLease,
+            },
+            EtcdAsk::Prove { lock } => EtcdAnswer::Proof { ours: self.etcd.proves(lock), term: self.etcd.term },
+            EtcdAsk::Revoke { lease } => EtcdAnswer::Done(self.etcd.revoke(lease)),
+            EtcdAsk::List => EtcdAnswer::View(std::sync::Arc::clone(&self.etcd.view)),
+            EtcdAsk::ReadMember { member } => EtcdAnswer::MemberAt(self.etcd.member_revision(&member)),
+            EtcdAsk::PutMember { member, record, lease, expected } => {
+                EtcdAnswer::Put(self.etcd.put_member(&member, *record, lease, expected))
+            }
+            EtcdAsk::ReadLeader => EtcdAnswer::Leader(self.etcd.view.leader.clone()),
+            EtcdAsk::Acquire(ask) => {
+                let won = self.etcd.acquire(&ask);
+                self.lock_was_taken(host, &won);
+                EtcdAnswer::Acquired(won)
+            }
+            EtcdAsk::Release { epoch, record } => EtcdAnswer::Done(self.etcd.release(epoch, record.as_ref())),
+            EtcdAsk::WriteStatus(status) => {
+                let lsn = status.lsn;
+                let written = self.etcd.write_status(*status);
+                if written {
+                    self.checks.published(&self.hosts[host], lsn);
+                }
+                EtcdAnswer::Done(written)
+            }
+            EtcdAsk::RecordPromotion { epoch, history } => EtcdAnswer::Done(self.etcd.record_promotion(epoch, history)),
+            EtcdAsk::ClaimInitialize { member, lease } => EtcdAnswer::Done(self.etcd.claim_initialize(&member, lease)),
+            EtcdAsk::GiveUpInitialize { lease } => {
+                self.etcd.give_up_initialize(lease);
+                EtcdAnswer::Done(true)
+            }
+            EtcdAsk::AnswerRequest { id, mod_revision, progress } => {
+                EtcdAnswer::Done(self.etcd.answer_request(&id, mod_revision, progress))
+            }
+            EtcdAsk::MoveToLease { member, record, lock, old, new } => {
+                EtcdAnswer::Done(self.etcd.move_to_lease(&member, *record, lock, old, new))
+            }
+        }
+    }
+
+    /// An answer is there, or the caller's patience is over.
+    pub fn answered(&mut self, host: usize, run: u64, call: u64, answer: Option<(EtcdAnswer, Revision)>) {
+        let Some(daemon) = self.hosts[host].daemon_of(run) else { return };
+        let Some(caller) = daemon.calls.remove(&call) else { return };
+        // An answer from before what was seen is not believed, and says so (SAFETY row 43). The lease's thread looks at terms instead.
+        let answer = match answer {
+            Some((answer, revision)) if caller == Caller::Lease || revision >= daemon.witness => {
+                daemon.witness = daemon.witness.max(revision);
+                Some(answer)
+            }
+            Some(_) if caller == Caller::Watch => return self.watch_suspicious(host, call),
+            Some(_) => Some(EtcdAnswer::Error),
+            None => None,
+        };
+        match caller {
+            Caller::Lease => self.lease_answered(host, call, answer),
+            Caller::Watch => self.watch_listed(host, call, answer),
+            Caller::Record(id) => self.record_answered(host, id, answer),
+            Caller::Nobody => {}
+        }
+    }
+
+    /// The way between a host and etcd works in both directions, and etcd serves.
+    pub fn reaches_etcd(&self, host: usize) -> bool {
+        let (out, back) = &self.links[host];
+        self.etcd.serves() && !out.cut && !back.cut
+    }
+
+    pub fn etcd_tick(&mut self) {
+        let now: Real = self.now;
+        if let Serving::Electing { until } = self.etcd.serving
+            && until <= now
+        {
+            self.etcd.elected(now);
+            self.say(None, || "etcd has a leader again: leases begin anew".to_owned());
+        }
+        if self.etcd.bugs.revokes_early {
+            self.etcd.bugs.revokes_early = false;
+            self.etcd.revoke_early();
+        }
+        if self.etcd.tick(now) {
+            self.say(None, || "leases ran out".to_owned());
+            self.etcd_changed();
+        }
+        self.later(ms(super::etcd::EXPIRY_TICK_MS), What::EtcdTick);
+    }
+}

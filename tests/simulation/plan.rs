@@ -1,0 +1,197 @@
+//! The faults of a run, laid out before it begins: what, when, where, for how long. The plan alone, with the seed, is the run; a shorter
+//! plan that fails the same way is a better report.
+
+use std::time::Duration;
+
+use super::clock::{Real, ms, secs};
+use super::random::Random;
+
+/// Kinds of fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    KillDaemon,
+    DaemonStaysDown,
+    FreezeDaemon,
+    StarveDaemon,
+    CrashLoopOfDaemon,
+    StopDaemon,
+    LeaveDaemon,
+    KillGuard,
+    KillGuardAndDaemon,
+    FreezeGuard,
+    FreezeGuardAndDaemon,
+    KillPostmaster,
+    StoppedByHand,
+    CrashLoopOfPostgres,
+    StartRefused,
+    PromotionRefused,
+    SlowPostgres,
+    StuckBackend,
+    DiskFull,
+    CopiesBreak,
+    DataLost,
+    PromotedByHand,
+    PowerOff,
+    AllPowerOff,
+    Suspend,
+    HypervisorPause,
+    ClockRate,
+    CutEtcd,
+    CutAnswers,
+    FlappingEtcd,
+    LossyEtcd,
+    SlowEtcd,
+    DuplicatedRequests,
+    CutPeers,
+    Isolate,
+    EtcdLeaderLost,
+    EtcdDown,
+    EtcdFull,
+    LockDeleted,
+    LeaseRevoked,
+    MemberKeyDeleted,
+    RenewsTheDead,
+    RevokesEarly,
+    LosesDeletions,
+    WatchStalls,
+    Compaction,
+    EtcdRestored,
+    EtcdWiped,
+    Switchover,
+    SpecEdited,
+    /// Aimed at the moment before or after an order of the machine.
+    Strike,
+}
+
+impl Kind {
+    pub const ALL: &'static [Kind] = &[
+        Kind::KillDaemon,
+        Kind::DaemonStaysDown,
+        Kind::FreezeDaemon,
+        Kind::StarveDaemon,
+        Kind::CrashLoopOfDaemon,
+        Kind::StopDaemon,
+        Kind::LeaveDaemon,
+        Kind::KillGuard,
+        Kind::KillGuardAndDaemon,
+        Kind::FreezeGuard,
+        Kind::FreezeGuardAndDaemon,
+        Kind::KillPostmaster,
+        Kind::StoppedByHand,
+        Kind::CrashLoopOfPostgres,
+        Kind::StartRefused,
+        Kind::PromotionRefused,
+        Kind::SlowPostgres,
+        Kind::StuckBackend,
+        Kind::DiskFull,
+        Kind::CopiesBreak,
+        Kind::DataLost,
+        Kind::PromotedByHand,
+        Kind::PowerOff,
+        Kind::AllPowerOff,
+        Kind::Suspend,
+        Kind::HypervisorPause,
+        Kind::ClockRate,
+        Kind::CutEtcd,
+        Kind::CutAnswers,
+        Kind::FlappingEtcd,
+        Kind::LossyEtcd,
+        Kind::SlowEtcd,
+        Kind::DuplicatedRequests,
+        Kind::CutPeers,
+        Kind::Isolate,
+        Kind::EtcdLeaderLost,
+        Kind::EtcdDown,
+        Kind::EtcdFull,
+        Kind::LockDeleted,
+        Kind::LeaseRevoked,
+        Kind::MemberKeyDeleted,
+        Kind::RenewsTheDead,
+        Kind::RevokesEarly,
+        Kind::LosesDeletions,
+        Kind::WatchStalls,
+        Kind::Compaction,
+        Kind::EtcdRestored,
+        Kind::EtcdWiped,
+        Kind::Switchover,
+        Kind::SpecEdited,
+        Kind::Strike,
+    ];
+
+    /// How often one kind is drawn beside the others. What changes the leader is drawn more often.
+    fn weight(self) -> u64 {
+        match self {
+            Kind::Strike => 14,
+            Kind::KillDaemon | Kind::KillPostmaster | Kind::PowerOff | Kind::CutEtcd | Kind::FreezeDaemon | Kind::Switchover => 5,
+            Kind::Isolate | Kind::CutPeers | Kind::SlowEtcd | Kind::EtcdLeaderLost | Kind::KillGuard | Kind::StopDaemon => 4,
+            Kind::EtcdRestored | Kind::EtcdWiped | Kind::AllPowerOff | Kind::HypervisorPause | Kind::DataLost => 1,
+            _ => 2,
+        }
+    }
+}
+
+/// One fault.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    pub at: Real,
+    pub kind: Kind,
+    /// A number that the fault picks its victim with. Even: whoever leads then, if there is one.
+    pub victim: u64,
+    pub lasts: Duration,
+    /// For what the fault has to choose besides.
+    pub choice: u64,
+}
+
+/// How hard a run is.
+#[derive(Debug, Clone, Copy)]
+pub struct Profile {
+    /// Between the ends of two gaps, on average.
+    pub mean_gap: Duration,
+    /// A kind takes part in a run with this chance.
+    pub kinds_percent: u64,
+    /// When faults begin.
+    pub from: Real,
+    /// And end.
+    pub until: Real,
+}
+
+impl Profile {
+    pub const DEFAULT: Profile = Profile { mean_gap: ms(3_500), kinds_percent: 55, from: Real(8_000_000_000), until: Real(62_000_000_000) };
+
+    pub fn describe(&self) -> String {
+        format!(
+            "a fault every {:.1} s on average from {} s to {} s of each run, each of {} kinds in it with a chance of {} %, half of them aimed at the leader, overlapping as they fall",
+            self.mean_gap.as_secs_f64(),
+            self.from.0 / 1_000_000_000,
+            self.until.0 / 1_000_000_000,
+            Kind::ALL.len(),
+            self.kinds_percent
+        )
+    }
+}
+
+pub fn plan(seed: u64, profile: Profile) -> Vec<Fault> {
+    let mut random = Random::new(seed, 3);
+    let kinds: Vec<Kind> = Kind::ALL.iter().copied().filter(|_| random.percent(profile.kinds_percent)).collect();
+    let total: u64 = kinds.iter().map(|kind| kind.weight()).sum();
+    let mut faults = Vec::new();
+    let mut at = profile.from;
+    while total > 0 {
+        at = at.after(random.between(ms(150), profile.mean_gap * 2 - ms(150)));
+        if at >= profile.until {
+            break;
+        }
+        let mut drawn = random.below(total);
+        let kind = *kinds
+            .iter()
+            .find(|kind| {
+                let here = drawn < kind.weight();
+                drawn = drawn.saturating_sub(kind.weight());
+                here
+            })
+            .unwrap_or(&Kind::KillDaemon);
+        let lasts = if random.percent(50) { random.between(ms(300), secs(5)) } else { random.between(secs(3), secs(22)) };
+        faults.push(Fault { at, kind, victim: random.number(), lasts, choice: random.number() });
+    }
+    faults
+}

@@ -1,0 +1,379 @@
+//! PostgreSQL of one host: the data directory, the postmaster, and processes that outlive it. It starts, recovers, promotes, stops and
+//! dies as slowly as the run's faults want; who sends it signals is the guard's and the faults' business.
+
+use std::time::Duration;
+
+use pgherd::facts::postgres::{DataDirectory, DatabaseState};
+use pgherd::types::{Lsn, TimelineId};
+
+use super::clock::{Real, ms, us};
+use super::random::Random;
+use super::wal::{Data, RECORD_BYTES};
+
+/// wal_retrieve_retry_interval as pgherd sets it.
+pub const RECEIVER_RETRY_MS: u64 = 1_000;
+/// wal_sender_timeout and wal_receiver_timeout as pgherd sets them.
+pub const WAL_TIMEOUT_MS: u64 = 15_000;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Reads its WAL; takes no connections yet.
+    Starting {
+        until: Real,
+    },
+    Accepting,
+    /// Asked to promote.
+    Promoting {
+        until: Real,
+    },
+    /// SIGINT: backends are told to end, then comes the shutdown checkpoint.
+    Stopping {
+        backends_until: Real,
+        until: Real,
+    },
+    /// The shutdown checkpoint is written; walsenders bring it to the standbys.
+    Draining {
+        until: Real,
+    },
+    /// SIGQUIT.
+    Quitting {
+        until: Real,
+    },
+}
+
+/// The walreceiver of a standby.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Receiver {
+    Waiting,
+    /// From the postmaster with this pid.
+    Streaming {
+        from: usize,
+        pid: i32,
+        heard: Real,
+    },
+}
+
+#[derive(Debug, Clone)]
+pub struct Postmaster {
+    pub pid: i32,
+    pub phase: Phase,
+    pub recovering: bool,
+    pub upstream: Option<usize>,
+    pub receiver: Receiver,
+    pub checkpoint_at: Option<Real>,
+    /// Its guard is its parent and reaps it.
+    pub promoted_by_hand: Option<Real>,
+    pub since: Real,
+}
+
+/// A process of PostgreSQL whose postmaster is dead.
+#[derive(Debug, Clone)]
+pub struct Orphan {
+    pub writable: bool,
+    /// When it ends by itself.
+    pub until: Real,
+    /// In an uninterruptible sleep: neither answers nor dies (SAFETY row 8).
+    pub stuck: bool,
+}
+
+/// How a postmaster ended, for who waits for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ended {
+    pub pid: i32,
+    pub exit_status: Option<i32>,
+    pub signal: Option<i32>,
+}
+
+/// What the world has to do about a change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    Accepts,
+    Promoted(TimelineId),
+    /// The shutdown checkpoint is written.
+    ShutDown,
+    Ended,
+}
+
+/// What may be wrong with the server or its disk.
+#[derive(Debug, Clone, Default)]
+pub struct Ailments {
+    /// Starts fail.
+    pub refuses_start: bool,
+    /// It ends by itself so long after it takes connections as a primary.
+    pub crashes: bool,
+    /// Writes panic, and so do starts as a primary (SAFETY row 28).
+    pub disk_full: bool,
+    /// Everything takes that much longer.
+    pub slowness: u32,
+    /// A backend is stuck in the kernel.
+    pub stuck: bool,
+    /// Promotion is refused.
+    pub refuses_promotion: bool,
+    /// initdb and copies break off.
+    pub breaks_copies: bool,
+}
+
+#[derive(Debug, Default)]
+pub struct Server {
+    pub data: Option<Data>,
+    pub postmaster: Option<Postmaster>,
+    pub orphans: Vec<Orphan>,
+    pub ended: Vec<Ended>,
+    pub ail: Ailments,
+    next_pid: i32,
+}
+
+impl Server {
+    fn slow(&self, span: Duration) -> Duration {
+        span * (1 + self.ail.slowness)
+    }
+
+    /// Spawned by the guard. True = as a standby, by standby.signal.
+    pub fn spawn(&mut self, now: Real, random: &mut Random, upstream: Option<usize>) -> i32 {
+        self.next_pid += 1;
+        let pid = 1_000 + self.next_pid;
+        let standby = self.data.as_ref().is_some_and(|data| data.standby_signal);
+        let takes = self.slow(random.between(ms(30), ms(150)));
+        if let Some(data) = &mut self.data {
+            data.backup_label = false;
+            data.state = if standby { DatabaseState::InArchiveRecovery } else { DatabaseState::InCrashRecovery };
+        }
+        self.postmaster = Some(Postmaster {
+            pid,
+            phase: Phase::Starting { until: now.after(takes) },
+            recovering: standby,
+            upstream,
+            receiver: Receiver::Waiting,
+            checkpoint_at: None,
+            promoted_by_hand: None,
+            since: now,
+        });
+        pid
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.postmaster.is_none() && self.orphans.is_empty()
+    }
+
+    pub fn pids(&self) -> Vec<i32> {
+        let orphans = (0..self.orphans.len()).map(|index| 5_000 + index as i32);
+        self.postmaster.iter().map(|postmaster| postmaster.pid).chain(orphans).collect()
+    }
+
+    pub fn accepting(&self) -> bool {
+        self.postmaster.as_ref().is_some_and(|postmaster| matches!(postmaster.phase, Phase::Accepting | Phase::Promoting { .. }))
+    }
+
+    pub fn recovering(&self) -> bool {
+        self.postmaster.as_ref().is_some_and(|postmaster| postmaster.recovering)
+    }
+
+    /// A process is there that can still answer COMMIT to a client.
+    pub fn acknowledges(&self, now: Real) -> bool {
+        let by_postmaster = self.postmaster.as_ref().is_some_and(|postmaster| {
+            !postmaster.recovering
+                && match postmaster.phase {
+                    Phase::Accepting => true,
+                    Phase::Stopping { backends_until, .. } | Phase::Quitting { until: backends_until } => now < backends_until,
+                    Phase::Starting { .. } | Phase::Promoting { .. } | Phase::Draining { .. } => false,
+                }
+        });
+        by_postmaster || self.orphans.iter().any(|orphan| orphan.writable && !orphan.stuck && now < orphan.until)
+    }
+
+    pub fn streaming(&self) -> bool {
+        self.postmaster.as_ref().is_some_and(|postmaster| matches!(postmaster.receiver, Receiver::Streaming { .. }))
+    }
+
+    /// WAL may still be sent from here.
+    pub fn sends(&self) -> bool {
+        self.postmaster.as_ref().is_some_and(|postmaster| {
+            !postmaster.recovering && matches!(postmaster.phase, Phase::Accepting | Phase::Stopping { .. } | Phase::Draining { .. })
+        })
+    }
+
+    /// A client's transaction. None = refused.
+    pub fn commit(&mut self, now: Real) -> Option<Lsn> {
+        if !self.acknowledges(now) {
+            return None;
+        }
+        self.data.as_mut().map(|data| data.wal.append(RECORD_BYTES))
+    }
+
+    /// SIGINT to the postmaster.
+    pub fn fast_stop(&mut self, now: Real, random: &mut Random) {
+        let (backends, checkpoint) = (self.slow(random.between(us(500), ms(8))), self.slow(random.between(ms(5), ms(60))));
+        if let Some(postmaster) = &mut self.postmaster
+            && matches!(postmaster.phase, Phase::Starting { .. } | Phase::Accepting | Phase::Promoting { .. })
+        {
+            let backends_until = if matches!(postmaster.phase, Phase::Accepting) { now.after(backends) } else { now };
+            postmaster.phase = Phase::Stopping { backends_until, until: now.after(backends + checkpoint) };
+            postmaster.receiver = Receiver::Waiting;
+        }
+    }
+
+    /// SIGQUIT to the postmaster.
+    pub fn immediate_stop(&mut self, now: Real, random: &mut Random) {
+        let takes = random.between(us(500), ms(10));
+        if let Some(postmaster) = &mut self.postmaster
+            && !matches!(postmaster.phase, Phase::Quitting { .. })
+        {
+            postmaster.phase = Phase::Quitting { until: now.after(takes) };
+        }
+    }
+
+    /// SIGKILL to the postmaster alone: busy backends go on for a while.
+    pub fn kill_postmaster(&mut self, now: Real, backends_live: Duration) {
+        let Some(postmaster) = self.postmaster.take() else { return };
+        let was_open = matches!(postmaster.phase, Phase::Accepting | Phase::Promoting { .. } | Phase::Stopping { .. });
+        self.ended.push(Ended { pid: postmaster.pid, exit_status: None, signal: Some(9) });
+        let writable = was_open && !postmaster.recovering && !matches!(postmaster.phase, Phase::Promoting { .. });
+        self.orphans.push(Orphan { writable, until: now.after(backends_live), stuck: false });
+        if self.ail.stuck {
+            self.orphans.push(Orphan { writable: false, until: Real(u64::MAX / 2), stuck: true });
+        }
+    }
+
+    /// SIGKILL to everything that is left.
+    pub fn kill_all(&mut self, now: Real, random: &mut Random) {
+        let dying = random.between(us(100), ms(2));
+        if self.postmaster.is_some() {
+            self.kill_postmaster(now, dying);
+        }
+        for orphan in self.orphans.iter_mut().filter(|orphan| !orphan.stuck) {
+            orphan.until = orphan.until.min(now.after(dying));
+        }
+    }
+
+    /// The machine loses power.
+    pub fn power_off(&mut self) {
+        self.postmaster = None;
+        self.orphans.clear();
+        self.ended.clear();
+    }
+
+    /// pg_promote. The promotion itself is seen later.
+    pub fn promote(&mut self, now: Real, random: &mut Random, by_hand: bool) -> Result<(), &'static str> {
+        let takes = self.slow(random.between(ms(20), ms(250)));
+        if self.ail.refuses_promotion {
+            return Err("promotion is refused");
+        }
+        let Some(postmaster) = &mut self.postmaster else { return Err("the server is not there") };
+        match postmaster.phase {
+            Phase::Accepting if postmaster.recovering => {
+                postmaster.phase = Phase::Promoting { until: now.after(takes) };
+                postmaster.receiver = Receiver::Waiting;
+                postmaster.promoted_by_hand = by_hand.then_some(now);
+                Ok(())
+            }
+            Phase::Promoting { .. } => Ok(()),
+            _ => Err("the server does not take connections in recovery"),
+        }
+    }
+
+    /// The next time at which something happens by itself.
+    pub fn next_due(&self) -> Option<Real> {
+        let by_phase = self.postmaster.as_ref().and_then(|postmaster| match postmaster.phase {
+            Phase::Accepting => postmaster.checkpoint_at,
+            Phase::Starting { until }
+            | Phase::Promoting { until }
+            | Phase::Stopping { until, .. }
+            | Phase::Draining { until }
+            | Phase::Quitting { until } => Some(until),
+        });
+        let by_orphans = self.orphans.iter().map(|orphan| orphan.until).min();
+        [by_phase, by_orphans].into_iter().flatten().min()
+    }
+
+    /// What has become due. `drained`: every standby that streams has the shutdown checkpoint.
+    pub fn advance(&mut self, now: Real, random: &mut Random, token: &mut u64, drained: impl Fn(&Self) -> bool) -> Option<Change> {
+        self.orphans.retain(|orphan| orphan.until > now);
+        let slow_checkpoint = self.slow(random.between(ms(50), ms(900)));
+        let postmaster = self.postmaster.as_mut()?;
+        match postmaster.phase {
+            Phase::Starting { until } if until <= now => {
+                let primary = !postmaster.recovering;
+                if self.ail.refuses_start || (primary && self.ail.disk_full) {
+                    return self.end(Some(1));
+                }
+                postmaster.phase = Phase::Accepting;
+                if let Some(data) = self.data.as_mut().filter(|_| primary) {
+                    data.state = DatabaseState::InProduction;
+                    data.make_checkpoint();
+                }
+                if primary && self.ail.crashes {
+                    postmaster.checkpoint_at = Some(now.after(ms(200)));
+                }
+                Some(Change::Accepts)
+            }
+            Phase::Accepting if postmaster.checkpoint_at.is_some_and(|at| at <= now) => {
+                postmaster.checkpoint_at = None;
+                if self.ail.crashes && !postmaster.recovering {
+                    return self.end(None);
+                }
+                if let Some(data) = &mut self.data {
+                    data.make_checkpoint();
+                }
+                None
+            }
+            Phase::Promoting { until } if until <= now => {
+                *token += 1;
+                postmaster.recovering = false;
+                postmaster.phase = Phase::Accepting;
+                postmaster.checkpoint_at = Some(now.after(slow_checkpoint));
+                let data = self.data.as_mut()?;
+                let timeline = data.next_timeline();
+                data.promote(timeline, *token);
+                Some(Change::Promoted(timeline))
+            }
+            Phase::Stopping { until, .. } if until <= now => {
+                if self.ail.stuck {
+                    // A backend that cannot die holds up the stop for as long as it is there.
+                    postmaster.phase = Phase::Stopping { backends_until: now, until: now.after(ms(100)) };
+                    return None;
+                }
+                let data = self.data.as_mut()?;
+                if postmaster.recovering {
+                    data.make_checkpoint();
+                    data.state = DatabaseState::ShutDownInRecovery;
+                    return self.end(Some(0));
+                }
+                data.make_checkpoint();
+                data.state = DatabaseState::ShutDown;
+                postmaster.phase = Phase::Draining { until: now.after(ms(1)) };
+                postmaster.since = now;
+                Some(Change::ShutDown)
+            }
+            Phase::Draining { until } if until <= now => {
+                let since = postmaster.since;
+                if drained(self) || now.since(since) >= ms(WAL_TIMEOUT_MS) {
+                    return self.end(Some(0));
+                }
+                if let Some(postmaster) = &mut self.postmaster {
+                    postmaster.phase = Phase::Draining { until: now.after(ms(20)) };
+                }
+                None
+            }
+            Phase::Quitting { until } if until <= now => {
+                if self.ail.stuck {
+                    // The postmaster waits 5 s and then kills; what is stuck stays.
+                    self.kill_postmaster(now, us(100));
+                    return Some(Change::Ended);
+                }
+                self.end(Some(1))
+            }
+            _ => None,
+        }
+    }
+
+    fn end(&mut self, exit_status: Option<i32>) -> Option<Change> {
+        let postmaster = self.postmaster.take()?;
+        let signal = exit_status.is_none().then_some(6);
+        self.ended.push(Ended { pid: postmaster.pid, exit_status, signal });
+        Some(Change::Ended)
+    }
+
+    pub fn look(&self) -> DataDirectory {
+        self.data.as_ref().map_or(DataDirectory::Empty, |data| DataDirectory::Full(data.control()))
+    }
+}

@@ -1,0 +1,248 @@
+//! What goes on between servers, and between servers and clients: streaming, commits, the ends of processes.
+
+use super::clock::{Real, ms, us};
+use super::postgres::{Change, Phase, RECEIVER_RETRY_MS, Receiver, WAL_TIMEOUT_MS};
+use super::world::{Sim, What};
+
+impl Sim {
+    /// Something may have changed in a server: it is looked at when the next thing is due.
+    pub fn server_changed(&mut self, host: usize) {
+        let Some(due) = self.hosts[host].server.next_due() else { return };
+        if self.hosts[host].server_due.is_none_or(|at| due < at || at < self.now) {
+            self.hosts[host].server_due = Some(due);
+            self.at(due, What::Server { host });
+        }
+    }
+
+    pub fn server_due(&mut self, host: usize) {
+        self.hosts[host].server_due = None;
+        if self.hosts[host].stands {
+            // Its machine stands still, and it with it.
+            self.hosts[host].server_due = Some(self.now.after(ms(20)));
+            return self.later(ms(20), What::Server { host });
+        }
+        let now = self.now;
+        let drained = self.standbys_have_all(host);
+        let pid_before = self.hosts[host].server.postmaster.as_ref().map(|postmaster| postmaster.pid);
+        let by_hand = self.hosts[host].server.postmaster.as_ref().is_some_and(|postmaster| postmaster.promoted_by_hand.is_some());
+        let change = self.hosts[host].server.advance(now, &mut self.random, &mut self.wal_tokens, |_| drained);
+        if let Some(change) = change {
+            self.say(Some(host), || format!("PostgreSQL: {change:?}"));
+            match change {
+                Change::Accepts => {
+                    let recovering = self.hosts[host].server.recovering();
+                    if recovering {
+                        if let Some(pid) = pid_before {
+                            self.later(ms(1), What::Receiver { host, pid });
+                        }
+                    } else {
+                        self.checks.opened(host, &self.hosts);
+                    }
+                }
+                Change::Promoted(timeline) => self.checks.promoted(host, timeline, by_hand, &self.hosts),
+                Change::ShutDown => self.wal_flows(host),
+                Change::Ended => self.receivers_notice(host, pid_before),
+            }
+        }
+        self.server_changed(host);
+        if !self.hosts[host].server.ended.is_empty() || self.hosts[host].server.is_empty() {
+            self.guard_turn(host);
+        }
+    }
+
+    fn standbys_have_all(&self, host: usize) -> bool {
+        let Some((data, postmaster)) = self.hosts[host].server.data.as_ref().zip(self.hosts[host].server.postmaster.as_ref()) else {
+            return true;
+        };
+        self.hosts.iter().all(|other| {
+            let streams = other.server.postmaster.as_ref().is_some_and(
+                |theirs| matches!(theirs.receiver, Receiver::Streaming { from, pid, .. } if from == host && pid == postmaster.pid),
+            );
+            !streams || other.server.data.as_ref().is_some_and(|theirs| theirs.wal.end >= data.wal.end)
+        })
+    }
+
+    /// Those that received from a postmaster that ended see the connection close, unless the network hides it.
+    pub fn receivers_notice(&mut self, host: usize, pid: Option<i32>) {
+        for other in 0..self.hosts.len() {
+            if self.cut(host, other) {
+                continue;
+            }
+            let Some(postmaster) = &mut self.hosts[other].server.postmaster else { continue };
+            if matches!(postmaster.receiver, Receiver::Streaming { from, pid: of, .. } if from == host && Some(of) == pid) {
+                postmaster.receiver = Receiver::Waiting;
+                let theirs = postmaster.pid;
+                self.later(ms(RECEIVER_RETRY_MS), What::Receiver { host: other, pid: theirs });
+            }
+        }
+    }
+
+    /// primary_conninfo is changed under a running standby.
+    pub fn follow(&mut self, host: usize, upstream: Option<usize>) {
+        let Some(postmaster) = &mut self.hosts[host].server.postmaster else { return };
+        if postmaster.upstream == upstream || !postmaster.recovering {
+            return;
+        }
+        postmaster.upstream = upstream;
+        postmaster.receiver = Receiver::Waiting;
+        let pid = postmaster.pid;
+        self.later(ms(5), What::Receiver { host, pid });
+    }
+
+    /// The walreceiver tries to connect, or looks after its connection.
+    pub fn receiver_due(&mut self, host: usize, pid: i32) {
+        let now = self.now;
+        let Some(postmaster) = self.hosts[host].server.postmaster.as_ref().filter(|postmaster| postmaster.pid == pid) else { return };
+        if !postmaster.recovering || !matches!(postmaster.phase, Phase::Accepting) {
+            return;
+        }
+        let (receiver, upstream) = (postmaster.receiver, postmaster.upstream);
+        let next = match receiver {
+            Receiver::Streaming { from, pid: theirs, heard } => {
+                let reachable = !self.cut(host, from) && self.hosts[from].powered && !self.hosts[from].stands;
+                let there = self.hosts[from].server.postmaster.as_ref().is_some_and(|postmaster| postmaster.pid == theirs);
+                match (reachable, there) {
+                    (true, true) => Receiver::Streaming { from, pid: theirs, heard: now },
+                    (true, false) => Receiver::Waiting,
+                    (false, _) if now.since(heard) >= ms(WAL_TIMEOUT_MS) => Receiver::Waiting,
+                    (false, _) => receiver,
+                }
+            }
+            Receiver::Waiting => upstream.and_then(|from| self.connect(host, from)).unwrap_or(Receiver::Waiting),
+        };
+        let began = receiver == Receiver::Waiting && next != Receiver::Waiting;
+        if let Some(postmaster) = &mut self.hosts[host].server.postmaster {
+            postmaster.receiver = next;
+        }
+        self.later(ms(RECEIVER_RETRY_MS), What::Receiver { host, pid });
+        if began {
+            self.stream_to(host);
+        }
+    }
+
+    fn connect(&mut self, host: usize, from: usize) -> Option<Receiver> {
+        if from == host || self.cut(host, from) || !self.hosts[from].powered || self.hosts[from].stands {
+            return None;
+        }
+        let source = &self.hosts[from].server;
+        let sender = source.postmaster.as_ref().filter(|_| source.sends() && source.accepting())?;
+        let (ours, theirs) = (self.hosts[host].server.data.as_ref()?, source.data.as_ref()?);
+        if ours.system_id != theirs.system_id || !ours.wal.looks_like_the_past_of(&theirs.wal) {
+            return None;
+        }
+        if !ours.wal.is_in_the_past_of(&theirs.wal) {
+            let what =
+                format!("{} follows {} on a timeline of the same number that is another", self.hosts[host].name, self.hosts[from].name);
+            self.checks.fail("I9", what);
+        }
+        Some(Receiver::Streaming { from, pid: sender.pid, heard: self.now })
+    }
+
+    /// Whoever streams from here gets what is new, a little later.
+    pub fn wal_flows(&mut self, host: usize) {
+        for other in 0..self.hosts.len() {
+            let streams = self.hosts[other]
+                .server
+                .postmaster
+                .as_ref()
+                .is_some_and(|postmaster| matches!(postmaster.receiver, Receiver::Streaming { from, .. } if from == host));
+            if streams {
+                self.stream_to(other);
+            }
+        }
+    }
+
+    fn stream_to(&mut self, host: usize) {
+        let Some(pid) = self.hosts[host].server.postmaster.as_ref().map(|postmaster| postmaster.pid) else { return };
+        if std::mem::replace(&mut self.hosts[host].stream_due, true) {
+            return;
+        }
+        let slow = self.hosts[host].server.ail.slowness;
+        let takes = self.random.between(us(200), ms(2)) * (1 + slow * 4);
+        self.later(takes, What::Stream { host, pid });
+    }
+
+    pub fn wal_arrives(&mut self, host: usize, pid: i32) {
+        self.hosts[host].stream_due = false;
+        let now = self.now;
+        let Some(postmaster) = self.hosts[host].server.postmaster.as_ref().filter(|postmaster| postmaster.pid == pid) else { return };
+        let Receiver::Streaming { from, pid: theirs, .. } = postmaster.receiver else { return };
+        let gone = self.hosts[from].server.postmaster.as_ref().is_none_or(|postmaster| postmaster.pid != theirs);
+        if self.cut(host, from) || gone || self.hosts[host].stands || !self.hosts[from].powered || self.hosts[from].stands {
+            return;
+        }
+        let Some(source) = self.hosts[from].server.data.as_ref().map(|data| data.wal.clone()) else { return };
+        let this = &mut self.hosts[host].server;
+        if let (Some(data), Some(postmaster)) = (&mut this.data, &mut this.postmaster) {
+            if !data.wal.looks_like_the_past_of(&source) {
+                postmaster.receiver = Receiver::Waiting;
+                return;
+            }
+            data.wal.receive(&source);
+            postmaster.receiver = Receiver::Streaming { from, pid: theirs, heard: now };
+        }
+    }
+
+    /// Clients that try every server, as a driver with several hosts would that believes nobody.
+    pub fn clients_write(&mut self) {
+        let now = self.now;
+        for host in 0..self.hosts.len() {
+            if !self.load || self.hosts[host].stands || !self.hosts[host].server.acknowledges(now) {
+                continue;
+            }
+            if self.hosts[host].server.ail.disk_full {
+                self.panics(host);
+                continue;
+            }
+            let bytes = if self.random.below(64) == 0 { self.random.below(400_000) } else { 0 };
+            if let Some(data) = &mut self.hosts[host].server.data {
+                data.wal.append(96 + bytes);
+            }
+            if self.hosts[host].server.commit(now).is_some() {
+                self.checks.commits += 1;
+                self.wal_flows(host);
+            }
+        }
+        let says: Vec<usize> = (0..self.hosts.len()).filter(|host| self.says_primary(*host)).collect();
+        self.checks.leader_paths(now, &says, &self.hosts);
+    }
+
+    /// A full disk: PostgreSQL panics (SAFETY row 28).
+    fn panics(&mut self, host: usize) {
+        let now = self.now;
+        self.hosts[host].server.immediate_stop(now, &mut self.random);
+        self.server_changed(host);
+    }
+
+    /// The lock was renewed at etcd by a request that `host` sent: what it may rely on, by nobody's word but etcd's.
+    pub fn lock_was_renewed(
+        &mut self,
+        host: usize,
+        lease: pgherd::types::LeaseId,
+        sent: pgherd::clock::BootTime,
+        ttl: std::time::Duration,
+    ) {
+        let holds =
+            self.etcd.view.leader.as_ref().is_some_and(|leader| leader.lease == lease && leader.holder == self.hosts[host].name.as_str());
+        if holds {
+            let until = sent + ttl * 995 / 1000;
+            let proved = &mut self.hosts[host].proved_until;
+            *proved = (*proved).max(until);
+        }
+    }
+
+    /// The end of the lock's time by its own lease; for what is taken away before it.
+    pub fn lock_runs_until(&self) -> Option<(usize, Real)> {
+        let leader = self.etcd.view.leader.as_ref()?;
+        let host = self.hosts.iter().position(|host| host.name.as_str() == leader.holder)?;
+        Some((host, self.etcd.lease_until(leader.lease).unwrap_or(self.now)))
+    }
+
+    /// Somebody promotes a standby by hand.
+    pub fn promote_by_hand(&mut self, host: usize) -> bool {
+        let now = self.now;
+        let done = self.hosts[host].server.recovering() && self.hosts[host].server.promote(now, &mut self.random, true).is_ok();
+        self.server_changed(host);
+        done
+    }
+}

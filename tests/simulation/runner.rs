@@ -1,0 +1,223 @@
+//! One run from its seed: the cluster comes up, the plan's faults strike, everything is healed, and the cluster has to come together and
+//! stay calm (L1 to L5). And what is made of a run that fails: a plan with fewer faults, and its trace.
+
+use std::time::Duration;
+
+use pgherd::facts::cluster::RequestProgress;
+
+use super::check::Violation;
+use super::clock::{Real, secs};
+use super::coverage::Coverage;
+use super::faults::spec_lines;
+use super::plan::{Fault, Profile, plan};
+use super::random::Random;
+use super::world::{Sim, spec_of};
+
+/// A seed is so much simulated time.
+pub const RUN_S: u64 = 120;
+/// The cluster has so long to come up.
+const BOOTSTRAP_S: u64 = 8;
+/// When everything is healed.
+const HEALED_AT_S: u64 = 64;
+/// How long a healed cluster may take to come together: leases, back-offs, abstention, copies.
+const CONVERGES_WITHIN_S: u64 = 44;
+/// A calm cluster is watched for so long at least.
+const CALM_S: u64 = 8;
+/// Writes to etcd of a calm cluster: each member's position and `status` once a second at the most.
+const CALM_WRITES_PER_S: u64 = 6;
+
+/// What became of a seed.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    pub seed: u64,
+    pub violation: Option<Violation>,
+    pub hash: u64,
+    pub events: u64,
+    pub simulated: Duration,
+    pub faults: usize,
+    /// Changes of the lock's holder after the first.
+    pub changes: usize,
+    pub commits: u64,
+    pub lost_bytes: u64,
+    pub coverage: Coverage,
+    pub trace: Vec<String>,
+    pub converged_after: Option<Duration>,
+}
+
+/// Runs a seed with the faults of its own plan.
+pub fn run(seed: u64, traced: bool) -> Outcome {
+    run_with(seed, plan(seed, Profile::DEFAULT), traced)
+}
+
+/// Runs a seed with these faults.
+pub fn run_with(seed: u64, faults: Vec<Fault>, traced: bool) -> Outcome {
+    let mut random = Random::new(seed, 4);
+    let ttl = *random.pick(&[3_u64, 4, 5, 6, 8, 10]);
+    let loop_wait = *random.pick(&[1_u64, 2, 3, 5]);
+    let mut sim = Sim::new(seed, 3, traced);
+    let names: Vec<String> = sim.hosts.iter().map(|host| host.name.to_string()).collect();
+    sim.apply(spec_of(&names, &spec_lines(ttl, loop_wait)));
+    let count = faults.len();
+    sim.lay_out(faults);
+    sim.run_until(at(BOOTSTRAP_S));
+    sim.run_until(at(HEALED_AT_S));
+    let mut converged_after = None;
+    if sim.checks.violation.is_none() {
+        sim.heal();
+        converged_after = converge(&mut sim);
+        if converged_after.is_some() {
+            calm(&mut sim);
+        }
+    }
+    let changes = sim.checks.leaders.windows(2).filter(|pair| pair[0].1 != pair[1].1).count();
+    if let Some(violation) = sim.checks.violation.clone() {
+        sim.say(None, || format!("VIOLATION of {}: {}", violation.invariant, violation.what));
+    }
+    Outcome {
+        seed,
+        violation: sim.checks.violation.clone(),
+        hash: sim.trace.hash(),
+        events: sim.trace.events,
+        simulated: sim.now.since(Real(0)),
+        faults: count,
+        changes,
+        commits: sim.checks.commits,
+        lost_bytes: sim.checks.lost_bytes,
+        coverage: sim.coverage.clone(),
+        trace: sim.trace.lines().to_vec(),
+        converged_after,
+    }
+}
+
+fn at(seconds: u64) -> Real {
+    Real(seconds * 1_000_000_000)
+}
+
+/// L1 and L2: one primary that holds the lock, all others streaming from it.
+fn converge(sim: &mut Sim) -> Option<Duration> {
+    let healed = sim.now;
+    let deadline = healed.after(secs(CONVERGES_WITHIN_S));
+    while sim.checks.violation.is_none() {
+        if sim.has_converged() {
+            return Some(sim.now.since(healed));
+        }
+        if sim.now >= deadline {
+            let story = sim.story();
+            sim.checks
+                .fail("L1", format!("not one primary with all others streaming within {CONVERGES_WITHIN_S} s of the last fault: {story}"));
+            break;
+        }
+        let next = sim.now.after(Duration::from_millis(250));
+        sim.run_until(next.min(deadline));
+    }
+    None
+}
+
+/// L3, L4 and L5: nothing changes hands without a cause, nothing is written but positions, every request has its answer, and the whole
+/// of the WAL is one history.
+fn calm(sim: &mut Sim) {
+    let settle = sim.now.after(secs(6));
+    sim.run_until(settle);
+    let (changes, begun, writes) = (sim.checks.leaders.len(), sim.now, sim.etcd.writes);
+    let until = at(RUN_S).max(sim.now.after(secs(CALM_S)));
+    sim.run_until(until);
+    if sim.checks.violation.is_some() {
+        return;
+    }
+    if sim.checks.leaders.len() != changes {
+        return sim.checks.fail("L4", "the lock changed hands although nothing was wrong".to_owned());
+    }
+    if !sim.has_converged() {
+        let story = sim.story();
+        return sim.checks.fail("L1", format!("a healed cluster fell apart: {story}"));
+    }
+    let (written, seconds) = (sim.etcd.writes - writes, sim.now.since(begun).as_secs().max(1));
+    if written > CALM_WRITES_PER_S * seconds {
+        return sim.checks.fail("L5", format!("{written} writes to etcd in {seconds} calm seconds"));
+    }
+    let open = sim.etcd.view.requests.iter().find(|(_, key)| matches!(key.record.progress, RequestProgress::Created));
+    if let Some((id, _)) = open {
+        let what = format!("request {id} was never looked at");
+        return sim.checks.fail("L2", what);
+    }
+    let newest = sim.specs.keys().next_back().copied().unwrap_or(0);
+    let behind = sim.hosts.iter().find(|host| {
+        let taken = host.daemon.as_ref().and_then(|daemon| daemon.machine.world().in_force.as_ref()).map_or(0, |files| files.generation);
+        taken != newest
+    });
+    if let Some(host) = behind {
+        let what = format!("{} has not taken up generation {newest} of the spec", host.name);
+        return sim.checks.fail("L3", what);
+    }
+    sim.one_history();
+}
+
+impl Sim {
+    fn leader(&self) -> Option<usize> {
+        let holder = self.etcd.view.leader.as_ref()?.holder.clone();
+        self.hosts.iter().position(|host| host.name.as_str() == holder)
+    }
+
+    pub fn has_converged(&self) -> bool {
+        let Some(leader) = self.leader() else { return false };
+        self.hosts.iter().enumerate().all(|(index, host)| {
+            let Some(daemon) = &host.daemon else { return false };
+            let state = daemon.machine.state().name();
+            if index == leader {
+                state == "primary" && host.server.acknowledges(self.now)
+            } else {
+                state == "following" && host.server.streaming()
+            }
+        })
+    }
+
+    /// I5, I8 and I9 at the end: what standbys have is, record for record, in the primary's past.
+    fn one_history(&mut self) {
+        let Some(leader) = self.leader() else { return };
+        let Some(primary) = self.hosts[leader].server.data.as_ref().map(|data| data.wal.clone()) else { return };
+        for host in 0..self.hosts.len() {
+            let apart = self.hosts[host].server.data.as_ref().is_some_and(|data| !data.wal.is_in_the_past_of(&primary));
+            if apart {
+                let what = format!("{} has WAL that the primary has not", self.hosts[host].name);
+                self.checks.fail("I8", what);
+            }
+        }
+    }
+
+    /// Where everybody is.
+    pub fn story(&self) -> String {
+        use std::fmt::Write as _;
+        let mut story = format!("lock {:?}", self.etcd.view.leader.as_ref().map(|leader| &leader.holder));
+        for host in &self.hosts {
+            let machine = host.daemon.as_ref().map(|daemon| {
+                let world = daemon.machine.world();
+                let conditions: Vec<_> = world.conditions.values().map(|condition| condition.message.as_str()).collect();
+                (daemon.machine.state().name(), world.lock, world.in_flight.clone(), conditions)
+            });
+            let wal = host.server.data.as_ref().map(|data| (data.wal.timeline(), data.wal.end));
+            let _ = write!(story, "; {}: {machine:?} exit {:?} {:?} {wal:?}", host.name, host.exit, host.server.postmaster);
+        }
+        story
+    }
+}
+
+/// A plan with fewer faults that fails in the same way: halves first, then one by one.
+pub fn shrink(seed: u64, invariant: &'static str) -> Vec<Fault> {
+    let fails = |faults: &[Fault]| run_with(seed, faults.to_vec(), false).violation.is_some_and(|found| found.invariant == invariant);
+    let mut faults = plan(seed, Profile::DEFAULT);
+    let mut size = faults.len().div_ceil(2);
+    while size > 0 {
+        let mut from = 0;
+        while from < faults.len() {
+            let mut fewer = faults.clone();
+            fewer.drain(from..(from + size).min(faults.len()));
+            if fails(&fewer) {
+                faults = fewer;
+            } else {
+                from += size;
+            }
+        }
+        size /= 2;
+    }
+    faults
+}
