@@ -54,7 +54,7 @@ pub struct Checks {
     maximum_lag: u64,
     last_fenced: Epoch,
     /// etcd was restored from a backup: ids and epochs may come twice, and who leads is the operator's to see to (SAFETY row 43).
-    restored: bool,
+    pub restored: bool,
 }
 
 impl Checks {
@@ -159,6 +159,11 @@ impl Checks {
         }
     }
 
+    /// All keys are gone, and with them what was published.
+    pub fn etcd_wiped(&mut self) {
+        self.published = None;
+    }
+
     pub fn published(&mut self, host: &Host, lsn: Lsn) {
         if let Some(data) = &host.server.data {
             self.published = Some(Published { segments: data.wal.segments.clone(), lsn });
@@ -166,8 +171,8 @@ impl Checks {
     }
 
     /// A primary takes connections that was started as one.
-    pub fn opened(&mut self, host: usize, hosts: &[Host]) {
-        let Some(data) = &hosts[host].server.data else { return };
+    pub fn opened(&mut self, host: usize, now: Real, hosts: &[Host]) {
+        let Some(data) = hosts[host].server.data.as_ref().filter(|_| now >= hosts[host].excused_until) else { return };
         self.led_on(data.wal.timeline(), hosts[host].name.as_str());
     }
 
@@ -185,7 +190,13 @@ impl Checks {
         if by_hand {
             return;
         }
-        if let Some((other, _)) = self.promoters.insert(timeline, (host, token)).filter(|_| !self.restored) {
+        let earlier = self.promoters.insert(timeline, (host, token)).filter(|_| !self.restored);
+        // Where etcd was wiped and the disk is gone too, nobody can know that the id was used, and nothing is left that could be mixed up.
+        let is_left = |host: &Host, token| {
+            let kept = host.disk.kept.iter().chain(&host.server.data);
+            kept.into_iter().any(|data| data.wal.extent_of(token).is_some())
+        };
+        if let Some((other, _)) = earlier.filter(|(_, token)| hosts.iter().any(|host| is_left(host, *token))) {
             let what = format!("timeline {timeline} is promoted to by {} and by {}", hosts[other].name, hosts[host].name);
             self.fail("I9", what);
         }

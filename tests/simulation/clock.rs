@@ -82,9 +82,12 @@ impl HostClock {
         self.stands = true;
     }
 
-    pub fn go_on(&mut self, now: Real) {
-        self.at = now;
-        self.stands = false;
+    /// True = it stood.
+    pub fn go_on(&mut self, now: Real) -> bool {
+        if self.stands {
+            self.at = now;
+        }
+        std::mem::take(&mut self.stands)
     }
 
     /// The machine booted: its clock begins anew.

@@ -126,7 +126,8 @@ impl Sim {
         self.say(Some(host), || format!("daemon: run {} ends, {exit:?}", daemon.run));
         self.hosts[host].exit = exit;
         self.owner_ended(host, daemon.run);
-        let again = self.hosts[host].supervised && exit.is_none_or(|code| !STAYS_DOWN.contains(&code)) && exit != Some(0);
+        // Whoever had it stopped has had it started again, if the service manager is to keep it up.
+        let again = self.hosts[host].supervised && exit.is_none_or(|code| !STAYS_DOWN.contains(&code));
         if again {
             self.later(ms(RESTART_MS), What::Supervisor { host });
         }

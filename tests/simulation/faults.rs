@@ -257,6 +257,7 @@ impl Sim {
             Kind::EtcdWiped => {
                 self.early_loss();
                 self.etcd.wipe();
+                self.checks.etcd_wiped();
                 self.etcd_changed();
             }
             Kind::Switchover => self.request_switchover(((fault.choice >> 8) % self.hosts.len() as u64) as usize),
@@ -464,8 +465,7 @@ impl Sim {
             Kind::CopiesBreak => self.hosts[host].server.ail.breaks_copies = false,
             Kind::PowerOff | Kind::DataLost => self.power_on(host),
             Kind::AllPowerOff => (0..self.hosts.len()).for_each(|host| self.power_on(host)),
-            Kind::Suspend => self.goes_on(host, false),
-            Kind::HypervisorPause => self.goes_on(host, true),
+            Kind::Suspend | Kind::HypervisorPause => self.goes_on(host),
             Kind::CutEtcd | Kind::CutAnswers | Kind::FlappingEtcd | Kind::LossyEtcd | Kind::SlowEtcd | Kind::DuplicatedRequests => {
                 self.links[host] = (Link::default(), Link::default());
             }
@@ -518,15 +518,14 @@ impl Sim {
     }
 
     /// A machine goes on after standing still; with its clock, if that stood too.
-    fn goes_on(&mut self, host: usize, clock_stood: bool) {
+    fn goes_on(&mut self, host: usize) {
         let now = self.now;
         let this = &mut self.hosts[host];
         if !this.stands {
             return;
         }
         this.stands = false;
-        if clock_stood {
-            this.clock.go_on(now);
+        if this.clock.go_on(now) {
             // No mechanism inside a guest covers this (P1's limits).
             let until = this.clock.real(now, this.proved_until).after(ms(AWAKE_MS));
             this.excused_until = this.excused_until.max(until);
@@ -570,17 +569,16 @@ impl Sim {
             self.hosts[host].server.ail = super::postgres::Ailments::default();
             self.hosts[host].server.orphans.retain(|orphan| !orphan.stuck);
             self.power_on(host);
-            self.goes_on(host, false);
+            self.goes_on(host);
             self.thaw_guard(host);
             if let Some(daemon) = &mut self.hosts[host].daemon {
                 daemon.starved = false;
                 daemon.watch.stalled = false;
             }
             self.freeze_daemon(host, false);
-            // Whoever saw an etcd from before its restoration believes it only once an operator has confirmed it.
-            let doubts = self.hosts[host].daemon.as_ref().is_some_and(|daemon| daemon.witness > self.etcd.view.revision);
-            if doubts {
-                // Stopped and started: the guard, too, knows of leaderships that etcd has forgotten.
+            if self.checks.restored {
+                // What an operator does who has confirmed that etcd: stopped and started, for the guard, too, knows of leaderships that
+                // it has forgotten.
                 self.kill_guard(host);
                 self.daemon_ends(host, None);
             }

@@ -313,9 +313,12 @@ impl Sim {
         match answer {
             Ok(facts) => self.fact_soon(host, Event::Guard(facts)),
             Err(_) => {
-                // Gone or silent: it is ended, and another takes its place.
-                self.hosts[host].guard = None;
+                // Gone or silent: it is ended, and another takes its place. Whoever waits for it sees its socket close.
+                let waiting = self.hosts[host].guard.take().map(|guard| guard.waiting).unwrap_or_default();
                 self.spawn_guard(host);
+                for left in waiting {
+                    self.guard_answered(host, left.run, left.from, Err(AskError::Gone));
+                }
             }
         }
         self.scan_ends(host, Ok(()));

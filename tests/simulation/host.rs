@@ -93,7 +93,8 @@ pub struct Daemon {
     pub probing: bool,
     pub lease: Option<LeaseThread>,
     pub watch: Watch,
-    pub calls: BTreeMap<u64, super::network::Caller>,
+    /// Who waits, and the highest revision that was seen when the request was sent.
+    pub calls: BTreeMap<u64, (super::network::Caller, Revision)>,
     pub records: BTreeMap<u64, Record>,
     pub job: Option<Job>,
     /// The generation of the spec read last.

@@ -155,7 +155,7 @@ impl Sim {
         self.ids += 1;
         let (id, run) = (self.ids, self.hosts[host].daemon.as_ref().map_or(0, |daemon| daemon.run));
         if let Some(daemon) = self.hosts[host].daemon_of(run) {
-            daemon.calls.insert(id, caller);
+            daemon.calls.insert(id, (caller, daemon.witness));
         }
         self.daemon_later(host, run, patience, DaemonDue::Timeout { call: id });
         let link = self.links[host].0.clone();
@@ -255,10 +255,10 @@ impl Sim {
     /// An answer is there, or the caller's patience is over.
     pub fn answered(&mut self, host: usize, run: u64, call: u64, answer: Option<(EtcdAnswer, Revision)>) {
         let Some(daemon) = self.hosts[host].daemon_of(run) else { return };
-        let Some(caller) = daemon.calls.remove(&call) else { return };
+        let Some((caller, floor)) = daemon.calls.remove(&call) else { return };
         // An answer from before what was seen is not believed, and says so (SAFETY row 43). The lease's thread looks at terms instead.
         let answer = match answer {
-            Some((answer, revision)) if caller == Caller::Lease || revision >= daemon.witness => {
+            Some((answer, revision)) if caller == Caller::Lease || revision >= floor => {
                 daemon.witness = daemon.witness.max(revision);
                 Some(answer)
             }

@@ -36,7 +36,7 @@ impl Sim {
                             self.later(ms(1), What::Receiver { host, pid });
                         }
                     } else {
-                        self.checks.opened(host, &self.hosts);
+                        self.checks.opened(host, now, &self.hosts);
                     }
                 }
                 Change::Promoted(timeline) => self.checks.promoted(host, timeline, by_hand, &self.hosts),
