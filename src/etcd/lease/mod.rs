@@ -20,13 +20,13 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use crate::policy::renewal::{Book, Step};
 use self::renewal::{Outcome, Renewer};
 use super::pool::Pool;
 use super::settings::Settings;
 use crate::clock::BootTime;
 use crate::facts::lease::LeaseEvent;
 use crate::policy::deadlines::LeaseTimes;
+use crate::policy::renewal::{Book, Step};
 use crate::types::{LeaseIdentity, LockIdentity};
 
 /// How long the thread that waits for the guard outlives its last wait: so that there is always one.
