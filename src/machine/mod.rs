@@ -224,12 +224,14 @@ fn keep_lease(context: &mut Context<'_>, state: &State) {
     }
 }
 
-/// Without a guard nothing can be started, and nobody would notice the end of what runs. The states that lead, and those on their way
-/// out, see to it themselves.
+/// Without a guard nothing can be started, and nobody would notice the end of what runs; nor can anything be started beside processes
+/// that it was not told of. The states that lead, and those on their way out, see to it themselves; whoever is undeclared lets be what
+/// somebody else runs.
 fn replace_guard(context: &mut Context<'_>, state: &State) {
     let elsewhere = state.is_leading() || matches!(state, State::Demoting { .. } | State::Stopping);
     let absent = context.world.guard.is_none() && *state != State::Starting;
-    if !elsewhere && (context.world.guard_gone || absent) {
+    let unclaimed = context.world.unclaimed() && *state != State::Undeclared;
+    if !elsewhere && (context.world.guard_gone || absent || unclaimed) {
         context.start(Operation::FenceByScan);
     }
 }
