@@ -44,45 +44,41 @@ pub enum Event {
     StopRequested,
 }
 
-/// Kinds of event, for the table of reactions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum EventKind {
-    /// [`Event::Tick`].
-    Tick,
-    /// [`Event::SpecRead`] and [`Event::SpecUnreadable`].
-    Spec,
-    /// [`Event::View`].
-    View,
-    /// [`Event::EtcdUnreachable`] and [`Event::EtcdSuspicious`].
-    EtcdTrouble,
-    /// [`Event::Lease`].
-    Lease,
-    /// [`Event::Guard`].
-    Guard,
-    /// [`Event::GuardGone`].
-    GuardGone,
-    /// [`Event::Probed`].
-    Probed,
-    /// [`Event::Finished`].
-    Finished,
-    /// [`Event::StopRequested`].
-    StopRequested,
-}
-
-impl EventKind {
-    /// All kinds.
-    pub const ALL: [EventKind; 10] = [
-        EventKind::Tick,
-        EventKind::Spec,
-        EventKind::View,
-        EventKind::EtcdTrouble,
-        EventKind::Lease,
-        EventKind::Guard,
-        EventKind::GuardGone,
-        EventKind::Probed,
-        EventKind::Finished,
-        EventKind::StopRequested,
-    ];
+enumerated! {
+    /// Kinds of event, for the table of reactions. What differs in kind is told apart: a lease that goes on and one that is lost have
+    /// nothing in common.
+    EventKind {
+        /// [`Event::Tick`].
+        Tick,
+        /// [`Event::SpecRead`].
+        SpecRead,
+        /// [`Event::SpecUnreadable`].
+        SpecUnreadable,
+        /// [`Event::View`].
+        View,
+        /// [`Event::EtcdUnreachable`] and [`Event::EtcdSuspicious`].
+        EtcdTrouble,
+        /// [`LeaseEvent::Granted`], [`LeaseEvent::Renewed`] and [`LeaseEvent::Moved`].
+        LeaseKept,
+        /// [`LeaseEvent::Proved`].
+        LockProved,
+        /// [`LeaseEvent::Failed`].
+        LeaseFailed,
+        /// [`LeaseEvent::Lost`].
+        LeaseLost,
+        /// [`LeaseEvent::GuardSilent`].
+        GuardSilent,
+        /// [`Event::Guard`].
+        Guard,
+        /// [`Event::GuardGone`].
+        GuardGone,
+        /// [`Event::Probed`].
+        Probed,
+        /// [`Event::Finished`].
+        Finished,
+        /// [`Event::StopRequested`].
+        StopRequested,
+    }
 }
 
 impl Event {
@@ -90,10 +86,15 @@ impl Event {
     pub fn kind(&self) -> EventKind {
         match self {
             Event::Tick => EventKind::Tick,
-            Event::SpecRead(..) | Event::SpecUnreadable(..) => EventKind::Spec,
+            Event::SpecRead(..) => EventKind::SpecRead,
+            Event::SpecUnreadable(..) => EventKind::SpecUnreadable,
             Event::View(..) => EventKind::View,
             Event::EtcdUnreachable(_) | Event::EtcdSuspicious(_) => EventKind::EtcdTrouble,
-            Event::Lease(_) => EventKind::Lease,
+            Event::Lease(LeaseEvent::Granted { .. } | LeaseEvent::Renewed { .. } | LeaseEvent::Moved { .. }) => EventKind::LeaseKept,
+            Event::Lease(LeaseEvent::Proved { .. }) => EventKind::LockProved,
+            Event::Lease(LeaseEvent::Failed { .. }) => EventKind::LeaseFailed,
+            Event::Lease(LeaseEvent::Lost { .. }) => EventKind::LeaseLost,
+            Event::Lease(LeaseEvent::GuardSilent) => EventKind::GuardSilent,
             Event::Guard(_) => EventKind::Guard,
             Event::GuardGone => EventKind::GuardGone,
             Event::Probed(_) => EventKind::Probed,

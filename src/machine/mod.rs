@@ -6,12 +6,29 @@
 //! What must always win, before any state is asked: a proof of the lock that has run out counts as no lock (I2), and a PostgreSQL
 //! that is out of recovery without a lock is ended (SAFETY row 66).
 
+/// An enum without fields that has the list of its values: nobody can add one and forget it there.
+macro_rules! enumerated {
+    ($(#[$about:meta])* $kind:ident { $($(#[$doc:meta])* $value:ident),+ $(,)? }) => {
+        $(#[$about])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+        pub enum $kind {
+            $($(#[$doc])* $value),+
+        }
+
+        impl $kind {
+            /// All of them, in order.
+            pub const ALL: &'static [$kind] = &[$($kind::$value),+];
+        }
+    };
+}
+
 mod absorb;
 pub mod action;
 mod bookkeeping;
 pub mod edges;
 pub mod event;
 mod node;
+pub mod reactions;
 mod rules;
 pub mod state;
 #[cfg(test)]
@@ -224,12 +241,14 @@ fn keep_lease(context: &mut Context<'_>, state: &State) {
     }
 }
 
-/// Without a guard nothing can be started, and nobody would notice the end of what runs. The states that lead, and those on their way
-/// out, see to it themselves.
+/// Without a guard nothing can be started, and nobody would notice the end of what runs; nor can anything be started beside processes
+/// that it was not told of. The states that lead, and those on their way out, see to it themselves; whoever is undeclared lets be what
+/// somebody else runs.
 fn replace_guard(context: &mut Context<'_>, state: &State) {
     let elsewhere = state.is_leading() || matches!(state, State::Demoting { .. } | State::Stopping);
     let absent = context.world.guard.is_none() && *state != State::Starting;
-    if !elsewhere && (context.world.guard_gone || absent) {
+    let unclaimed = context.world.unclaimed() && *state != State::Undeclared;
+    if !elsewhere && (context.world.guard_gone || absent || unclaimed) {
         context.start(Operation::FenceByScan);
     }
 }

@@ -118,41 +118,94 @@ pub enum Then {
     StartAgain(LockIdentity),
 }
 
+enumerated! {
+    /// The states by name only: what the tables of edges and reactions are over.
+    StateKind {
+        /// [`State::Starting`].
+        Starting,
+        /// [`State::Undeclared`].
+        Undeclared,
+        /// [`State::AwaitingLeader`].
+        AwaitingLeader,
+        /// [`State::Initializing`].
+        Initializing,
+        /// [`State::Cloning`].
+        Cloning,
+        /// [`State::Following`].
+        Following,
+        /// [`State::Candidate`].
+        Candidate,
+        /// [`State::Rejoining`].
+        Rejoining,
+        /// [`State::Promoting`].
+        Promoting,
+        /// [`State::Primary`].
+        Primary,
+        /// [`State::HandingOver`].
+        HandingOver,
+        /// [`State::Demoting`].
+        Demoting,
+        /// [`State::Stopping`].
+        Stopping,
+    }
+}
+
+impl StateKind {
+    /// The name, as edges, logs and member keys have it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            StateKind::Starting => "starting",
+            StateKind::Undeclared => "undeclared",
+            StateKind::AwaitingLeader => "awaiting_leader",
+            StateKind::Initializing => "initializing",
+            StateKind::Cloning => "cloning",
+            StateKind::Following => "following",
+            StateKind::Candidate => "candidate",
+            StateKind::Rejoining => "rejoining",
+            StateKind::Promoting => "promoting",
+            StateKind::Primary => "primary",
+            StateKind::HandingOver => "handing_over",
+            StateKind::Demoting => "demoting",
+            StateKind::Stopping => "stopping",
+        }
+    }
+}
+
+impl From<&State> for StateKind {
+    fn from(state: &State) -> Self {
+        match state {
+            State::Starting => StateKind::Starting,
+            State::Undeclared => StateKind::Undeclared,
+            State::AwaitingLeader => StateKind::AwaitingLeader,
+            State::Initializing => StateKind::Initializing,
+            State::Cloning => StateKind::Cloning,
+            State::Following => StateKind::Following,
+            State::Candidate => StateKind::Candidate,
+            State::Rejoining => StateKind::Rejoining,
+            State::Promoting { .. } => StateKind::Promoting,
+            State::Primary => StateKind::Primary,
+            State::HandingOver { .. } => StateKind::HandingOver,
+            State::Demoting { .. } => StateKind::Demoting,
+            State::Stopping => StateKind::Stopping,
+        }
+    }
+}
+
 impl State {
     /// Names of all leaf states.
-    pub const NAMES: [&'static str; 13] = [
-        "starting",
-        "undeclared",
-        "awaiting_leader",
-        "initializing",
-        "cloning",
-        "following",
-        "candidate",
-        "rejoining",
-        "promoting",
-        "primary",
-        "handing_over",
-        "demoting",
-        "stopping",
-    ];
+    pub const NAMES: [&'static str; StateKind::ALL.len()] = {
+        let mut names = [""; StateKind::ALL.len()];
+        let mut at = 0;
+        while at < names.len() {
+            names[at] = StateKind::ALL[at].name();
+            at += 1;
+        }
+        names
+    };
 
     /// The leaf's name.
     pub fn name(&self) -> &'static str {
-        match self {
-            State::Starting => "starting",
-            State::Undeclared => "undeclared",
-            State::AwaitingLeader => "awaiting_leader",
-            State::Initializing => "initializing",
-            State::Cloning => "cloning",
-            State::Following => "following",
-            State::Candidate => "candidate",
-            State::Rejoining => "rejoining",
-            State::Promoting { .. } => "promoting",
-            State::Primary => "primary",
-            State::HandingOver { .. } => "handing_over",
-            State::Demoting { .. } => "demoting",
-            State::Stopping => "stopping",
-        }
+        StateKind::from(self).name()
     }
 
     /// Promoting, Primary or HandingOver.

@@ -24,6 +24,9 @@ pub const CRASH_WINDOW_S: u64 = 60;
 /// So many starts within the window and another member has to lead.
 pub const CRASH_LIMIT: usize = 3;
 
+/// Why processes that are there are ended.
+pub(super) const UNCLAIMED: &str = "PostgreSQL runs in the data directory, and no guard was told what it is";
+
 /// What never changes in one run of the daemon.
 #[derive(Debug, Clone)]
 pub struct Me {
@@ -112,7 +115,7 @@ pub struct InForce {
 }
 
 /// Everything the machine knows.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct World {
     /// Who we are.
     pub me: Me,
@@ -368,6 +371,17 @@ impl World {
     /// PostgreSQL processes are there that neither this guard nor an earlier one was told of.
     pub fn unclaimed(&self) -> bool {
         matches!(self.guard.as_ref().map(|guard| &guard.postmaster), Some(PostmasterFacts::Unclaimed { .. }))
+    }
+
+    /// Why PostgreSQL's processes have to be ended by scan: nobody else would, and nobody vouches that they do not write.
+    pub fn unguarded(&self) -> Option<&'static str> {
+        if self.guard_gone {
+            Some("the guard is gone")
+        } else if self.unclaimed() {
+            Some(UNCLAIMED)
+        } else {
+            None
+        }
     }
 
     /// Proved: no PostgreSQL process is left, and none was started since.

@@ -23,6 +23,9 @@ pub(crate) fn awaiting_leader(context: &mut Context<'_>) -> Outcome<State> {
     if context.world.declared().is_none() {
         return Transition(State::Undeclared);
     }
+    if let Some(state) = has_data(context) {
+        return Transition(state);
+    }
     match context.world.data {
         DataDirectory::Full(_) | DataDirectory::Unusable(_) => return Transition(State::Following),
         DataDirectory::Unknown => {
@@ -49,9 +52,15 @@ pub(crate) fn awaiting_leader(context: &mut Context<'_>) -> Outcome<State> {
     }
 }
 
-/// Another member that leads with a running primary.
+/// A server runs here, wherever it came from: there is data, and no look at the directory is believed while it runs.
+fn has_data(context: &Context<'_>) -> Option<State> {
+    context.world.running()?;
+    standby::ended_if_writable(context).or(Some(State::Following))
+}
+
+/// Another member that leads with a running primary. Whoever holds the lock copies nobody: its view is older than that.
 fn leader_to_copy(context: &Context<'_>) -> Option<crate::machine::action::Upstream> {
-    context.world.fresh_view()?;
+    context.world.fresh_view().filter(|_| context.world.lock == Lock::None)?;
     let (_, key) = context.world.other_leader()?;
     (key.record.role == MemberRole::Primary).then(|| standby::upstream(context))?
 }
@@ -123,8 +132,18 @@ pub(crate) fn initializing(context: &mut Context<'_>) -> Outcome<State> {
         context.world.initialized_here = true;
         return Transition(State::Promoting { promotion: Promotion { lock, way: Way::StartInPlace, since: context.now } });
     }
+    if let Some(state) = has_data(context) {
+        standby::cancel_job(context);
+        return Transition(state);
+    }
     if context.world.in_flight.contains(&OperationKind::Initdb) || context.world.in_flight.contains(&OperationKind::Acquire) {
         return Handled;
+    }
+    if context.world.spec().is_some() && context.world.declared().is_none() {
+        if context.world.claimed {
+            context.start(Operation::GiveUpInitialize);
+        }
+        return Transition(State::AwaitingLeader);
     }
     let (Some(view), Some(spec), Some(lease)) = (context.world.fresh_view().cloned(), context.world.spec().cloned(), context.world.lease)
     else {
@@ -165,7 +184,8 @@ pub(crate) fn initializing(context: &mut Context<'_>) -> Outcome<State> {
                 context.start(Operation::GiveUpInitialize);
                 return Transition(State::AwaitingLeader);
             }
-            if context.start(Operation::Initdb { spec }) {
+            // Without the guard's proof that nothing runs there, nothing is made there (I10).
+            if context.world.proved_empty() && context.start(Operation::Initdb { spec }) {
                 context.world.data = DataDirectory::Unknown;
             }
             Handled
@@ -181,6 +201,10 @@ pub(crate) fn initializing(context: &mut Context<'_>) -> Outcome<State> {
 }
 
 pub(crate) fn cloning(context: &mut Context<'_>) -> Outcome<State> {
+    if let Some(state) = has_data(context) {
+        standby::cancel_job(context);
+        return Transition(state);
+    }
     if context.world.in_flight.contains(&OperationKind::Clone) {
         let leader_gone = context.world.fresh_view().is_some_and(|view| view.leader.is_none());
         if leader_gone {
@@ -200,7 +224,7 @@ pub(crate) fn cloning(context: &mut Context<'_>) -> Outcome<State> {
     let (Some(from), Some(spec)) = (leader_to_copy(context), context.world.spec().cloned()) else {
         return Transition(State::AwaitingLeader);
     };
-    if context.start(Operation::Clone { from, spec, lost: None, replaceable: true }) {
+    if context.world.proved_empty() && context.start(Operation::Clone { from, spec, lost: None, replaceable: true }) {
         context.world.data = DataDirectory::Unknown;
     }
     Handled

@@ -51,7 +51,7 @@ pub(crate) fn rule(demotion: &mut Demotion, context: &mut Context<'_>) -> Outcom
 /// Orders the end until it is proved.
 fn ended(context: &mut Context<'_>, mode: StopMode) -> bool {
     standby::cancel_job(context);
-    if context.world.guard_gone || context.world.unclaimed() || context.world.guard.is_none() {
+    if context.world.unguarded().is_some() || context.world.guard.is_none() {
         context.start(Operation::FenceByScan);
         return false;
     }

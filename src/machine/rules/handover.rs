@@ -32,9 +32,9 @@ pub(crate) fn rule(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outco
             Transition(State::Demoting { demotion: Demotion { why: "the lock is not ours".to_owned(), then } })
         };
     }
-    if context.world.guard_gone {
+    if let Some(why) = context.world.unguarded() {
         let then = Then::StartAgain(hand_over.lock);
-        return Transition(State::Demoting { demotion: Demotion { why: "the guard is gone".to_owned(), then } });
+        return Transition(State::Demoting { demotion: Demotion { why: why.to_owned(), then } });
     }
     match hand_over.stage {
         HandOverStage::Checkpoint => checkpoint(hand_over, context),

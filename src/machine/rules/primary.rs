@@ -25,15 +25,18 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
         let why = "the guard is ending PostgreSQL".to_owned();
         return Transition(State::Demoting { demotion: Demotion { why, then: Then::StartAgain(lock) } });
     }
-    if context.world.guard_gone {
-        let why = "the guard is gone".to_owned();
-        return Transition(State::Demoting { demotion: Demotion { why, then: Then::StartAgain(lock) } });
+    if let Some(why) = context.world.unguarded() {
+        return Transition(State::Demoting { demotion: Demotion { why: why.to_owned(), then: Then::StartAgain(lock) } });
     }
     if context.world.proved_empty() {
         return ended_by_itself(context, lock);
     }
-    if !matches!(context.world.running(), Some((_, Word::Writable))) {
-        return Handled;
+    match context.world.running() {
+        Some((_, Word::Writable)) => {}
+        Some((_, Word::Standby)) => {
+            return Transition(State::Promoting { promotion: Promotion { lock, way: Way::StartInPlace, since: context.now } });
+        }
+        None => return Handled,
     }
     if let Some(at) = context.world.sql().filter(|sql| sql.in_recovery).map(|sql| sql.timeline) {
         return not_promoted_yet(context, lock, at);
@@ -46,11 +49,16 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
 fn not_promoted_yet(context: &Context<'_>, lock: LockIdentity, at: TimelineId) -> Outcome<State> {
     let Some(timeline) = context.world.timeline_of(lock) else { return Handled };
     if timeline == at {
-        let why = "PostgreSQL is in recovery on the timeline that the lock allows it to write on".to_owned();
-        return Transition(State::Demoting { demotion: Demotion { why, then: Then::StartAgain(lock) } });
+        return start_again_as_primary(lock);
     }
     let way = Way::Promote { timeline };
     Transition(State::Promoting { promotion: Promotion { lock, way, since: context.now } })
+}
+
+/// There is nothing to promote it to, and in recovery it stays.
+pub(crate) fn start_again_as_primary(lock: LockIdentity) -> Outcome<State> {
+    let why = "PostgreSQL is in recovery on the timeline that the lock allows it to write on".to_owned();
+    Transition(State::Demoting { demotion: Demotion { why, then: Then::StartAgain(lock) } })
 }
 
 /// SAFETY rows 6 and 9: once more in place; in a crash loop another member has to lead.

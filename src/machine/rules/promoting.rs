@@ -10,7 +10,7 @@ use crate::facts::guard::Word;
 use crate::facts::postgres::DataDirectory;
 use crate::machine::action::{Action, LeaseOrder, Operation, OperationKind, StartAs, StopMode};
 use crate::machine::node::Context;
-use crate::machine::rules::standby;
+use crate::machine::rules::{primary, standby};
 use crate::machine::state::{Demotion, Promotion, State, Then, Way};
 use crate::machine::world::{CRASH_LIMIT, Etcd, Lock};
 use crate::types::{LockIdentity, TimelineId};
@@ -29,9 +29,8 @@ pub(crate) fn rule(promotion: &mut Promotion, context: &mut Context<'_>) -> Outc
         context.world.holding = Some(lock);
         context.actions.push(Action::Lease(LeaseOrder::Hold(lock)));
     }
-    if context.world.guard_gone {
-        let why = "the guard is gone".to_owned();
-        return Transition(State::Demoting { demotion: Demotion { why, then: Then::StartAgain(lock) } });
+    if let Some(why) = context.world.unguarded() {
+        return Transition(State::Demoting { demotion: Demotion { why: why.to_owned(), then: Then::StartAgain(lock) } });
     }
     if let Some(why) = failed(promotion, context) {
         return Transition(State::Demoting { demotion: Demotion { why, then: Then::Release(lock) } });
@@ -116,8 +115,11 @@ fn start_in_place(promotion: &Promotion, context: &mut Context<'_>) -> Outcome<S
             return Handled;
         }
         Some((_, Word::Writable)) => {
-            let writes = context.world.sql().is_some_and(|sql| !sql.in_recovery);
-            return if writes { became_primary(context) } else { Handled };
+            return match context.world.sql().map(|sql| sql.in_recovery) {
+                Some(false) => became_primary(context),
+                Some(true) => primary::start_again_as_primary(promotion.lock),
+                None => Handled,
+            };
         }
         None => {}
     }

@@ -17,6 +17,9 @@ use crate::policy::rejoin::Rejoin;
 const REFUSED_PAUSE_MS: u64 = 10_000;
 
 pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
+    if let Some(state) = standby::ended_if_writable(context) {
+        return Transition(state);
+    }
     if context.world.running().is_some() {
         context.world.rejoin = None;
         context.stop(StopMode::Fast { patience: Duration::from_secs(standby::STANDBY_STOP_S) });

@@ -13,7 +13,7 @@ use crate::facts::guard::Word;
 use crate::facts::postgres::{DataDirectory, DatabaseState};
 use crate::machine::action::{Action, Operation, OperationKind, StartAs, StopMode, Upstream};
 use crate::machine::node::Context;
-use crate::machine::state::{Promotion, State, Way};
+use crate::machine::state::{Demotion, Promotion, State, Then, Way};
 use crate::machine::world::{Etcd, Lock};
 use crate::policy::election::{self, Inputs, Verdict};
 use crate::types::{LeaseId, MemberName, TimelineId};
@@ -33,7 +33,7 @@ pub(crate) fn following(context: &mut Context<'_>) -> Outcome<State> {
     if context.world.spec().is_some() && context.world.declared().is_none() {
         return Transition(State::Undeclared);
     }
-    if let Some(state) = lock_is_ours(context) {
+    if let Some(state) = lock_is_ours(context).or_else(|| ended_if_writable(context)) {
         return Transition(state);
     }
     if context.world.running().is_some() { follow_running(context) } else { start_following(context) }
@@ -61,6 +61,15 @@ fn lock_is_ours(context: &Context<'_>) -> Option<State> {
         (false, false) => return None,
     };
     Some(State::Promoting { promotion: Promotion { lock, way, since: context.now } })
+}
+
+/// Where a member does not lead, a server runs under a standby's word or not at all.
+pub(crate) fn ended_if_writable(context: &Context<'_>) -> Option<State> {
+    matches!(context.world.running(), Some((_, Word::Writable))).then(|| {
+        let why = "the guard lets PostgreSQL write, and this member does not lead".to_owned();
+        let then = context.world.lock.identity().map_or(Then::Follow, Then::StartAgain);
+        State::Demoting { demotion: Demotion { why, then } }
+    })
 }
 
 fn start_following(context: &mut Context<'_>) -> Outcome<State> {
@@ -222,7 +231,7 @@ fn somebody_else_could_lead(world: &crate::machine::world::World) -> bool {
 }
 
 pub(crate) fn candidate(context: &mut Context<'_>) -> Outcome<State> {
-    if let Some(state) = lock_is_ours(context) {
+    if let Some(state) = lock_is_ours(context).or_else(|| ended_if_writable(context)) {
         return Transition(state);
     }
     if context.world.in_flight.contains(&OperationKind::Acquire) {

@@ -9,7 +9,7 @@ use crate::facts::postgres::DataDirectory;
 use crate::machine::action::{Action, LeaseOrder, Operation};
 use crate::machine::node::Context;
 use crate::machine::state::{Demotion, State, Then};
-use crate::machine::world::Lock;
+use crate::machine::world::{Lock, UNCLAIMED};
 
 pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
     let Some(guard) = context.world.guard.clone() else { return Handled };
@@ -20,7 +20,7 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
         PostmasterFacts::Running { word: Word::Standby, .. } | PostmasterFacts::Ending { .. } => Handled,
         PostmasterFacts::Unclaimed { .. } => {
             // Nobody vouches for it: it may write. A server that a former guard left behind is ending already.
-            let why = "PostgreSQL runs in the data directory, and no guard was told what it is".to_owned();
+            let why = UNCLAIMED.to_owned();
             Transition(State::Demoting { demotion: Demotion { why, then: Then::Follow } })
         }
         PostmasterFacts::ProvedEmpty { .. } => nothing_runs(context),

@@ -56,7 +56,8 @@ impl Checked {
         let said = format!("{event:?}");
         let before = self.state().clone();
         let actions = self.machine.handle(now, event);
-        let context = format!("at {now:?} in {} on {said:.300}: {actions:.2000?}", before.name());
+        let ordered = format!("{actions:?}");
+        let context = format!("at {now:?} in {} on {said:.300}: {ordered:.2000}", before.name());
         assert!(actions.len() <= ACTIONS_PER_EVENT_MAX, "{} actions {context}", actions.len());
         assert!(!self.exited || actions.iter().all(|action| !matches!(action, Action::Do(_))), "after the order to leave, {context}");
         for (from, to) in transitions(&actions) {

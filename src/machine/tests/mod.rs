@@ -9,4 +9,5 @@ mod toy;
 
 mod chaos;
 mod cluster;
+mod reactions;
 mod recovery;

@@ -1,0 +1,198 @@
+//! Representatives of every kind of event, plausible in a given world: what the guard says next is about the server it keeps, a proof is
+//! of the lock that is held, and an answer is to what is under way.
+
+use std::sync::Arc;
+
+use crate::clock::BootTime;
+use crate::facts::cluster::{Ask, ClusterView, Initialize, MemberRole, RequestKey, RequestProgress, RequestRecord};
+use crate::facts::guard::{GuardFacts, LastEnd, PostmasterFacts, Rung, StartId, Word};
+use crate::facts::lease::{LeaseEvent, LeaseLoss};
+use crate::facts::postgres::{DataDirectory, DatabaseState, Probe, ProbeOutcome};
+use crate::machine::action::OperationKind;
+use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, PutOutcome};
+use crate::machine::tests::checked::kind_of;
+use crate::machine::tests::fixtures::*;
+use crate::machine::world::{Lock, World};
+use crate::policy::rejoin::Rejoin;
+use crate::types::{LeaseId, LockIdentity, Revision};
+
+use super::worlds::{declared, led_by_b, led_by_us, ours, vacant, without_us};
+
+fn why() -> String {
+    "a test".to_owned()
+}
+
+/// Everything that may happen in a world. An answer brings the operation with it that it is the answer to.
+pub(super) fn happenings(world: &World) -> Vec<(World, Event)> {
+    let mut all = vec![Event::Tick, Event::GuardGone, Event::StopRequested];
+    all.extend([Event::EtcdUnreachable(why()), Event::EtcdSuspicious(why())]);
+    all.extend(specs());
+    all.extend(views(world).into_iter().map(|view| Event::View(Arc::new(view), T0)));
+    all.extend(of_the_lease(world).into_iter().map(Event::Lease));
+    all.extend(of_the_guard(world));
+    all.extend(probes());
+    let mut all: Vec<_> = all.into_iter().map(|event| (world.clone(), event)).collect();
+    all.extend(answers().into_iter().filter_map(|finished| Some((asked(world, &finished)?, Event::Finished(finished)))));
+    all
+}
+
+fn specs() -> Vec<Event> {
+    let hasty = spec_with(
+        &["a", "b, failover_priority: 0", "c, failover_priority: 0"],
+        "ha: { ttl: 10s, loop_wait: 5s, primary_start_timeout: 1s }",
+    );
+    vec![
+        Event::SpecRead(1, declared()),
+        Event::SpecRead(2, hasty),
+        Event::SpecRead(3, without_us()),
+        Event::SpecUnreadable(4, "spec.members: missing".to_owned()),
+    ]
+}
+
+fn views(world: &World) -> Vec<ClusterView> {
+    let at_a_later_revision = |view: ClusterView| ClusterView { revision: Revision(500), ..view };
+    let mut promotes = led_by_b();
+    promotes.members.insert(name("b"), key(record(MemberRole::Replica, 2, 1_000), 8));
+    let mut asked = led_by_us();
+    let record = RequestRecord { ask: Ask::Switchover { to: name("c") }, by: why(), at: String::new(), progress: RequestProgress::Created };
+    asked.requests.insert("7".to_owned(), RequestKey { record, mod_revision: Revision(450) });
+    let mut unborn = ClusterView { history: Vec::new(), ..vacant() };
+    unborn.initialize = Some(Initialize::Claimed { by: "b".to_owned(), lease: LeaseId(8) });
+    let without_spec = ClusterView { spec: None, ..led_by_b() };
+    let mut views: Vec<_> = [led_by_b(), promotes, vacant(), asked, unborn, without_spec].into_iter().map(at_a_later_revision).collect();
+    views.extend(world.view.as_deref().cloned());
+    // Older than our lock, which it does not know of.
+    views.push(ClusterView { revision: Revision(299), ..vacant() });
+    views
+}
+
+fn of_the_lease(world: &World) -> Vec<LeaseEvent> {
+    let until = T0 + times().validity();
+    let mut events = vec![
+        LeaseEvent::Granted { identity: world.lease.unwrap_or(lease(7)), ttl: times().ttl, sent: T0 },
+        LeaseEvent::Granted { identity: lease(17), ttl: times().ttl, sent: T0 },
+        LeaseEvent::Renewed { sent: T0, until },
+        LeaseEvent::Failed { why: why() },
+        LeaseEvent::Lost { why: LeaseLoss::LeaseNotFound },
+        LeaseEvent::Lost { why: LeaseLoss::LockNotOurs },
+        LeaseEvent::GuardSilent,
+    ];
+    if let Some(from) = world.lease {
+        events.push(LeaseEvent::Moved { from, to: lease(17) });
+    }
+    // Of the lock, or of one that was let go while the proof was on its way.
+    let lock = world.lock.identity().or(world.lease.map(|lease| LockIdentity { lease, ..lock(0, 200) }));
+    events.extend(lock.map(|lock| LeaseEvent::Proved { lock, sent: T0 + ms(100), until: until + ms(100) }));
+    events
+}
+
+fn of_the_guard(world: &World) -> Vec<Event> {
+    let known = world.guard.clone().unwrap_or_else(|| guard(0, nothing_runs()));
+    let start = world.start_and_phase().0.unwrap_or(StartId(1));
+    let next = StartId(start.0 + 1);
+    let ended = LastEnd { start, exit_status: Some(1), signal: None, rung: None, at: T0 };
+    let postmasters = [
+        nothing_runs(),
+        PostmasterFacts::ProvedEmpty { last: Some(ended) },
+        PostmasterFacts::ProvedEmpty { last: Some(LastEnd { exit_status: None, signal: Some(9), ..ended }) },
+        PostmasterFacts::ProvedEmpty { last: Some(LastEnd { exit_status: Some(0), rung: Some(Rung::FastStop), ..ended }) },
+        PostmasterFacts::Unclaimed { pids: vec![4_000] },
+        running(start.0, Word::Standby),
+        running(start.0, Word::Writable),
+        running(next.0, Word::Standby),
+        running(next.0, Word::Writable),
+        PostmasterFacts::Ending { start, rung: Rung::Announce },
+        PostmasterFacts::Ending { start, rung: Rung::FastStop },
+        PostmasterFacts::Ending { start, rung: Rung::KillAll },
+    ];
+    let mut events = Vec::new();
+    for postmaster in postmasters {
+        let facts = GuardFacts { sequence: known.sequence + 1, postmaster, ..known.clone() };
+        // The same from a guard that took this one's place: it knows of no lock.
+        let another = GuardFacts { sequence: 1, pid: known.pid + 1, lock: None, ..facts.clone() };
+        events.extend([Event::Guard(facts), Event::Guard(another)]);
+    }
+    events
+}
+
+fn probes() -> Vec<Event> {
+    let outcomes = [
+        ProbeOutcome::Accepting(Box::new(sql(true, 2, 1_100))),
+        ProbeOutcome::Accepting(Box::new(sql(false, 2, 1_100))),
+        ProbeOutcome::Accepting(Box::new(sql(false, 3, 1_100))),
+        ProbeOutcome::NotYet("the database system is starting up".to_owned()),
+        ProbeOutcome::Unknown("no answer in time".to_owned()),
+    ];
+    let mut events: Vec<_> = outcomes.into_iter().map(|outcome| Event::Probed(Probe { begun: T0, outcome })).collect();
+    // Of a server that is not there any more.
+    events.push(Event::Probed(probe(BootTime(1), sql(false, 2, 1_100))));
+    events
+}
+
+/// Every end of every operation.
+fn answers() -> Vec<Finished> {
+    let full = |state| Finished::Looked(DataDirectory::Full(control(state, 2, 1_000)));
+    let mut all = vec![
+        Finished::Looked(DataDirectory::Empty),
+        full(DatabaseState::ShutDown),
+        full(DatabaseState::ShutDownInRecovery),
+        full(DatabaseState::InProduction),
+        Finished::Looked(DataDirectory::Unusable("no control file".to_owned())),
+        Finished::Looked(DataDirectory::Unknown),
+        Finished::KeptSeen(Some("/kept".to_owned())),
+        Finished::KeptSeen(None),
+        Finished::Started(Ok(StartId(2))),
+        Finished::StartedOnOldFiles { generation: 1, start: StartId(2), why: why() },
+        Finished::MemberPut(PutOutcome::Written),
+        Finished::MemberPut(PutOutcome::Foreign(LeaseId(77))),
+        Finished::MemberPut(PutOutcome::Failed(why())),
+        Finished::Acquired(AcquireOutcome::Won(lock(7, 450))),
+        Finished::Acquired(AcquireOutcome::Beaten),
+        Finished::Acquired(AcquireOutcome::Failed(why())),
+        Finished::PeersAsked { vacancy: Revision(350), sent: T0, writable: Vec::new() },
+        Finished::PeersAsked { vacancy: Revision(350), sent: T0, writable: vec![name("b")] },
+        Finished::RejoinPlanned(Ok(Rejoin::Clone { why: why(), lost: None })),
+        Finished::RejoinPlanned(Ok(Rejoin::Wait { why: why() })),
+        Finished::RejoinPlanned(Ok(Rejoin::Refuse { why: why() })),
+        Finished::RejoinPlanned(Ok(Rejoin::Follow)),
+        Finished::Started(Err(why())),
+        Finished::RejoinPlanned(Err(why())),
+    ];
+    for result in [Ok(Configured::Taken), Ok(Configured::PutBack(why())), Err(why())] {
+        all.push(Finished::Configured { generation: 1, upstream: None, result });
+    }
+    for done in [Finished::Initialized, Finished::Cloned, Finished::PromotionAsked, Finished::RolesEnsured, Finished::Checkpointed] {
+        all.extend([done(Ok(())), done(Err(why()))]);
+    }
+    for done in [Finished::InitializeGivenUp, Finished::FencedByScan] {
+        all.extend([done(Ok(())), done(Err(why()))]);
+    }
+    for done in [Finished::Released, Finished::StatusWritten, Finished::PromotionRecorded, Finished::InitializeClaimed] {
+        all.extend([done(Ok(true)), done(Ok(false)), done(Err(why()))]);
+    }
+    all.extend([Ok(true), Ok(false), Err(why())].map(Finished::RequestAnswered));
+    all
+}
+
+/// The world in which this answer is waited for. None where it cannot be: nobody runs for a lock that is held, or gives back one that
+/// PostgreSQL writes under.
+fn asked(world: &World, finished: &Finished) -> Option<World> {
+    let mut world = world.clone();
+    let Some(kind) = kind_of(finished) else { return Some(world) };
+    if kind.is_job() {
+        world.in_flight.retain(|other| !other.is_job());
+    }
+    world.in_flight.insert(kind);
+    match finished {
+        Finished::Released(_) if world.lock == Lock::None || !world.cannot_write(T0) => return None,
+        Finished::Acquired(_) if world.lock != Lock::None => return None,
+        Finished::Released(_) => world.releasing = Some(ours().epoch),
+        _ => {}
+    }
+    Some(world)
+}
+
+/// The end of an operation that was under way and of which nothing came.
+pub(super) fn failure_of(kind: OperationKind) -> Finished {
+    answers().into_iter().rev().find(|finished| kind_of(finished) == Some(kind)).unwrap_or_else(|| panic!("no answer to {kind:?}"))
+}
