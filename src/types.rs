@@ -156,6 +156,11 @@ number!(
     LeaseId, i64
 );
 
+impl Epoch {
+    /// No leadership at all: stands in a member's own record for a promotion that pgherd did not order. etcd's revisions start at 1.
+    pub const BY_HAND: Epoch = Epoch(0);
+}
+
 impl TimelineId {
     /// The name of this timeline's history file: `00000002.history`.
     pub fn history_file_name(self) -> String {

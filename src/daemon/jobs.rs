@@ -18,7 +18,7 @@ use crate::postgres::{
     recover_interrupted_swap, set_standby, wal,
 };
 use crate::spec::cluster::{Checkpoint, ClusterSpec};
-use crate::types::{LockIdentity, TimelineId};
+use crate::types::{Epoch, LockIdentity, TimelineId};
 
 use super::guard_link::GuardLink;
 use super::host::Host;
@@ -107,6 +107,11 @@ async fn start(
     set_standby(host.layout.data_dir(), control.is_some())?;
     if let Some(control) = control {
         history_files::remove_unused_reservations(host.layout.data_dir(), control.timeline.max(control.min_recovery_timeline))?;
+        // In recovery the control file does not say any more that it was a primary.
+        if let Some(timeline) = rejoin::promoted_by_hand(&control) {
+            let parent = TimelineId(timeline.0 - 1);
+            host.layout.promotion_file().write(&OwnPromotion { timeline, epoch: Epoch::BY_HAND, parent, switch_lsn: None })?;
+        }
     }
     let word = if role == StartAs::Primary { Word::Writable } else { Word::Standby };
     let start = spawn_postmaster(host, guard, &parameters::command_line(&inputs), word).await?;

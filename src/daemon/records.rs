@@ -4,7 +4,7 @@ use crate::clock;
 use crate::etcd::{AcquireRequest, Acquisition, Etcd, EtcdError, Fenced, PutMember, Released};
 use crate::facts::cluster::{ClusterView, DecisionRecord, HistoryEntry, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord};
 use crate::machine::action::Decision;
-use crate::machine::event::{AcquireOutcome, Event, Failure, Finished, PutOutcome};
+use crate::machine::event::{AcquireOutcome, Event, Failure, Finished, ForeignKey, PutOutcome};
 use crate::types::{Epoch, LeaseId, MemberName, Revision, SystemId};
 
 fn failure(error: &EtcdError) -> Failure {
@@ -23,9 +23,18 @@ fn fenced(result: Result<Fenced, EtcdError>) -> Result<bool, Failure> {
 pub async fn put_member(etcd: Etcd, name: MemberName, record: MemberRecord, lease: LeaseId) -> Event {
     done(Finished::MemberPut(match etcd.put_member(&name, &record, lease).await {
         Ok(PutMember::Written) => PutOutcome::Written,
-        Ok(PutMember::Foreign { lease, .. }) => PutOutcome::Foreign(lease),
+        Ok(PutMember::Foreign { lease, .. }) => foreign(&etcd, lease).await,
         Err(error) => PutOutcome::Failed(failure(&error)),
     }))
+}
+
+/// Another run's key: how long it can still be there when nobody renews it.
+async fn foreign(etcd: &Etcd, lease: LeaseId) -> PutOutcome {
+    match etcd.granted_ttl(lease).await {
+        Ok(Some((ttl, term))) => PutOutcome::Foreign(ForeignKey { lease, ttl, term }),
+        Ok(None) => PutOutcome::Failed("the key of another run went away meanwhile".to_owned()),
+        Err(error) => PutOutcome::Failed(failure(&error)),
+    }
 }
 
 /// Races for the lock.

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use etcd_client::{Client, DeleteOptions, GetOptions, GetResponse, ResponseHeader, Txn, TxnOp, TxnOpResponse, TxnResponse};
 
@@ -76,6 +77,19 @@ impl Etcd {
         let version = status.version().to_owned();
         let condition = super::version::version_condition(&version);
         Ok((version, condition))
+    }
+
+    /// The ttl that a lease was granted with, and etcd's raft term: a lease begins anew when the term changes. None = there is no such
+    /// lease. How much of it is left is not asked: nothing may be counted from that.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked.
+    pub async fn granted_ttl(&self, lease: LeaseId) -> Result<Option<(Duration, u64)>, EtcdError> {
+        let call = move |mut client: Client| -> Boxed<_> { Box::pin(async move { client.lease_time_to_live(lease.0, None).await }) };
+        let (_, answer) = self.pool.ask(Kind::Read, call).await?;
+        let seconds = u64::try_from(answer.granted_ttl()).unwrap_or(0);
+        let term = answer.header().map_or(0, etcd_client::ResponseHeader::raft_term);
+        Ok((answer.ttl() >= 0 && seconds > 0).then_some((Duration::from_secs(seconds), term)))
     }
 
     /// Ends a lease at once, with every key on it. A lease that is gone already is fine.

@@ -14,7 +14,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use etcd_client::{Client, GetResponse, LeaseGrantResponse, LeaseRevokeResponse, ResponseHeader, StatusResponse, TxnResponse};
+use etcd_client::{
+    Client, GetResponse, LeaseGrantResponse, LeaseRevokeResponse, LeaseTimeToLiveResponse, ResponseHeader, StatusResponse, TxnResponse,
+};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::time::Instant;
 
@@ -43,6 +45,16 @@ pub(super) trait Answer {
     /// Whether it went through raft, so that its revision is not lower than any seen before.
     fn is_linearizable() -> bool {
         true
+    }
+}
+
+impl Answer for LeaseTimeToLiveResponse {
+    fn header(&self) -> Option<&ResponseHeader> {
+        self.header()
+    }
+
+    fn is_linearizable() -> bool {
+        false
     }
 }
 

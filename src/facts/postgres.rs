@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::clock::BootTime;
-use crate::types::{Lsn, SystemId, TimelineId};
+use crate::types::{Epoch, Lsn, SystemId, TimelineId};
 
 /// The data directory as last looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -46,6 +46,9 @@ pub struct ControlFacts {
     pub standby_signal: bool,
     /// Whether `backup_label` is there.
     pub backup_label: bool,
+    /// The timeline that this data directory was promoted to last, and under which leadership ([`Epoch::BY_HAND`] under none). None = no
+    /// promotion of it is on record.
+    pub promoted: Option<(TimelineId, Epoch)>,
 }
 
 /// Settings that must never be lower on a standby than on its primary (PostgreSQL manual, "Hot Standby: Administrator's Overview").

@@ -10,7 +10,7 @@ use crate::facts::cluster::{ClusterView, MemberRole};
 use crate::facts::guard::{GuardFacts, PostmasterFacts, Word};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{DataDirectory, Probe, ProbeOutcome};
-use crate::policy::rejoin::Rejoin;
+use crate::policy::rejoin::{self, Rejoin};
 use crate::types::Epoch;
 
 use super::action::{OperationKind, Upstream};
@@ -52,6 +52,8 @@ impl World {
             Event::EtcdUnreachable(why) => {
                 self.etcd = Etcd::Unreachable;
                 self.vacancy = None;
+                // A lease does not run out while etcd has no leader, and begins anew when it has one again.
+                self.foreign = None;
                 self.warn("etcd_unreachable", format!("etcd cannot be asked: {why}"));
                 None
             }
@@ -142,6 +144,8 @@ impl World {
             LeaseEvent::Granted { identity, .. } => {
                 self.lease = Some(identity);
                 self.lease_silent = false;
+                // What failed for want of a lease is not to wait any longer.
+                self.forget_failures(OperationKind::PutMember);
                 None
             }
             LeaseEvent::Renewed { .. } => {
@@ -249,6 +253,15 @@ impl World {
                 self.ended(now, Kind::Look, data != DataDirectory::Unknown);
                 // A postmaster that started meanwhile has made this look old.
                 if self.proved_empty() {
+                    self.promoted = match &data {
+                        // What the record does not say yet, the start that follows writes into it.
+                        DataDirectory::Full(control) => {
+                            let by_hand = rejoin::promoted_by_hand(control).map(|timeline| (timeline, Epoch::BY_HAND));
+                            Some(by_hand.or(control.promoted))
+                        }
+                        DataDirectory::Empty => Some(None),
+                        DataDirectory::Unknown | DataDirectory::Unusable(_) => None,
+                    };
                     self.data = data;
                     self.looked_at = now;
                 }
@@ -395,14 +408,15 @@ impl World {
                 self.written = record.filter(|_| lasts).map(|record| (record, now));
                 self.ended(now, OperationKind::PutMember, true);
             }
-            PutOutcome::Foreign(lease) => {
+            PutOutcome::Foreign(key) => {
                 self.written = None;
-                let since = self.foreign.map_or(now, |(since, _)| since);
+                // Counted from its lease's beginning: another lease, or etcd's next leader, is another beginning.
+                let since = self.foreign.filter(|(_, known)| *known == key).map_or(now, |(since, _)| since);
                 self.warn(
                     "name_taken",
                     format!("the member key of `{}` belongs to another run of the daemon; waiting for it to expire", self.me.name),
                 );
-                self.foreign = Some((since, lease));
+                self.foreign = Some((since, key));
                 self.foreign_seen = now;
                 self.ended(now, OperationKind::PutMember, true);
                 self.pause(now, OperationKind::PutMember, FOREIGN_AGAIN_MS);

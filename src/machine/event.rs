@@ -3,6 +3,7 @@
 //! An operation that failed reports a sentence and leaves "unknown" behind; it never reports the old value.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::ClusterView;
@@ -175,13 +176,24 @@ pub enum Finished {
     FencedByScan(Result<(), Failure>),
 }
 
+/// A member key of another run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ForeignKey {
+    /// The lease it hangs on.
+    pub lease: LeaseId,
+    /// As that lease was granted.
+    pub ttl: Duration,
+    /// etcd's raft term: with another one the lease has begun anew.
+    pub term: u64,
+}
+
 /// What became of an attempt to write the member key.
 #[derive(Debug, Clone)]
 pub enum PutOutcome {
     /// Written on our lease.
     Written,
-    /// A key on this lease, which is not ours, is in the way.
-    Foreign(LeaseId),
+    /// A key that is not ours is in the way.
+    Foreign(ForeignKey),
     /// Not known.
     Failed(Failure),
 }

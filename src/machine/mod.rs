@@ -300,14 +300,14 @@ fn release_useless(context: &mut Context<'_>, state: &State) {
     }
 }
 
-/// A second daemon of this name does not run (SAFETY row 64): another run's key that is still there after ttl + 3 s is alive.
+/// A second daemon of this name does not run (SAFETY row 64): another run's key that is still there when its lease would have run
+/// out, and 3 s more, is kept up by somebody.
 fn leave_if_name_is_taken(context: &mut Context<'_>) {
-    let Some((since, _)) = &context.world.foreign else { return };
-    let ttl = context.world.spec().map_or(Duration::from_secs(30), |spec| spec.ha.ttl);
+    let Some((since, key)) = context.world.foreign else { return };
     let untouched = context.world.running().is_none();
     if context.world.etcd == Etcd::Reachable
         && untouched
-        && context.world.foreign_seen.since(*since) > ttl + Duration::from_secs(FOREIGN_KEY_GRACE_S)
+        && context.world.foreign_seen.since(since) > key.ttl + Duration::from_secs(FOREIGN_KEY_GRACE_S)
         && !context.world.exited
     {
         let name = context.world.me.name.clone();

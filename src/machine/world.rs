@@ -13,9 +13,10 @@ use crate::facts::postgres::{ControlFacts, DataDirectory, Probe, ProbeOutcome, S
 use crate::policy::deadlines::{CLOCK_DRIFT_PER_MILLE, LeaseTimes};
 use crate::policy::rejoin::Rejoin;
 use crate::spec::cluster::{ClusterSpec, Member};
-use crate::types::{Epoch, Incarnation, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision, TimelineId};
+use crate::types::{Epoch, Incarnation, LeaseIdentity, LockIdentity, MemberName, Revision, TimelineId};
 
 use super::action::{Action, LeaseOrder, OperationKind, StopMode, Upstream};
+use super::event::ForeignKey;
 
 /// How long a standby that was asked to promote is left before it is asked again.
 const PROMOTE_AGAIN_MS: u64 = 2_000;
@@ -178,6 +179,8 @@ pub struct World {
     pub looked_at: BootTime,
     /// The leader that the files were judged to be able to follow, and when.
     pub judged: Option<(Epoch, BootTime)>,
+    /// The data directory's own promotion, as last looked at. None = it was not looked at in this run of the daemon.
+    pub promoted: Option<Option<(TimelineId, Epoch)>>,
     /// The last judgement on how to get back behind the leader.
     pub rejoin: Option<Rejoin>,
     /// The checkpoint before a planned stop was made.
@@ -200,8 +203,8 @@ pub struct World {
     pub writing: Option<MemberRecord>,
     /// The lease that it is written on.
     pub writing_on: Option<LeaseIdentity>,
-    /// Since when another incarnation's key is in the way, and the lease it hangs on.
-    pub foreign: Option<(BootTime, LeaseId)>,
+    /// Since when another run's key is in the way.
+    pub foreign: Option<(BootTime, ForeignKey)>,
     /// When it was found there last.
     pub foreign_seen: BootTime,
     /// `status` as last written, and when.
@@ -274,6 +277,7 @@ impl World {
             planned_for: None,
             looked_at: BootTime::default(),
             judged: None,
+            promoted: None,
             rejoin: None,
             checkpointed: false,
             releasing: None,

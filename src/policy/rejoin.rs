@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::facts::cluster::HistoryEntry;
 use crate::facts::postgres::{ControlFacts, DatabaseState};
 pub use crate::policy::timelines::{Switch, TimelineHistory};
 use crate::types::{Epoch, Lsn, SystemId, TimelineId};
@@ -209,6 +210,11 @@ fn foreign_promotion(inputs: Inputs<'_>) -> Option<String> {
         return None;
     }
     match (own_promotion.filter(|record| record.timeline == own), promoted_under) {
+        (Some(OwnPromotion { epoch: Epoch::BY_HAND, .. }), Some(epoch)) => Some(format!(
+            "this member was promoted to timeline {own} by hand, the leader's timeline {own} was promoted under epoch {epoch}"
+        )),
+        // A number that no leadership has used says nothing against a data directory that was there before pgherd.
+        (Some(OwnPromotion { epoch: Epoch::BY_HAND, .. }), None) => None,
         (Some(record), Some(epoch)) if record.epoch != epoch => Some(format!(
             "this member promoted timeline {own} under epoch {}, the leader's timeline {own} was promoted under epoch {epoch}",
             record.epoch
@@ -222,6 +228,23 @@ fn foreign_promotion(inputs: Inputs<'_>) -> Option<String> {
         )),
         _ => None,
     }
+}
+
+/// The timeline that a data directory was promoted to without pgherd's doing: it has been a primary there, and no promotion of ours to it
+/// is on record. To be noted before it is started as a standby, which leaves no trace of it in the control file.
+pub fn promoted_by_hand(local: &ControlFacts) -> Option<TimelineId> {
+    let own = local.timeline.max(local.min_recovery_timeline);
+    let on_record = local.promoted.is_some_and(|(timeline, _)| timeline == own);
+    (was_primary(local) && own > TimelineId(1) && !on_record).then_some(own)
+}
+
+/// Whether a member with WAL on timeline `own` may have made that timeline itself, and not the leadership that `history` says did. Such a
+/// member must not follow as it is: PostgreSQL compares numbers and positions, and would go on with another's WAL on its own.
+pub fn may_be_of_another_promotion(own: TimelineId, promoted: Option<(TimelineId, Epoch)>, history: &[HistoryEntry]) -> bool {
+    let Some((_, epoch)) = promoted.filter(|(timeline, _)| *timeline == own) else { return false };
+    let mut recorded = history.iter().filter(|entry| entry.timeline == own).peekable();
+    let known = recorded.peek().is_some() || epoch != Epoch::BY_HAND;
+    known && !recorded.any(|entry| entry.epoch == Some(epoch))
 }
 
 /// Whether the server last ran as a primary: a clone that was never started has the primary's control file, but a `backup_label`.

@@ -69,6 +69,7 @@ async fn look_closer(installation: &Installation, layout: &Layout) -> Result<Dat
     };
     control.standby_signal = here("standby.signal")?;
     control.backup_label = here("backup_label")?;
+    control.promoted = layout.promotion_file().read()?.map(|own| (own.timeline, own.epoch));
     Ok(DataDirectory::Full(control))
 }
 
@@ -87,7 +88,8 @@ fn entry_names(data_dir: &Path) -> Result<Option<Vec<String>>> {
     Ok(Some(names))
 }
 
-/// Reads pg_controldata's output in the C locale. The file's own marks (`standby.signal`, `backup_label`) are left false.
+/// Reads pg_controldata's output in the C locale. What lies beside it (`standby.signal`, `backup_label`, our own
+/// record of a promotion) is left out.
 fn parse(stdout: &str, stderr: &str, major_version: u32) -> Result<ControlFacts> {
     // Up to 16 the checksum warning is on standard output, since 17 on standard error; it never says anything else there.
     if !stderr.is_empty() || stdout.lines().any(|line| line.starts_with("WARNING")) {
@@ -126,6 +128,7 @@ fn parse(stdout: &str, stderr: &str, major_version: u32) -> Result<ControlFacts>
         },
         standby_signal: false,
         backup_label: false,
+        promoted: None,
     })
 }
 

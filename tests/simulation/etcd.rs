@@ -147,6 +147,11 @@ impl Etcd {
         self.leases.get(&lease).map(|lease| lease.until)
     }
 
+    /// As it was granted.
+    pub fn granted_ttl(&self, lease: LeaseId) -> Option<Duration> {
+        self.leases.get(&lease).map(|lease| lease.ttl)
+    }
+
     pub fn keys(&mut self) -> &mut ClusterView {
         Arc::make_mut(&mut self.view)
     }

@@ -6,7 +6,7 @@ use pgherd::facts::postgres::DataDirectory;
 use pgherd::machine::action::{Operation, OperationKind, StartAs, Upstream};
 use pgherd::machine::event::{Configured, Finished};
 use pgherd::policy::rejoin::{self, Inputs, LeaderLineage, OwnPromotion, Rejoin};
-use pgherd::types::{SystemId, TimelineId};
+use pgherd::types::{Epoch, SystemId, TimelineId};
 
 use super::clock::ms;
 use super::guard::{AskError, AskedBy, GuardAsk, ORDER_TIMEOUT_MS};
@@ -66,7 +66,8 @@ impl Sim {
         let operation = job.operation.clone();
         match operation {
             Operation::Look => {
-                let seen = self.hosts[host].server.look();
+                let (data, promotion) = (&self.hosts[host].server.data, self.hosts[host].disk.promotion.as_ref());
+                let seen = data.as_ref().map_or(DataDirectory::Empty, |data| DataDirectory::Full(data.control(promotion)));
                 self.job_ends(host, Finished::Looked(seen));
             }
             Operation::Start { role, .. } => self.start_step(host, &role),
@@ -116,6 +117,10 @@ impl Sim {
                 // Laid files above our own timeline would keep recovery from following.
                 let own = data.wal.timeline();
                 data.laid.retain(|id| *id <= own);
+                if let Some(timeline) = rejoin::promoted_by_hand(&data.control(this.disk.promotion.as_ref())) {
+                    let parent = TimelineId(timeline.0 - 1);
+                    this.disk.promotion = Some(OwnPromotion { timeline, epoch: Epoch::BY_HAND, parent, switch_lsn: None });
+                }
             }
         }
         let (word, upstream) = match role {
@@ -173,9 +178,9 @@ impl Sim {
 
     fn plan(&mut self, host: usize, leader: &Upstream, history: &[pgherd::facts::cluster::HistoryEntry]) -> Result<Rejoin, &'static str> {
         let Some(data) = self.hosts[host].server.data.clone() else { return Err("there is no data directory") };
-        let local = data.control();
-        let wal = data.local_wal();
         let own_promotion = self.hosts[host].disk.promotion.clone();
+        let local = data.control(own_promotion.as_ref());
+        let wal = data.local_wal();
         let promoted_under = history.iter().rev().find(|entry| entry.timeline == wal.timeline).and_then(|entry| entry.epoch);
         let other = self.ask_leader(host, leader)?;
         let theirs = self.hosts[other].server.data.as_ref().ok_or("the leader has no data")?;

@@ -57,6 +57,9 @@ pub enum EtcdAsk {
     ReadMember {
         member: MemberName,
     },
+    GrantedTtl {
+        lease: LeaseId,
+    },
     PutMember {
         member: MemberName,
         record: Box<MemberRecord>,
@@ -112,6 +115,7 @@ pub enum EtcdAnswer {
     View(std::sync::Arc<pgherd::facts::cluster::ClusterView>),
     MemberAt(Revision),
     Put(Put),
+    GrantedTtl(Option<(Duration, u64)>),
     Leader(Option<LeaderKey>),
     Acquired(Acquired),
     /// etcd answered with an error: nothing was done.
@@ -122,7 +126,12 @@ impl EtcdAsk {
     fn writes(&self) -> bool {
         !matches!(
             self,
-            EtcdAsk::KeepAlive { .. } | EtcdAsk::List | EtcdAsk::ReadMember { .. } | EtcdAsk::ReadLeader | EtcdAsk::Prove { .. }
+            EtcdAsk::KeepAlive { .. }
+                | EtcdAsk::List
+                | EtcdAsk::ReadMember { .. }
+                | EtcdAsk::GrantedTtl { .. }
+                | EtcdAsk::ReadLeader
+                | EtcdAsk::Prove { .. }
         )
     }
 
@@ -219,6 +228,7 @@ impl Sim {
             EtcdAsk::Revoke { lease } => EtcdAnswer::Done(self.etcd.revoke(lease)),
             EtcdAsk::List => EtcdAnswer::View(std::sync::Arc::clone(&self.etcd.view)),
             EtcdAsk::ReadMember { member } => EtcdAnswer::MemberAt(self.etcd.member_revision(&member)),
+            EtcdAsk::GrantedTtl { lease } => EtcdAnswer::GrantedTtl(self.etcd.granted_ttl(lease).map(|ttl| (ttl, self.etcd.term))),
             EtcdAsk::PutMember { member, record, lease, expected } => {
                 EtcdAnswer::Put(self.etcd.put_member(&member, *record, lease, expected))
             }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use pgherd::facts::postgres::{DataDirectory, DatabaseState};
+use pgherd::facts::postgres::DatabaseState;
 use pgherd::types::{Lsn, TimelineId};
 
 use super::clock::{Real, ms, us};
@@ -371,9 +371,5 @@ impl Server {
         let signal = exit_status.is_none().then_some(6);
         self.ended.push(Ended { pid: postmaster.pid, exit_status, signal });
         Some(Change::Ended)
-    }
-
-    pub fn look(&self) -> DataDirectory {
-        self.data.as_ref().map_or(DataDirectory::Empty, |data| DataDirectory::Full(data.control()))
     }
 }

@@ -6,7 +6,7 @@ use pgherd::facts::lease::LeaseEvent;
 use pgherd::http::health;
 use pgherd::http::snapshot::Snapshot;
 use pgherd::machine::action::Operation;
-use pgherd::machine::event::{AcquireOutcome, Event, Finished, PutOutcome};
+use pgherd::machine::event::{AcquireOutcome, Event, Finished, ForeignKey, PutOutcome};
 use pgherd::policy::deadlines::LeaseTimes;
 use pgherd::policy::rejoin::OwnPromotion;
 use pgherd::types::{LeaseId, LeaseIdentity, LockIdentity, Lsn, MemberName, TimelineId};
@@ -40,6 +40,7 @@ pub struct Record {
     tries: u32,
     acquire: Option<Box<AcquireAsk>>,
     moving: Option<Moving>,
+    foreign: Option<LeaseId>,
     peers: Option<Peers>,
 }
 
@@ -67,8 +68,16 @@ impl Sim {
         let id = self.ids;
         let Some(daemon) = &mut self.hosts[host].daemon else { return };
         let lease = daemon.machine.world().lease.map(|lease| lease.lease);
-        let record =
-            Record { operation: operation.clone(), stage: Stage::Write, lease, tries: 0, acquire: None, moving: None, peers: None };
+        let record = Record {
+            operation: operation.clone(),
+            stage: Stage::Write,
+            lease,
+            tries: 0,
+            acquire: None,
+            moving: None,
+            foreign: None,
+            peers: None,
+        };
         daemon.records.insert(id, record);
         let name = self.hosts[host].name.clone();
         match operation {
@@ -154,6 +163,14 @@ impl Sim {
                 let member = self.hosts[host].name.clone();
                 self.record_asks(host, id, Stage::Read, EtcdAsk::ReadMember { member });
             }
+            (Operation::PutMember(_), Stage::Write, Some(EtcdAnswer::Put(Put::Foreign(lease)))) => {
+                let Some(record) = self.record(host, id) else { return };
+                record.foreign = Some(lease);
+                self.record_asks(host, id, Stage::ReadBack, EtcdAsk::GrantedTtl { lease });
+            }
+            (Operation::PutMember(_), Stage::ReadBack, Some(answer @ EtcdAnswer::GrantedTtl(_))) => {
+                self.finish_record(host, id, Some(answer));
+            }
             (Operation::Acquire { .. }, Stage::Read, Some(EtcdAnswer::Leader(leader))) => {
                 let Some(ask) = self.record(host, id).and_then(|record| record.acquire.clone()) else { return };
                 match leader {
@@ -191,7 +208,9 @@ impl Sim {
         let finished = match record.operation {
             Operation::PutMember(_) => Finished::MemberPut(match answer {
                 Some(EtcdAnswer::Put(Put::Written)) => PutOutcome::Written,
-                Some(EtcdAnswer::Put(Put::Foreign(lease))) => PutOutcome::Foreign(lease),
+                Some(EtcdAnswer::GrantedTtl(Some((ttl, term)))) => {
+                    PutOutcome::Foreign(ForeignKey { lease: record.foreign.unwrap_or(LeaseId(0)), ttl, term })
+                }
                 _ => PutOutcome::Failed(unknown()),
             }),
             Operation::Acquire { .. } => Finished::Acquired(match answer {
@@ -246,7 +265,16 @@ impl Sim {
         let operation = Operation::Look;
         daemon.records.insert(
             id,
-            Record { operation, stage: Stage::Write, lease: None, tries: 0, acquire: None, moving: Some(moving.clone()), peers: None },
+            Record {
+                operation,
+                stage: Stage::Write,
+                lease: None,
+                tries: 0,
+                acquire: None,
+                moving: Some(moving.clone()),
+                foreign: None,
+                peers: None,
+            },
         );
         match lock {
             Some(lock) => {

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use pgherd::facts::postgres::{ControlFacts, DatabaseState, StandbyFloor};
-use pgherd::policy::rejoin::{LastRecord, LocalWal, Switch, TimelineHistory};
+use pgherd::policy::rejoin::{LastRecord, LocalWal, OwnPromotion, Switch, TimelineHistory};
 use pgherd::types::{Lsn, SystemId, TimelineId};
 
 /// A transaction's record.
@@ -123,7 +123,7 @@ impl Data {
 
     /// pg_controldata. A timeline that was promoted to is in the checkpoint only after the first one on it; before that recovery's end
     /// names it.
-    pub fn control(&self) -> ControlFacts {
+    pub fn control(&self, promotion: Option<&OwnPromotion>) -> ControlFacts {
         let timeline = self.wal.timeline_at(self.checkpoint);
         let newer = self.was_standby() || timeline != self.wal.timeline();
         ControlFacts {
@@ -139,6 +139,7 @@ impl Data {
             floor: StandbyFloor::default(),
             standby_signal: self.standby_signal,
             backup_label: self.backup_label,
+            promoted: promotion.map(|own| (own.timeline, own.epoch)),
         }
     }
 

@@ -16,6 +16,7 @@ use crate::machine::node::Context;
 use crate::machine::state::{Demotion, Promotion, State, Then, Way};
 use crate::machine::world::{Etcd, Lock};
 use crate::policy::election::{self, Inputs, Verdict};
+use crate::policy::rejoin;
 use crate::types::{LeaseId, MemberName, TimelineId};
 
 /// A standby that does not stream from a healthy leader for so long is stopped, judged and started again (SAFETY row 10).
@@ -97,8 +98,8 @@ fn start_following(context: &mut Context<'_>) -> Outcome<State> {
         return Handled;
     }
     context.world.clear("wrong_system_id");
-    let upstream = upstream(context);
-    if upstream.is_some() && has_to_be_judged(context) {
+    let upstream = upstream(context).filter(|_| !is_of_another_promotion(context));
+    if has_to_be_judged(context) {
         return Transition(State::Rejoining);
     }
     start_standby(context, upstream);
@@ -141,7 +142,7 @@ fn has_to_be_judged(context: &Context<'_>) -> bool {
         return false;
     }
     let same_timeline = key.record.timeline == Some(control.timeline.max(control.min_recovery_timeline));
-    key.record.role == MemberRole::Primary && !(was_standby && same_timeline)
+    key.record.role == MemberRole::Primary && (!(was_standby && same_timeline) || is_of_another_promotion(context))
 }
 
 /// Whom to follow: the leader, as it says itself.
@@ -151,13 +152,38 @@ pub(crate) fn upstream(context: &Context<'_>) -> Option<Upstream> {
 }
 
 fn follow_running(context: &mut Context<'_>) -> Outcome<State> {
-    if has_diverged(context) || is_stuck(context) {
+    let doubtful = is_of_another_promotion(context);
+    if has_diverged(context) || is_stuck(context) || (doubtful && context.world.leader_writes()) {
         context.decide("rejoin", "PostgreSQL cannot follow the leader as it is: it is stopped and the way back is judged");
         context.stop(StopMode::Fast { patience: Duration::from_secs(STANDBY_STOP_S) });
         return Transition(State::Rejoining);
     }
-    keep_configured(context);
+    if !doubtful {
+        keep_configured(context);
+    }
     if context.world.vacancy.is_some() && can_be_candidate(context) { Transition(State::Candidate) } else { Handled }
+}
+
+/// Our WAL ends on a timeline that we may have made ourselves, outside the cluster's history (SAFETY row 53): no leader is followed before
+/// the files have been judged. A server that streams was judged, or got that timeline by streaming.
+fn is_of_another_promotion(context: &Context<'_>) -> bool {
+    let world = &context.world;
+    let running = world.running().is_some();
+    if running && (world.sql().is_none() || world.not_streaming_since.is_none()) {
+        return false;
+    }
+    let (Some(view), Some(own)) = (world.fresh_view(), world.own_timeline()) else { return false };
+    match world.promoted {
+        Some(promoted) => rejoin::may_be_of_another_promotion(own, promoted, &view.history),
+        // Found running by this daemon: its files were not looked at. One that has a leader to follow is left alone.
+        None => running && !follows_the_leader(context) && own > TimelineId(1),
+    }
+}
+
+/// The files are known to say whom to follow, and it is the leader.
+fn follows_the_leader(context: &Context<'_>) -> bool {
+    let upstream = upstream(context);
+    upstream.is_some() && context.world.in_force.as_ref().is_some_and(|files| files.upstream == upstream)
 }
 
 /// Our WAL goes past the point where the leader's timeline left ours, as etcd's history tells. The files have the last word: once they

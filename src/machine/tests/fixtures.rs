@@ -195,6 +195,7 @@ pub(crate) fn control(state: DatabaseState, timeline: u32, lsn: u64) -> ControlF
         floor: StandbyFloor::default(),
         standby_signal: false,
         backup_label: false,
+        promoted: None,
     }
 }
 

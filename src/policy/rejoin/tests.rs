@@ -70,6 +70,7 @@ fn old_primary() -> Case {
             floor: StandbyFloor::default(),
             standby_signal: false,
             backup_label: false,
+            promoted: None,
         },
         wal: LocalWal { timeline: TimelineId(1), history: None, last_record: LastRecord::Known(Lsn(SWITCH.0 - 0x80)) },
         own: None,

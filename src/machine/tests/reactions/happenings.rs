@@ -9,7 +9,7 @@ use crate::facts::guard::{GuardFacts, LastEnd, PostmasterFacts, Rung, StartId, W
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{DataDirectory, DatabaseState, Probe, ProbeOutcome};
 use crate::machine::action::OperationKind;
-use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, PutOutcome};
+use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, ForeignKey, PutOutcome};
 use crate::machine::tests::checked::kind_of;
 use crate::machine::tests::fixtures::*;
 use crate::machine::world::{Lock, World};
@@ -144,7 +144,7 @@ fn answers() -> Vec<Finished> {
         Finished::Started(Ok(StartId(2))),
         Finished::StartedOnOldFiles { generation: 1, start: StartId(2), why: why() },
         Finished::MemberPut(PutOutcome::Written),
-        Finished::MemberPut(PutOutcome::Foreign(LeaseId(77))),
+        Finished::MemberPut(PutOutcome::Foreign(ForeignKey { lease: LeaseId(77), ttl: times().ttl, term: 2 })),
         Finished::MemberPut(PutOutcome::Failed(why())),
         Finished::Acquired(AcquireOutcome::Won(lock(7, 450))),
         Finished::Acquired(AcquireOutcome::Beaten),

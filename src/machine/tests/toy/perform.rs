@@ -6,8 +6,8 @@ use crate::clock::BootTime;
 use crate::facts::guard::Word;
 use crate::facts::postgres::{DataDirectory, DatabaseState};
 use crate::machine::action::{Action, LeaseOrder, Operation, StartAs, Upstream};
-use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, PutOutcome};
-use crate::machine::tests::fixtures::{SYSTEM, failed, lease as some_lease, ms, name};
+use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, ForeignKey, PutOutcome};
+use crate::machine::tests::fixtures::{SYSTEM, failed, lease as some_lease, ms, name, times};
 use crate::policy::rejoin::{LostRange, Rejoin};
 use crate::types::{Lsn, MemberName, TimelineId};
 
@@ -173,7 +173,7 @@ impl Toy {
                 let outcome = lease.and_then(|lease| self.etcd.put_member(member, *record, lease.lease));
                 Finished::MemberPut(match outcome {
                     Some(Ok(())) => PutOutcome::Written,
-                    Some(Err(lease)) => PutOutcome::Foreign(lease),
+                    Some(Err(lease)) => PutOutcome::Foreign(ForeignKey { lease, ttl: times().ttl, term: 2 }),
                     None => PutOutcome::Failed("the lease is gone".to_owned()),
                 })
             }
