@@ -12,6 +12,7 @@ use pgherd::facts::cluster::MemberRole;
 use pgherd::facts::guard::{LockFacts, PostmasterFacts, StartId, Word};
 use pgherd::facts::postgres::{Probe, ProbeOutcome, SqlFacts};
 use pgherd::http::peer::ask_writable;
+use pgherd::http::promises::Promises;
 use pgherd::http::{Limits, Server, Snapshot, start};
 use pgherd::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity, Lsn, SystemId, TimelineId};
 use tokio::sync::watch;
@@ -53,7 +54,8 @@ fn leader(until_announce: Duration) -> Snapshot {
 fn serve(snapshot: Snapshot, limits: Limits) -> (Server, watch::Sender<Arc<Snapshot>>) {
     let (sender, receiver) = watch::channel(Arc::new(snapshot));
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    (start(listener, receiver, limits).unwrap(), sender)
+    let nobody = Promises::new(Box::new(|_, _, _| {}));
+    (start(listener, receiver, nobody, limits).unwrap(), sender)
 }
 
 fn connect(address: SocketAddr) -> TcpStream {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::ClusterView;
+use crate::facts::failsafe::PromiseAsk;
 use crate::facts::guard::{GuardFacts, StartId};
 use crate::facts::lease::LeaseEvent;
 use crate::facts::postgres::{DataDirectory, Probe};
@@ -42,6 +43,15 @@ pub enum Event {
     Finished(Finished),
     /// SIGTERM: hand over, stop, release, leave.
     StopRequested,
+    /// Another member, which leads without etcd, asks this one not to run. Answered at once, by [`super::action::Action::AnswerPromise`].
+    PromiseAsked {
+        /// Names the call in the answer.
+        id: u64,
+        /// The call.
+        ask: PromiseAsk,
+        /// When it was received.
+        received: BootTime,
+    },
 }
 
 /// Kinds of event, for the table of reactions.
@@ -67,11 +77,13 @@ pub enum EventKind {
     Finished,
     /// [`Event::StopRequested`].
     StopRequested,
+    /// [`Event::PromiseAsked`].
+    PromiseAsked,
 }
 
 impl EventKind {
     /// All kinds.
-    pub const ALL: [EventKind; 10] = [
+    pub const ALL: [EventKind; 11] = [
         EventKind::Tick,
         EventKind::Spec,
         EventKind::View,
@@ -82,6 +94,7 @@ impl EventKind {
         EventKind::Probed,
         EventKind::Finished,
         EventKind::StopRequested,
+        EventKind::PromiseAsked,
     ];
 }
 
@@ -99,6 +112,7 @@ impl Event {
             Event::Probed(_) => EventKind::Probed,
             Event::Finished(_) => EventKind::Finished,
             Event::StopRequested => EventKind::StopRequested,
+            Event::PromiseAsked { .. } => EventKind::PromiseAsked,
         }
     }
 }
@@ -155,6 +169,8 @@ pub enum Finished {
     StatusWritten(Result<bool, Failure>),
     /// `history` was completed (true) or our epoch is over (false).
     PromotionRecorded(Result<bool, Failure>),
+    /// `failsafe` was written, or deleted, at this revision; None = our epoch is over, or it was not what was judged on.
+    FailsafeWritten(Result<Option<Revision>, Failure>),
     /// `initialize` was claimed (true) or somebody else has it (false).
     InitializeClaimed(Result<bool, Failure>),
     /// The claim was given up.

@@ -10,3 +10,4 @@ mod toy;
 mod chaos;
 mod cluster;
 mod recovery;
+mod without_etcd;
