@@ -152,6 +152,8 @@ impl World {
             LeaseEvent::Granted { identity, .. } => {
                 self.lease = Some(identity);
                 self.lease_silent = false;
+                // What failed while etcd was away is to be tried on this lease at once.
+                self.forget_failures(OperationKind::PutMember);
                 None
             }
             LeaseEvent::Renewed { .. } => {
@@ -192,6 +194,7 @@ impl World {
                 }
                 if why == LeaseLoss::LeaseNotFound && self.lapses(now) {
                     self.holding = None;
+                    self.forget_failures(OperationKind::Acquire);
                     return None;
                 }
                 self.lose_lock();

@@ -4,11 +4,14 @@
 //! else could have taken it, and until A nobody else can, so that the leader takes it anew for the same timeline. The rule that would
 //! surprise: only a primary bridges a lapse, and only until A; for everybody else, and from then on, the lock is gone.
 
+use std::time::Duration;
+
 use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, LeaderKey};
 use crate::facts::failsafe::{Armed, PromiseAsk};
 use crate::facts::guard::Word;
 use crate::policy::deadlines::LeaseTimes;
+use crate::policy::election::VOTERS_GRACE_MS;
 use crate::policy::failsafe::{self, Called, Promise};
 use crate::types::{LockIdentity, Revision};
 
@@ -24,6 +27,8 @@ pub struct Failsafe {
     pub started: Option<BootTime>,
     /// What was promised.
     pub promise: Option<Promise>,
+    /// The promise holds for some time yet: until shortly before its end this member takes no part in an election.
+    pub keeps_still: bool,
     /// The leader key seen last, also when it is absent now.
     pub leader_seen: Option<LeaderKey>,
     /// E, when the lock goes on by promises. None = etcd proved it last.
@@ -123,7 +128,14 @@ impl World {
         self.lock != Lock::None || by_guard || writes || !self.cannot_write(now)
     }
 
-    /// The promise in force, if the view does not show that it is not needed.
+    /// See [`Failsafe::keeps_still`].
+    pub(super) fn note_promise(&mut self, now: BootTime) {
+        let released = |promise: &&Promise| self.view.as_ref().is_some_and(|view| promise.is_released(view));
+        let promise = self.failsafe.promise.as_ref().filter(|promise| !released(promise));
+        self.failsafe.keeps_still = promise.is_some_and(|promise| now + Duration::from_millis(VOTERS_GRACE_MS) < promise.until);
+    }
+
+    /// Remembered when it goes.
     pub(super) fn note_leader(&mut self, view: &ClusterView) {
         if let Some(leader) = &view.leader {
             self.failsafe.leader_seen = Some(leader.clone());

@@ -112,6 +112,7 @@ impl Machine {
             let answer = self.promise(now, id, &ask, received);
             actions.push(answer);
         }
+        self.world.note_promise(now);
         self.settle(now, &mut actions);
         actions
     }

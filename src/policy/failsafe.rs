@@ -153,6 +153,13 @@ pub struct Promise {
     pub until: BootTime,
 }
 
+impl Promise {
+    /// The leader that it was given to has let its lock go in good order: it does not go on under it.
+    pub fn is_released(&self, view: &ClusterView) -> bool {
+        view.release.as_ref().is_some_and(|release| self.epoch == Some(release.epoch))
+    }
+}
+
 /// One promise more. None is ever shortened.
 pub fn promised(before: Option<Promise>, ask: &PromiseAsk, received: BootTime, ttl: Duration, now: BootTime) -> Promise {
     let new = Promise { to: ask.member.clone(), epoch: Some(ask.epoch), until: received + ttl };
@@ -176,11 +183,8 @@ pub fn held_back(now: BootTime, me: &MemberName, view: &ClusterView, promise: Op
     if let Some(why) = view.unreadable.get(KEY) {
         return Some(HeldBack::Never(format!("the key failsafe is unreadable, and may name others only: {why}")));
     }
-    // The former leader has given its lock up in good order: it does not go on under it.
-    let released = |promise: &&Promise| view.release.as_ref().is_some_and(|release| promise.epoch == Some(release.epoch));
-    if let Some(promise) = promise.filter(|promise| now < promise.until && !released(promise)) {
-        let left_ms = promise.until.since(now).as_millis();
-        let why = format!("promised `{}`, which leads without etcd, not to run for another {left_ms} ms", promise.to);
+    if let Some(promise) = promise.filter(|promise| now < promise.until && !promise.is_released(view)) {
+        let why = format!("promised `{}`, which leads without etcd, not to run", promise.to);
         return Some(HeldBack::Until(promise.until, why));
     }
     let record = view.failsafe.as_ref()?;

@@ -130,6 +130,13 @@ fn say(context: &mut Context<'_>, state: &State, wanted: Option<&Wanted>) {
         Some(Wanted::Waits(why)) if *state == State::Primary => context.world.set_info("failsafe_waits", why.clone()),
         _ => context.world.clear("failsafe_waits"),
     }
+    match &context.world.failsafe.promise {
+        Some(promise) if context.world.failsafe.keeps_still => {
+            let message = format!("leaves the lock to `{}`, which leads although it cannot ask etcd", promise.to);
+            context.world.set_info("promised", message);
+        }
+        _ => context.world.clear("promised"),
+    }
     let leads_on = context.world.failsafe.sustained.is_some();
     if leads_on {
         let peers =

@@ -47,7 +47,8 @@ fn vanished(world: &World) -> bool {
 
 /// Whether every change of position has to be seen by others at once.
 pub(crate) fn positions_matter_now(world: &World) -> bool {
-    world.vacancy.is_some() || world.other_leader().is_some_and(|(_, key)| key.record.machine_state == "handing_over")
+    let election = world.vacancy.is_some() && !world.failsafe.keeps_still;
+    election || world.other_leader().is_some_and(|(_, key)| key.record.machine_state == "handing_over")
 }
 
 fn record(world: &World, state: &State) -> Option<MemberRecord> {

@@ -210,6 +210,7 @@ fn can_be_candidate(context: &Context<'_>) -> bool {
         && world.fresh_view().is_some_and(|view| view.spec.is_some())
         && world.written.is_some()
         && world.lock == Lock::None
+        && !world.failsafe.keeps_still
         && world.declared().is_some_and(|member| !member.nofailover())
         && !(world.abstains_until.is_some_and(|until| context.now < until) && somebody_else_could_lead(world))
 }

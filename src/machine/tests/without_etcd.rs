@@ -88,6 +88,35 @@ fn a_leader_alone_cut_from_etcd_bridges_the_lapse_of_its_lease_with_a_new_epoch_
 }
 
 #[test]
+fn a_lapse_is_bridged_whatever_failed_how_often_while_etcd_was_away() {
+    for seconds in 20..32 {
+        let mut toy = failsafe();
+        toy.host("a").connected = false;
+        writes_throughout(&mut toy, "a", s(seconds));
+        toy.host("a").connected = true;
+        writes_throughout(&mut toy, "a", s(8));
+        assert_eq!(toy.leader(), Some("a"), "{}", toy.story());
+    }
+}
+
+#[test]
+fn l5_members_that_keep_still_write_their_positions_no_more_often_than_ever() {
+    let mut toy = failsafe();
+    toy.host("a").connected = false;
+    writes_throughout(&mut toy, "a", s(20));
+    let (from, handled) = (toy.etcd.writes.len(), toy.events_handled);
+    writes_throughout(&mut toy, "a", s(50));
+    let written = toy.etcd.writes.len() - from;
+    assert!(written <= 2 * 11, "{written} writes of two members in 50 s");
+    assert!(toy.events_handled - handled < 3 * 50 * 12, "{} events in 50 s", toy.events_handled - handled);
+    assert!(toy.daemon("b").checked.world().conditions.contains_key("promised"), "and it is said why nobody leads");
+    toy.host("a").connected = true;
+    toy.converges(s(10));
+    toy.run(s(12));
+    assert!(!toy.daemon("b").checked.world().conditions.contains_key("promised"));
+}
+
+#[test]
 fn one_member_that_does_not_answer_ends_it_by_f_and_the_others_elect_once_promises_are_over() {
     let mut toy = failsafe();
     let sent = toy.now;
