@@ -63,13 +63,21 @@ pub enum Mutant {
     ForeignPromotionFollowed,
     /// Divergence past the switch point is not looked at.
     DivergenceIgnored,
-    /// A proof that comes after the fast stop was due calls the ladder off.
-    LadderCalledOff,
+    /// Failsafe: E counts from the last answer and not from before the first call.
+    PromiseFromTheAnswer,
+    /// Failsafe: the leader goes on although one member has not promised.
+    MajorityOfPromises,
+    /// Failsafe: a daemon that starts runs at once, whatever the run before it promised.
+    PromiseForgotten,
+    /// Failsafe: what was promised holds nobody back.
+    PromiseNotKept,
+    /// Failsafe: a member that is not in the record runs.
+    OutsidersRun,
 }
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Mutant; 28] = [
+    pub const ALL: [Mutant; 32] = [
         Mutant::DeadlineFromTheAnswer,
         Mutant::ProofOmitted,
         Mutant::ProofOfAnyTerm,
@@ -97,7 +105,11 @@ impl Mutant {
         Mutant::UnlawfulLeftAlone,
         Mutant::ForeignPromotionFollowed,
         Mutant::DivergenceIgnored,
-        Mutant::LadderCalledOff,
+        Mutant::PromiseFromTheAnswer,
+        Mutant::MajorityOfPromises,
+        Mutant::PromiseForgotten,
+        Mutant::PromiseNotKept,
+        Mutant::OutsidersRun,
     ];
 }
 

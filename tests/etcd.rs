@@ -34,6 +34,8 @@ macro_rules! against_both {
 mod access;
 #[path = "etcd/failover.rs"]
 mod failover;
+#[path = "etcd/failsafe.rs"]
+mod failsafe;
 #[path = "etcd/lease.rs"]
 mod lease;
 #[path = "etcd/lock.rs"]

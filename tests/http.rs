@@ -4,14 +4,17 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use pgherd::clock::BootTime;
-use pgherd::facts::cluster::MemberRole;
+use pgherd::facts::cluster::{ClusterView, FailsafeRecord, MemberRole};
+use pgherd::facts::failsafe::PromiseAsk;
 use pgherd::facts::guard::{LockFacts, PostmasterFacts, StartId, Word};
 use pgherd::facts::postgres::{Probe, ProbeOutcome, SqlFacts};
-use pgherd::http::peer::ask_writable;
+use pgherd::http::peer::{ask_promise, ask_writable};
+use pgherd::http::promises::Promises;
 use pgherd::http::{Limits, Server, Snapshot, start};
 use pgherd::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity, Lsn, SystemId, TimelineId};
 use tokio::sync::watch;
@@ -53,7 +56,8 @@ fn leader(until_announce: Duration) -> Snapshot {
 fn serve(snapshot: Snapshot, limits: Limits) -> (Server, watch::Sender<Arc<Snapshot>>) {
     let (sender, receiver) = watch::channel(Arc::new(snapshot));
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    (start(listener, receiver, limits).unwrap(), sender)
+    let nobody = Promises::new(Box::new(|_, _, _| {}));
+    (start(listener, receiver, nobody, limits).unwrap(), sender)
 }
 
 fn connect(address: SocketAddr) -> TcpStream {
@@ -260,4 +264,128 @@ async fn a_peer_that_does_not_answer_is_an_error_and_never_a_no() {
     drop(silent);
     assert!(ask_writable(&address, DEADLINE).await.is_err(), "nobody listens there");
     assert!(ask_writable("not an address", DEADLINE).await.is_err());
+}
+
+fn call() -> PromiseAsk {
+    PromiseAsk {
+        cluster: "main".parse().unwrap(),
+        to: "mdw".parse().unwrap(),
+        member: "standby".parse().unwrap(),
+        epoch: Epoch(3),
+        lease: LeaseId(2),
+        ttl_s: 10,
+    }
+}
+
+/// A machine that answers each call at once, in another thread, as it is told to; None = not at all.
+fn serve_promises(answer: impl Fn(&PromiseAsk) -> Option<Result<(), String>> + Send + 'static) -> (Server, watch::Sender<Arc<Snapshot>>) {
+    let (handed, calls) = channel::<(u64, PromiseAsk)>();
+    let handed = Mutex::new(handed);
+    let promises = Promises::new(Box::new(move |id, ask, received| {
+        assert!(received <= BootTime::now());
+        handed.lock().unwrap().send((id, ask)).unwrap();
+    }));
+    let machine = Arc::clone(&promises);
+    std::thread::spawn(move || {
+        while let Ok((id, ask)) = calls.recv() {
+            if let Some(result) = answer(&ask) {
+                machine.answer(id, result);
+            }
+        }
+    });
+    let (sender, receiver) = watch::channel(Arc::new(leader(DEADLINE)));
+    (start(TcpListener::bind("127.0.0.1:0").unwrap(), receiver, promises, Limits::default()).unwrap(), sender)
+}
+
+async fn promises(server: &Server, ask: &PromiseAsk) -> Result<(), String> {
+    ask_promise(&format!("http://{}", server.address()), ask, DEADLINE).await.map_err(|error| format!("{error:#}"))
+}
+
+#[tokio::test]
+async fn a_leader_without_etcd_gets_the_machines_promise_or_its_reason() {
+    let (server, _sender) = serve_promises(|ask| Some(if ask.epoch == Epoch(3) { Ok(()) } else { Err("another leadership".to_owned()) }));
+    assert_eq!(promises(&server, &call()).await, Ok(()));
+    let refused = promises(&server, &PromiseAsk { epoch: Epoch(4), ..call() }).await.unwrap_err();
+    assert!(refused.contains("500") && refused.contains("another leadership"), "{refused}");
+}
+
+#[tokio::test]
+async fn a_call_for_another_cluster_never_reaches_the_machine() {
+    let (server, _sender) = serve_promises(|ask| panic!("{ask:?}"));
+    let refused = promises(&server, &PromiseAsk { cluster: "other".parse().unwrap(), ..call() }).await.unwrap_err();
+    assert!(refused.contains("a member of the cluster `main`"), "{refused}");
+}
+
+#[tokio::test]
+async fn a_machine_that_hangs_promises_nothing() {
+    let (server, _sender) = serve_promises(|_| None);
+    let asked = Instant::now();
+    let unanswered = promises(&server, &call()).await.unwrap_err();
+    assert!(unanswered.contains("503") && unanswered.contains("did not decide"), "{unanswered}");
+    assert!(asked.elapsed() >= Limits::default().call, "it was given its time");
+}
+
+#[tokio::test]
+async fn an_answer_of_anybody_else_is_no_promise() {
+    let (server, _sender) = serve_promises(|_| Some(Ok(())));
+    // Every path but the one: answered by whoever listens there, with whatever status.
+    let elsewhere = format!("http://{}/health", server.address());
+    assert!(ask_promise(&elsewhere, &call(), DEADLINE).await.is_err());
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = format!("http://{}", nobody.local_addr().unwrap());
+    assert!(ask_promise(&silent, &call(), Duration::from_millis(50)).await.unwrap_err().to_string().contains("within 50 ms"));
+}
+
+#[tokio::test]
+async fn calls_beyond_the_limit_are_turned_away_while_the_machine_hangs() {
+    let (server, _sender) = serve_promises(|_| None);
+    let ask = call();
+    let calls: Vec<_> = (0..20).map(|_| promises(&server, &ask)).collect();
+    let answers = futures_util::future::join_all(calls).await;
+    let turned_away = answers.iter().filter(|answer| answer.as_ref().is_err_and(|why| why.contains("16 such calls"))).count();
+    assert_eq!(turned_away, 4, "{answers:?}");
+    let turned_away = promises(&server, &ask).await.unwrap_err();
+    assert!(turned_away.contains("did not decide"), "places come back: {turned_away}");
+}
+
+#[test]
+fn a_body_that_is_no_call_is_refused() {
+    let (server, _sender) = serve_promises(|ask| panic!("{ask:?}"));
+    for (body, code) in [("", 400), ("{}", 400), ("[1]", 400), (&*"x".repeat(5_000), 413)] {
+        let mut stream = connect(server.address());
+        write!(stream, "POST /failsafe HTTP/1.0\r\nContent-Length: {}\r\n\r\n{body}", body.len()).unwrap();
+        assert_eq!(status(&read_to_end(&mut stream)), code, "{body:.20}");
+    }
+    // A body that never comes is not waited for.
+    let mut stream = connect(server.address());
+    write!(stream, "POST /failsafe HTTP/1.0\r\nContent-Length: 100\r\n\r\n").unwrap();
+    assert_eq!(status(&read_to_end(&mut stream)), 503);
+}
+
+#[test]
+fn who_has_to_promise_is_told_while_failsafe_is_in_force() {
+    let (server, sender) = serve(leader(DEADLINE), Limits::default());
+    assert_eq!(status(&ask(server.address(), "GET /failsafe")), 502);
+    let members = ["mdw", "standby"].map(|member| (member.parse().unwrap(), format!("http://{member}:8008")));
+    let view = ClusterView { failsafe: Some(FailsafeRecord { ttl_s: 10, members: members.into() }), ..ClusterView::default() };
+    let mut in_force = leader(DEADLINE);
+    in_force.view = Some((BootTime::now(), Arc::new(view)));
+    in_force.etcd_reachable = false;
+    sender.send(Arc::new(in_force.clone())).unwrap();
+    let answer = ask(server.address(), "GET /failsafe");
+    assert_eq!(status(&answer), 200, "also while etcd is away");
+    let body: serde_json::Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+    assert_eq!(body, serde_json::json!({ "mdw": "http://mdw:8008", "standby": "http://standby:8008" }));
+
+    let active = |server: &Server| {
+        let metrics = ask(server.address(), "GET /metrics");
+        let line = metrics.lines().find(|line| line.starts_with("patroni_failsafe_mode_is_active{")).unwrap().to_owned();
+        let body = ask(server.address(), "GET /patroni");
+        assert_eq!(line.ends_with(" 1"), body.contains("\"failsafe_mode_is_active\":true"));
+        line.ends_with(" 1")
+    };
+    assert!(!active(&server));
+    in_force.sustained = Some(BootTime::now() + DEADLINE);
+    sender.send(Arc::new(in_force)).unwrap();
+    assert!(active(&server), "it leads by the promises of the others");
 }

@@ -1,6 +1,7 @@
 //! Carries out the machine's actions, in order. Decides nothing; every operation ends in exactly one event, also when it is cancelled.
 
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,15 +10,18 @@ use tokio::sync::{Semaphore, oneshot};
 use crate::clock::BootTime;
 use crate::etcd::lease::{self, Acknowledged, LeaseHandle};
 use crate::etcd::{Etcd, Moved};
+use crate::facts::failsafe::PromiseAsk;
 use crate::facts::lease::LeaseEvent;
 use crate::guard::protocol::Request;
 use crate::http::peer;
+use crate::http::promises::Promises;
 use crate::machine::Machine;
 use crate::machine::action::{Action, Decision, LeaseOrder, Operation, OperationKind};
 use crate::machine::event::{AcquireOutcome, Event, Finished, PutOutcome};
 use crate::policy::deadlines::LeaseTimes;
+use crate::policy::renewal::Round;
 use crate::spec::cluster::ClusterSpec;
-use crate::types::{LeaseId, LeaseIdentity, LockIdentity, MemberName};
+use crate::types::{ClusterName, LeaseId, LeaseIdentity, LockIdentity, MemberName};
 
 use super::guard_link::{GuardLink, Sink};
 use super::host::Host;
@@ -39,13 +43,14 @@ pub struct Executor {
     times: Option<LeaseTimes>,
     cancel: Option<oneshot::Sender<()>>,
     events: Arc<Semaphore>,
+    promises: Arc<Promises>,
 }
 
 impl Executor {
     /// Nothing runs yet.
-    pub fn new(host: Arc<Host>, etcd: Etcd, guard: Arc<GuardLink>, sink: Sink) -> Self {
+    pub fn new(host: Arc<Host>, etcd: Etcd, guard: Arc<GuardLink>, sink: Sink, promises: Arc<Promises>) -> Self {
         let events = Arc::new(Semaphore::new(EVENTS_IN_FLIGHT_MAX));
-        Executor { host, etcd, guard, sink, lease: None, times: None, cancel: None, events }
+        Executor { host, etcd, guard, sink, lease: None, times: None, cancel: None, events, promises }
     }
 
     /// A new spec: the lease may have to have other times.
@@ -131,6 +136,7 @@ impl Executor {
             Action::Stop(mode) => self.guard.stop(mode),
             Action::ForgetLock(epoch) => self.guard.order(Request::NoLock { epoch }),
             Action::Record(decision) => self.record(decision),
+            Action::AnswerPromise { id, result } => self.promises.answer(id, result),
             // The loop leaves; see `good_bye`.
             Action::Exit(_) => {}
         }
@@ -154,6 +160,7 @@ impl Executor {
             LeaseOrder::Grant => lease.grant(),
             LeaseOrder::Hold(lock) => lease.hold(lock),
             LeaseOrder::LetGo => lease.let_go(),
+            LeaseOrder::Failsafe(armed) => lease.arm(armed),
         }
     }
 
@@ -163,7 +170,12 @@ impl Executor {
             Ok(()) => Acknowledged::Yes,
             Err(error) => Acknowledged::No(error.to_string()),
         };
-        lease::spawn(self.host.etcd_settings()?, times, Box::new(acknowledge), Box::new(move |event| sink(Event::Lease(event))))
+        let (cluster, caller) = (self.host.node.cluster.clone(), self.host.node.name.clone());
+        let call_peers = move |round| -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> {
+            Box::pin(call_peers(cluster.clone(), caller.clone(), round))
+        };
+        let say = move |event| sink(Event::Lease(event));
+        lease::spawn(self.host.etcd_settings()?, times, Box::new(acknowledge), Box::new(call_peers), Box::new(say))
     }
 
     fn record(&self, decision: Decision) {
@@ -237,6 +249,9 @@ impl Executor {
                     records::record_promotion(etcd, epoch, history).await
                 });
             }
+            Operation::WriteFailsafe { epoch, judged_on, record } => {
+                self.spawn(records::write_failsafe(etcd, epoch, judged_on, record));
+            }
             Operation::ClaimInitialize => {
                 let Some(lease) = lease else { return self.end(Finished::InitializeClaimed(Err("there is no lease".to_owned()))) };
                 self.spawn(records::claim_initialize(etcd, name, lease));
@@ -289,6 +304,23 @@ impl Executor {
         let guard = Arc::clone(&self.guard);
         let _ = tokio::task::spawn_blocking(move || guard.end()).await;
     }
+}
+
+/// Calls every other member of the failsafe key at once. One that does not promise, for whatever reason, is enough.
+async fn call_peers(cluster: ClusterName, caller: MemberName, round: Round) -> Result<(), String> {
+    let Round { armed, ttl, budget } = round;
+    let calls = armed.peers.into_iter().map(|(to, url)| {
+        let ask = PromiseAsk {
+            cluster: cluster.clone(),
+            to: to.clone(),
+            member: caller.clone(),
+            epoch: armed.lock.epoch,
+            lease: armed.lock.lease.lease,
+            ttl_s: ttl.as_secs(),
+        };
+        async move { peer::ask_promise(&url, &ask, budget).await.map_err(|error| format!("`{to}` does not promise: {error:#}")) }
+    });
+    futures_util::future::try_join_all(calls).await.map(drop)
 }
 
 /// Asks all at once. No answer, or one that makes no sense, defers nobody: a dead host cannot be waited for.

@@ -2,7 +2,9 @@
 
 use crate::clock;
 use crate::etcd::{AcquireRequest, Acquisition, Etcd, EtcdError, Fenced, PutMember, Released};
-use crate::facts::cluster::{ClusterView, DecisionRecord, HistoryEntry, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord};
+use crate::facts::cluster::{
+    ClusterView, DecisionRecord, FailsafeRecord, HistoryEntry, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord,
+};
 use crate::machine::action::Decision;
 use crate::machine::event::{AcquireOutcome, Event, Failure, Finished, ForeignKey, PutOutcome};
 use crate::types::{Epoch, LeaseId, MemberName, Revision, SystemId};
@@ -46,11 +48,19 @@ pub async fn acquire(
     mut history: Vec<HistoryEntry>,
     initialize: Option<SystemId>,
 ) -> Event {
-    if let Some(entry) = history.last_mut() {
+    // A new entry; one that is handed on to the next leadership keeps the time of its promotion.
+    if let Some(entry) = history.last_mut().filter(|entry| entry.at.is_empty()) {
         entry.at = clock::wall_clock();
     }
-    let request =
-        AcquireRequest { member, lease, vacancy: judged_on.history_revision, sync_revision: judged_on.sync_revision, history, initialize };
+    let request = AcquireRequest {
+        member,
+        lease,
+        vacancy: judged_on.history_revision,
+        sync_revision: judged_on.sync_revision,
+        failsafe_revision: judged_on.failsafe_revision,
+        history,
+        initialize,
+    };
     done(Finished::Acquired(match etcd.acquire(&request).await {
         Ok(Acquisition::Acquired(lock)) => AcquireOutcome::Won(lock),
         Ok(Acquisition::Beaten(_)) => AcquireOutcome::Beaten,
@@ -73,6 +83,12 @@ pub async fn write_status(etcd: Etcd, status: StatusRecord) -> Event {
 /// Completes `history`.
 pub async fn record_promotion(etcd: Etcd, epoch: Epoch, history: Vec<HistoryEntry>) -> Event {
     done(Finished::PromotionRecorded(fenced(etcd.record_promotion(epoch, &history).await)))
+}
+
+/// Writes `failsafe`, or deletes it.
+pub async fn write_failsafe(etcd: Etcd, epoch: Epoch, judged_on: Revision, record: Option<FailsafeRecord>) -> Event {
+    let written = etcd.write_failsafe(epoch, judged_on, record.as_ref()).await;
+    done(Finished::FailsafeWritten(written.map_err(|error| failure(&error))))
 }
 
 /// Claims initialization.

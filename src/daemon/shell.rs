@@ -13,6 +13,7 @@ use crate::facts::cluster::{ClusterView, Versions};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::guard::protocol::{PROTOCOL_VERSION, Request};
 use crate::http;
+use crate::http::promises::Promises;
 use crate::http::snapshot::Snapshot;
 use crate::machine::Machine;
 use crate::machine::action::Action;
@@ -61,8 +62,10 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
         incarnation: host.incarnation.clone(),
         versions: Versions { pgherd: env!("CARGO_PKG_VERSION").to_owned(), postgres: None, guard_protocol: PROTOCOL_VERSION },
     });
-    let mut executor = Executor::new(Arc::clone(&host), etcd, guard, sink);
-    let mut serving = Serving { host: Arc::clone(&host), answers, server: None };
+    let calls = Arc::clone(&sink);
+    let promises = Promises::new(Box::new(move |id, ask, received| calls(Event::PromiseAsked { id, ask, received })));
+    let mut executor = Executor::new(Arc::clone(&host), etcd, guard, sink, Arc::clone(&promises));
+    let mut serving = Serving { host: Arc::clone(&host), answers, promises, server: None };
     serving.begin(None)?;
     let mut kept = snapshot::Kept::default();
     let mut spec_read = SpecReader::default();
@@ -230,6 +233,7 @@ impl SpecReader {
 struct Serving {
     host: Arc<Host>,
     answers: watch::Receiver<Arc<Snapshot>>,
+    promises: Arc<Promises>,
     server: Option<http::Server>,
 }
 
@@ -239,7 +243,8 @@ impl Serving {
         let listen = self.host.node.api.listen.clone().or_else(|| port.map(|port| format!("0.0.0.0:{port}")));
         let Some(listen) = listen.filter(|_| self.server.is_none()) else { return Ok(()) };
         tracing::info!(listen, "HTTP API");
-        self.server = Some(http::start(http::serve::bind(&listen)?, self.answers.clone(), http::Limits::default())?);
+        self.server =
+            Some(http::start(http::serve::bind(&listen)?, self.answers.clone(), Arc::clone(&self.promises), http::Limits::default())?);
         Ok(())
     }
 }

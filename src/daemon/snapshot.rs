@@ -27,6 +27,7 @@ pub fn take(now: BootTime, cluster: &ClusterName, machine: &Machine, kept: &Kept
         Lock::Proved { identity, until, announce_at } => Some(LockFacts { identity, valid_until: until, announce_at }),
         Lock::None | Lock::Unproved(_) => None,
     };
+    snapshot.sustained = world.failsafe.sustained;
     snapshot.postmaster = world.guard.as_ref().map(|guard| guard.postmaster.clone());
     snapshot.probe = world.probe.clone();
     snapshot.view = world.view.clone().map(|view| (world.view_as_of, view));

@@ -10,7 +10,7 @@ use super::client::{Etcd, found, found_one, header};
 use super::error::EtcdError;
 use super::keys::Key;
 use super::view::{Kv, initialize, text};
-use crate::facts::cluster::{HistoryEntry, Initialize, MemberRecord, ReleaseRecord, StatusRecord};
+use crate::facts::cluster::{FailsafeRecord, HistoryEntry, Initialize, MemberRecord, ReleaseRecord, StatusRecord};
 use crate::types::{Epoch, LeaseId, LockIdentity, MemberName, Revision, SystemId};
 
 /// How a fenced write ended.
@@ -51,6 +51,8 @@ pub struct AcquireRequest {
     pub vacancy: Revision,
     /// The mod revision of `sync` that eligibility was judged on.
     pub sync_revision: Revision,
+    /// The mod revision of `failsafe` that eligibility was judged on.
+    pub failsafe_revision: Revision,
     /// The whole new history, with the entry that reserves our timeline id.
     pub history: Vec<HistoryEntry>,
     /// The system identifier, when this is the first lock of the cluster.
@@ -81,6 +83,8 @@ pub enum Beaten {
     HistoryMoved,
     /// The sync record that eligibility was judged on has changed.
     SyncMoved,
+    /// Who may lead while etcd is away has changed.
+    FailsafeMoved,
     /// Our member key is not there, or not on our lease.
     MemberKeyNotOurs,
     /// The cluster has another identity, or somebody else is initializing it.
@@ -102,6 +106,28 @@ impl Etcd {
     /// When etcd cannot be asked, or did not answer.
     pub async fn record_promotion(&self, epoch: Epoch, history: &[HistoryEntry]) -> Result<Fenced, EtcdError> {
         self.write_fenced(epoch, &Key::History, json(&Key::History, &history)?).await
+    }
+
+    /// Writes, or deletes, `failsafe` over what was judged on. Answers with the revision at which it was done; None = nothing was.
+    ///
+    /// A write whose answer was lost is carried out once at most, however late: what it was judged on is gone by then.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or did not answer.
+    pub async fn write_failsafe(
+        &self,
+        epoch: Epoch,
+        judged_on: Revision,
+        record: Option<&FailsafeRecord>,
+    ) -> Result<Option<Revision>, EtcdError> {
+        let path = self.keys.path(&Key::Failsafe);
+        let write = match record {
+            Some(record) => TxnOp::put(path.clone(), json(&Key::Failsafe, record)?, None),
+            None => TxnOp::delete(path.clone(), None),
+        };
+        let unchanged = Compare::mod_revision(path, CompareOp::Equal, judged_on.0);
+        let response = self.transact(Txn::new().when([self.is_epoch(epoch), unchanged]).and_then([write])).await?;
+        Ok(response.succeeded().then(|| header(&response).1))
     }
 
     /// Written a second time it is the same write, so that it may be asked of several endpoints.
@@ -185,6 +211,7 @@ impl Etcd {
             Compare::create_revision(self.keys.leader(), CompareOp::Equal, 0),
             Compare::mod_revision(path(&Key::History), CompareOp::Equal, request.vacancy.0),
             Compare::mod_revision(path(&Key::Sync), CompareOp::Equal, request.sync_revision.0),
+            Compare::mod_revision(path(&Key::Failsafe), CompareOp::Equal, request.failsafe_revision.0),
             Compare::lease(member.clone(), CompareOp::Equal, request.lease.0),
             Compare::create_revision(member.clone(), CompareOp::Greater, 0),
         ];
@@ -198,7 +225,7 @@ impl Etcd {
             compares.push(Compare::mod_revision(path(&Key::Initialize), CompareOp::Equal, revision.0));
             writes.push(TxnOp::put(path(&Key::Initialize), system_id.to_string(), None));
         }
-        let reasons = [Key::Leader, Key::History, Key::Sync, Key::Member(request.member.clone()), Key::Initialize];
+        let reasons = [Key::Leader, Key::History, Key::Sync, Key::Failsafe, Key::Member(request.member.clone()), Key::Initialize];
         Ok(Txn::new().when(compares).and_then(writes).or_else(reasons.map(|key| TxnOp::get(path(&key), None))))
     }
 
@@ -217,7 +244,7 @@ impl Etcd {
     fn judge_defeat(&self, request: &AcquireRequest, response: &TxnResponse) -> Acquisition {
         let mut seen = found(response).into_iter().map(|kvs| kvs.into_iter().next());
         let mut next = || seen.next().flatten();
-        let (leader, history, sync, member, identity) = (next(), next(), next(), next(), next());
+        let (leader, history, sync, failsafe, member, identity) = (next(), next(), next(), next(), next(), next());
         let revision = |kv: &Option<Kv>| Revision(kv.as_ref().map_or(0, |kv| kv.mod_revision));
         if let Some(leader) = leader {
             return self.read_back(request, &leader);
@@ -226,6 +253,8 @@ impl Etcd {
             Beaten::HistoryMoved
         } else if revision(&sync) != request.sync_revision {
             Beaten::SyncMoved
+        } else if revision(&failsafe) != request.failsafe_revision {
+            Beaten::FailsafeMoved
         } else if member.is_none_or(|kv| kv.lease != request.lease.0) {
             Beaten::MemberKeyNotOurs
         } else {
@@ -303,6 +332,7 @@ mod tests {
             lease: LeaseId(7),
             vacancy: Revision(0),
             sync_revision: Revision(0),
+            failsafe_revision: Revision(0),
             history: Vec::new(),
             initialize: initialize.map(SystemId),
         }

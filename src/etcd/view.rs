@@ -96,6 +96,10 @@ fn store(view: &mut ClusterView, key: &Key, kv: &Kv) -> Result<(), String> {
         Key::Release => view.release = Some(json(kv)?),
         Key::Status => view.status = Some(json(kv)?),
         Key::Sync => view.sync_revision = Revision(kv.mod_revision),
+        Key::Failsafe => {
+            view.failsafe_revision = Revision(kv.mod_revision);
+            view.failsafe = Some(json(kv)?);
+        }
         Key::Initialize => view.initialize = Some(initialize(kv)),
         Key::Maintenance => {
             let record = json(kv);
@@ -110,7 +114,7 @@ fn store(view: &mut ClusterView, key: &Key, kv: &Kv) -> Result<(), String> {
             let request = RequestKey { record: json(kv)?, mod_revision: Revision(kv.mod_revision) };
             view.requests.insert(id.clone(), request);
         }
-        Key::SpecHistory(_) | Key::Failsafe | Key::Event(_) | Key::Other(_) => {}
+        Key::SpecHistory(_) | Key::Event(_) | Key::Other(_) => {}
     }
     Ok(())
 }
@@ -126,6 +130,10 @@ fn delete(view: &mut ClusterView, key: &Key) {
         Key::Release => view.release = None,
         Key::Status => view.status = None,
         Key::Sync => view.sync_revision = Revision(0),
+        Key::Failsafe => {
+            view.failsafe = None;
+            view.failsafe_revision = Revision(0);
+        }
         Key::Initialize => view.initialize = None,
         Key::Maintenance => view.maintenance = None,
         Key::History => {
@@ -135,7 +143,7 @@ fn delete(view: &mut ClusterView, key: &Key) {
         Key::Request(id) => {
             view.requests.remove(id);
         }
-        Key::SpecHistory(_) | Key::Failsafe | Key::Event(_) | Key::Other(_) => {}
+        Key::SpecHistory(_) | Key::Event(_) | Key::Other(_) => {}
     }
 }
 
@@ -235,6 +243,17 @@ mod tests {
         assert_eq!(view.history_revision, Revision(6), "it is there, and its revision still names the vacancy");
         apply(&mut view, &keys(), &[Change::Put(kv("history", "[]", 11, 0)), deleted("members/a", 12)]);
         assert!(view.unreadable.is_empty());
+    }
+
+    #[test]
+    fn a_failsafe_key_that_cannot_be_read_is_there_all_the_same_and_named() {
+        let mut view = view(vec![kv("failsafe", "{\"ttl_s\":10,\"members\":{\"a\":\"http://a:8008\"}}", 5, 0)]);
+        assert_eq!(view.failsafe.as_ref().map(|record| (record.ttl_s, record.members.len())), Some((10, 1)));
+        apply(&mut view, &keys(), &[Change::Put(kv("failsafe", "by hand", 11, 0))]);
+        assert_eq!((view.failsafe.is_none(), view.failsafe_revision), (true, Revision(11)));
+        assert!(view.unreadable.contains_key("failsafe"));
+        apply(&mut view, &keys(), &[deleted("failsafe", 12)]);
+        assert_eq!((view.failsafe_revision, view.unreadable.len()), (Revision(0), 0));
     }
 
     #[test]

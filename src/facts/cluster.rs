@@ -27,6 +27,10 @@ pub struct ClusterView {
     pub status: Option<StatusRecord>,
     /// Mod revision of `sync`; 0 when absent.
     pub sync_revision: Revision,
+    /// Who may lead while etcd is away. None = failsafe is not in force.
+    pub failsafe: Option<FailsafeRecord>,
+    /// Mod revision of `failsafe`; 0 when absent.
+    pub failsafe_revision: Revision,
     /// The system identifier, or who is initializing.
     pub initialize: Option<Initialize>,
     /// Timeline history, oldest first.
@@ -120,6 +124,9 @@ pub struct MemberRecord {
     pub versions: Versions,
     /// The spec generation it has taken up.
     pub observed_generation: u64,
+    /// Rules of the cluster that its daemon knows: a rule is in force only once all members say so (SAFETY row 65).
+    #[serde(default)]
+    pub features: Vec<String>,
     /// Names of parameters that wait for a restart.
     #[serde(default)]
     pub pending_restart: Vec<String>,
@@ -227,6 +234,16 @@ pub struct StatusRecord {
     pub conditions: Vec<Condition>,
 }
 
+/// `failsafe`: who may lead while it is there, written by the leader under its epoch. A member that is not in it never runs for the lock;
+/// a leader goes on without etcd only while every other one in it answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailsafeRecord {
+    /// The life of the lease that the leader's lock hangs on, in seconds: how long a promise is good for.
+    pub ttl_s: u64,
+    /// The members, and where their HTTP APIs are.
+    pub members: BTreeMap<MemberName, String>,
+}
+
 /// `initialize`: first a claim on a lease, then the system identifier for good.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Initialize {
@@ -262,6 +279,36 @@ pub struct HistoryEntry {
     pub why: String,
     /// Wall-clock RFC 3339: for people only.
     pub at: String,
+    /// Its leader lost its lease while etcd was away, went on by the promises of the others, and took the lock anew for the same
+    /// timeline. None = it did not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub continued: Option<Continued>,
+}
+
+/// The latest leadership that went on with a timeline which an earlier one of the same member promoted. Who promoted it stays as it is:
+/// that tells lineages apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Continued {
+    /// The lease the lock was taken on.
+    pub lease: LeaseId,
+    /// The leadership. None until its leader recorded it.
+    pub epoch: Option<Epoch>,
+}
+
+impl HistoryEntry {
+    /// Whether this leadership promoted the timeline, or went on with it, and has recorded that.
+    pub fn is_of(&self, epoch: Epoch) -> bool {
+        self.epoch == Some(epoch) || self.continued.is_some_and(|continued| continued.epoch == Some(epoch))
+    }
+
+    /// Whether the lock that was taken on this lease is for this timeline, as long as its leadership is not recorded.
+    pub fn awaits(&self, member: &MemberName, lease: LeaseId) -> bool {
+        let taken = match self.continued {
+            Some(continued) => continued.epoch.is_none() && continued.lease == lease,
+            None => self.epoch.is_none() && self.lease == lease,
+        };
+        taken && self.member == *member
+    }
 }
 
 /// `maintenance`.

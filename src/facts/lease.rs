@@ -33,6 +33,20 @@ pub enum LeaseEvent {
         /// E.
         until: BootTime,
     },
+    /// etcd could not be asked, every other member promised not to run, and the guard acknowledged that.
+    Sustained {
+        /// Which lock.
+        lock: LockIdentity,
+        /// When the earliest of the calls was sent, or before.
+        sent: BootTime,
+        /// E.
+        until: BootTime,
+    },
+    /// Told not to go on without etcd any more: no call is sent after `at`, until it is told to again.
+    Disarmed {
+        /// When it took the order.
+        at: BootTime,
+    },
     /// An attempt gave nothing.
     Failed {
         /// A sentence.

@@ -77,7 +77,10 @@ fn get(snapshot: &Snapshot, moment: Moment, path: &str, parameters: &Parameters)
             (BAD_GATEWAY, Body::Text("no spec has been applied: use `pgherd apply`\n".to_owned()))
         }
         "config" => (OK, json(&bodies::config(snapshot))),
-        "failsafe" => (BAD_GATEWAY, Body::Text("failsafe mode is not active\n".to_owned())),
+        "failsafe" => match snapshot.view.as_ref().and_then(|(_, view)| view.failsafe.as_ref()) {
+            Some(record) => (OK, json(&record.members)),
+            None => (BAD_GATEWAY, Body::Text("failsafe mode is not in force\n".to_owned())),
+        },
         "pgherd" if path.ends_with("/writable") => (OK, json(&health::writable(snapshot, now))),
         _ => (code(health_path(snapshot, now, path, parameters)), json(&bodies::member(snapshot, moment))),
     }

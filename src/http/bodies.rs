@@ -54,6 +54,9 @@ pub fn member(snapshot: &Snapshot, moment: Moment) -> Value {
     if snapshot.view.as_ref().is_none_or(|(_, view)| view.leader.is_none()) {
         body.insert("cluster_unlocked".to_owned(), json!(true));
     }
+    if snapshot.leads_without_etcd(now) {
+        body.insert("failsafe_mode_is_active".to_owned(), json!(true));
+    }
     if let Some(seen) = dcs_last_seen(snapshot, moment) {
         body.insert("dcs_last_seen".to_owned(), json!(seen));
     }

@@ -131,7 +131,8 @@ impl Scrape {
         to.gauge("patroni_sync_standby", "1 if this member is a synchronous standby", 0)?;
         to.gauge("patroni_quorum_standby", "1 if this member is a quorum standby", 0)?;
         to.gauge("patroni_cluster_unlocked", "1 if nobody holds the leader lock", unlocked.into())?;
-        to.gauge("patroni_failsafe_mode_is_active", "1 if failsafe mode is active", 0)?;
+        let without_etcd = snapshot.leads_without_etcd(now);
+        to.gauge("patroni_failsafe_mode_is_active", "1 if this member leads although etcd cannot be asked", without_etcd.into())?;
         let seen = bodies::dcs_last_seen(snapshot, self.moment).unwrap_or(0);
         to.gauge("patroni_dcs_last_seen", "When etcd's state was last known to be current, epoch seconds", signed(seen))?;
         to.gauge("patroni_pending_restart", "1 if PostgreSQL waits for a restart", i64::from(!snapshot.pending_restart.is_empty()))?;

@@ -11,6 +11,7 @@ mod bodies;
 pub mod health;
 mod metrics;
 pub mod peer;
+pub mod promises;
 mod query;
 pub mod serve;
 pub mod snapshot;

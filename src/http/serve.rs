@@ -15,15 +15,19 @@ use axum::Router;
 use axum::body::Body as HttpBody;
 use axum::extract::{Query, Request, State};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
-use axum::http::{HeaderName, HeaderValue, Response, StatusCode};
+use axum::http::{HeaderName, HeaderValue, Method, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpStream;
 use tokio::sync::{oneshot, watch};
 
 use crate::clock::BootTime;
+use crate::facts::failsafe::PromiseAsk;
 use crate::http::answer::{self, Answer, Body, Moment};
+use crate::http::peer::PROMISED;
+use crate::http::promises::{Answered, Promises};
 use crate::http::snapshot::Snapshot;
+use crate::types::ClusterName;
 
 /// The age of what an answer was made from, in ms.
 pub const AGE_HEADER: &str = "x-pgherd-age-ms";
@@ -46,8 +50,12 @@ pub struct Limits {
     pub connection_life: Duration,
     /// Bytes of a request's head. At least 8192 (hyper's own minimum).
     pub head_bytes: usize,
-    /// Bytes a request's body may announce. No body is ever read.
+    /// Bytes a request's body may announce. None is read but that of `POST /failsafe`.
     pub body_bytes: u64,
+    /// Bytes of the body of `POST /failsafe`.
+    pub call_bytes: usize,
+    /// Time for `POST /failsafe`: its body, and the machine's answer.
+    pub call: Duration,
 }
 
 impl Default for Limits {
@@ -59,6 +67,8 @@ impl Default for Limits {
             connection_life: Duration::from_secs(120),
             head_bytes: 16 * 1024,
             body_bytes: 64 * 1024,
+            call_bytes: 4 * 1024,
+            call: Duration::from_millis(500),
         }
     }
 }
@@ -93,7 +103,12 @@ pub fn bind(address: &str) -> anyhow::Result<TcpListener> {
 }
 
 /// Serves on a thread of its own until the returned [`Server`] is dropped.
-pub fn start(listener: TcpListener, snapshots: watch::Receiver<Arc<Snapshot>>, limits: Limits) -> anyhow::Result<Server> {
+pub fn start(
+    listener: TcpListener,
+    snapshots: watch::Receiver<Arc<Snapshot>>,
+    promises: Arc<Promises>,
+    limits: Limits,
+) -> anyhow::Result<Server> {
     let address = listener.local_addr().context("reading the HTTP listener's address")?;
     listener.set_nonblocking(true).context("making the HTTP listener non-blocking")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the HTTP runtime")?;
@@ -105,7 +120,7 @@ pub fn start(listener: TcpListener, snapshots: watch::Receiver<Arc<Snapshot>>, l
     let serve = move || {
         runtime.block_on(async {
             tokio::select! {
-                () = accept(listener, snapshots, limits) => {}
+                () = accept(listener, Shared { snapshots, promises, limits }) => {}
                 _ = stopped => {}
             }
         });
@@ -114,8 +129,9 @@ pub fn start(listener: TcpListener, snapshots: watch::Receiver<Arc<Snapshot>>, l
     Ok(Server { address, stop: Some(stop), thread: Some(thread) })
 }
 
-async fn accept(listener: tokio::net::TcpListener, snapshots: watch::Receiver<Arc<Snapshot>>, limits: Limits) {
-    let router = Router::new().fallback(handle).with_state(Shared { snapshots, body_bytes: limits.body_bytes });
+async fn accept(listener: tokio::net::TcpListener, shared: Shared) {
+    let limits = shared.limits;
+    let router = Router::new().fallback(handle).with_state(shared);
     let places = Arc::new(Places::default());
     loop {
         match listener.accept().await {
@@ -151,20 +167,48 @@ async fn connection(stream: TcpStream, router: Router, limits: Limits, _place: P
 #[derive(Clone)]
 struct Shared {
     snapshots: watch::Receiver<Arc<Snapshot>>,
-    body_bytes: u64,
+    promises: Arc<Promises>,
+    limits: Limits,
 }
 
 async fn handle(State(shared): State<Shared>, request: Request) -> Response<HttpBody> {
+    let received = BootTime::now();
     let snapshot = Arc::clone(&shared.snapshots.borrow());
     let announced = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()).and_then(|text| text.parse::<u64>().ok());
-    if announced.is_some_and(|bytes| bytes > shared.body_bytes) {
-        let body = Body::Text(format!("a request's body has at most {} bytes\n", shared.body_bytes));
-        return response(Answer { status: StatusCode::PAYLOAD_TOO_LARGE.as_u16(), body, age_ms: 0 });
+    if announced.is_some_and(|bytes| bytes > shared.limits.body_bytes) {
+        return said(StatusCode::PAYLOAD_TOO_LARGE, format!("a request's body has at most {} bytes\n", shared.limits.body_bytes));
+    }
+    if request.method() == Method::POST && request.uri().path() == "/failsafe" {
+        let called = tokio::time::timeout(shared.limits.call, call(&shared, &snapshot.cluster, request, received)).await;
+        return called.unwrap_or_else(|_| said(StatusCode::SERVICE_UNAVAILABLE, "the call took too long\n".to_owned()));
     }
     let parameters = Query::<Vec<(String, String)>>::try_from_uri(request.uri()).map(|query| query.0).unwrap_or_default();
     let moment =
         Moment { boot: BootTime::now(), unix_seconds: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()) };
     response(answer::answer(&snapshot, moment, request.method(), request.uri().path(), &parameters))
+}
+
+/// A leader without etcd asks this member not to run.
+async fn call(shared: &Shared, cluster: &ClusterName, request: Request, received: BootTime) -> Response<HttpBody> {
+    let Ok(body) = axum::body::to_bytes(request.into_body(), shared.limits.call_bytes).await else {
+        return said(StatusCode::PAYLOAD_TOO_LARGE, format!("a call has at most {} bytes\n", shared.limits.call_bytes));
+    };
+    let ask: PromiseAsk = match serde_json::from_slice(&body) {
+        Ok(ask) => ask,
+        Err(error) => return said(StatusCode::BAD_REQUEST, format!("this is no call of a leader: {error}\n")),
+    };
+    if ask.cluster != *cluster {
+        return said(StatusCode::INTERNAL_SERVER_ERROR, format!("this is a member of the cluster `{cluster}`\n"));
+    }
+    match shared.promises.ask(ask, received, shared.limits.call).await {
+        Answered::Promised => said(StatusCode::OK, PROMISED.to_owned()),
+        Answered::Refused(why) => said(StatusCode::INTERNAL_SERVER_ERROR, format!("{why}\n")),
+        Answered::Unanswered(why) => said(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
+    }
+}
+
+fn said(status: StatusCode, text: String) -> Response<HttpBody> {
+    response(Answer { status: status.as_u16(), body: Body::Text(text), age_ms: 0 })
 }
 
 fn response(answer: Answer) -> Response<HttpBody> {

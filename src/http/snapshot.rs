@@ -34,6 +34,8 @@ pub struct Snapshot {
     pub state: String,
     /// OUR lock, as the guard has it; None when it is not ours.
     pub lock: Option<LockFacts>,
+    /// E, when our lock goes on by the promises of all others because etcd cannot be asked.
+    pub sustained: Option<BootTime>,
     /// What the guard says of the postmaster; None when the guard cannot be asked.
     pub postmaster: Option<PostmasterFacts>,
     /// The last probe, whatever it saw.
@@ -96,6 +98,7 @@ impl Snapshot {
             role: MemberRole::Uninitialized,
             state: "starting".to_owned(),
             lock: None,
+            sustained: None,
             postmaster: None,
             probe: None,
             view: None,
@@ -124,6 +127,11 @@ impl Snapshot {
             ProbeOutcome::Accepting(sql) if now.since(probe.begun) <= self.loop_wait => Some(sql),
             _ => None,
         }
+    }
+
+    /// Whether this member leads by the promises of the others.
+    pub fn leads_without_etcd(&self, now: BootTime) -> bool {
+        self.lock.is_some() && self.sustained.is_some_and(|until| now < until)
     }
 
     /// etcd's view, while etcd answers.

@@ -11,7 +11,7 @@ use crate::facts::guard::{GuardFacts, PostmasterFacts, Word};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{DataDirectory, Probe, ProbeOutcome};
 use crate::policy::rejoin::{self, Rejoin};
-use crate::types::Epoch;
+use crate::types::{Epoch, LockIdentity};
 
 use super::action::{OperationKind, Upstream};
 use super::event::{AcquireOutcome, Configured, Event, Failure, Finished, PutOutcome};
@@ -38,7 +38,8 @@ impl World {
     /// Takes in an event. Returns why the lock is gone if this event took it away.
     pub fn absorb(&mut self, now: BootTime, event: Event) -> Option<String> {
         match event {
-            Event::Tick => None,
+            // A promise is judged with the state, after the clock and before any rule.
+            Event::Tick | Event::PromiseAsked { .. } => None,
             Event::SpecRead(generation, spec) => {
                 self.spec = Some((generation, spec));
                 self.clear("spec_unreadable");
@@ -66,7 +67,7 @@ impl World {
                 );
                 None
             }
-            Event::Lease(event) => self.absorb_lease(event),
+            Event::Lease(event) => self.absorb_lease(now, event),
             Event::Guard(facts) => {
                 self.absorb_guard(now, facts);
                 None
@@ -78,7 +79,7 @@ impl World {
                 self.forget_postmaster(now);
                 // A new guard knows of no lock: it has to acknowledge a new proof first.
                 if let Some(identity) = self.lock.identity() {
-                    self.lock = Lock::Unproved(identity);
+                    self.unprove(identity);
                 }
                 self.holding = None;
                 None
@@ -90,8 +91,13 @@ impl World {
                 None
             }
             Event::Finished(finished) => {
+                // In a lapse nobody else could have taken the lock, or changed what it is taken on: so it is not what it was.
+                let beaten = self.failsafe.lapsed && matches!(finished, Finished::Acquired(AcquireOutcome::Beaten));
                 self.absorb_finished(now, finished);
-                None
+                beaten.then(|| {
+                    self.lose_lock();
+                    "the lease ran out while etcd could not be asked, and the lock could not be taken anew".to_owned()
+                })
             }
             Event::StopRequested => {
                 self.stop_requested = true;
@@ -118,6 +124,8 @@ impl World {
             view.revision.0 >= ours.epoch.0 && view.leader.as_ref().map(|leader| leader.epoch) != Some(ours.epoch)
         });
         let led = self.present_epoch();
+        self.note_leader(&view);
+        let absent_or_ours = view.leader.as_ref().is_none_or(|leader| self.is_taken_anew(leader));
         self.view = Some(view);
         self.view_as_of = as_of;
         if self.present_epoch() != led {
@@ -130,8 +138,10 @@ impl World {
             (epoch, _) => epoch.map(|epoch| (epoch, now)),
         };
         gone?;
-        self.lock = Lock::None;
-        self.holding = None;
+        if absent_or_ours && self.lapses(now) {
+            return None;
+        }
+        self.lose_lock();
         Some("the lock's key was deleted or replaced".to_owned())
     }
 
@@ -139,12 +149,12 @@ impl World {
         self.view.as_ref()?.leader.as_ref().map(|leader| leader.epoch)
     }
 
-    fn absorb_lease(&mut self, event: LeaseEvent) -> Option<String> {
+    fn absorb_lease(&mut self, now: BootTime, event: LeaseEvent) -> Option<String> {
         match event {
             LeaseEvent::Granted { identity, .. } => {
                 self.lease = Some(identity);
                 self.lease_silent = false;
-                // What failed for want of a lease is not to wait any longer.
+                // What failed while etcd was away is to be tried on this lease at once.
                 self.forget_failures(OperationKind::PutMember);
                 None
             }
@@ -156,13 +166,20 @@ impl World {
                 self.lease = Some(lock.lease);
                 // The epoch names the leadership; a changed ttl brings it another lease. A proof of a lock that was let go or taken
                 // meanwhile comes too late, and proves nothing about now.
-                if self.lock.identity().map(|known| known.epoch) == Some(lock.epoch) {
-                    self.holding = Some(lock);
-                    let deadlines = self.times_of(until.since(sent)).map(|times| times.deadlines(sent));
-                    let announce_at = deadlines.map_or(until, |deadlines| deadlines.announce_at);
-                    self.ladder_due = deadlines.map(|deadlines| deadlines.immediate_at);
-                    self.lock = Lock::Proved { identity: lock, until, announce_at };
+                if self.goes_on_until(lock, sent, until) {
+                    self.proved_by_etcd(sent, self.times_of(until.since(sent)));
                 }
+                None
+            }
+            LeaseEvent::Sustained { lock, sent, until } => {
+                if self.goes_on_until(lock, sent, until) {
+                    self.failsafe.sustained = Some(until);
+                }
+                None
+            }
+            LeaseEvent::Disarmed { at } => {
+                self.failsafe.disarming = None;
+                self.failsafe.disarmed_at = at;
                 None
             }
             LeaseEvent::Failed { .. } => None,
@@ -177,8 +194,12 @@ impl World {
                     self.written = None;
                     self.claimed = false;
                 }
-                self.lock = Lock::None;
-                self.holding = None;
+                if why == LeaseLoss::LeaseNotFound && self.lapses(now) {
+                    self.holding = None;
+                    self.forget_failures(OperationKind::Acquire);
+                    return None;
+                }
+                self.lose_lock();
                 had.then(|| match why {
                     LeaseLoss::LockNotOurs => "the lock's key is not ours any more".to_owned(),
                     _ => "the lease is gone".to_owned(),
@@ -196,6 +217,19 @@ impl World {
                 None
             }
         }
+    }
+
+    /// The lock was proved, or promised, from `sent` until then, and the guard knows. False: it is not ours any more.
+    fn goes_on_until(&mut self, lock: LockIdentity, sent: BootTime, until: BootTime) -> bool {
+        let ours = self.lock.identity().map(|known| known.epoch) == Some(lock.epoch);
+        if ours {
+            self.holding = Some(lock);
+            let deadlines = self.times_of(until.since(sent)).map(|times| times.deadlines(sent));
+            let announce_at = deadlines.map_or(until, |deadlines| deadlines.announce_at);
+            self.ladder_due = deadlines.map(|deadlines| deadlines.immediate_at);
+            self.lock = Lock::Proved { identity: lock, until, announce_at };
+        }
+        ours
     }
 
     fn absorb_guard(&mut self, now: BootTime, facts: GuardFacts) {
@@ -320,7 +354,7 @@ impl World {
             Finished::Acquired(outcome) => {
                 self.ended(now, Kind::Acquire, !matches!(outcome, AcquireOutcome::Failed(_)));
                 match outcome {
-                    AcquireOutcome::Won(identity) => self.lock = Lock::Unproved(identity),
+                    AcquireOutcome::Won(identity) => self.won(identity),
                     AcquireOutcome::Beaten => {
                         self.reserved = None;
                         self.pause(now, Kind::Acquire, ANSWERED_PAUSE_MS);
@@ -336,6 +370,8 @@ impl World {
                 } else {
                     // The lease's thread let go of it first: it has to be told to hold again what is still ours.
                     self.holding = None;
+                    // The deletion may have been carried out: no promise is relied on before etcd has proved the lock again.
+                    self.failsafe.proof = None;
                 }
                 self.judge(now, Kind::Release, result, "release_failed");
             }
@@ -350,6 +386,14 @@ impl World {
                     self.recorded = Some(lock.epoch);
                 }
                 self.ended(now, Kind::RecordPromotion, matches!(result, Ok(true)));
+            }
+            Finished::FailsafeWritten(result) => {
+                let written = result.as_ref().ok().copied().flatten();
+                self.failsafe.written = written;
+                self.ended(now, Kind::WriteFailsafe, result.is_ok());
+                if written.is_none() {
+                    self.pause(now, Kind::WriteFailsafe, ANSWERED_PAUSE_MS);
+                }
             }
             Finished::InitializeClaimed(result) => {
                 self.claimed = matches!(result, Ok(true));

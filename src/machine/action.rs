@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::facts::cluster::{ClusterView, HistoryEntry, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord};
+use crate::facts::cluster::{ClusterView, FailsafeRecord, HistoryEntry, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord};
+use crate::facts::failsafe::Armed;
 use crate::policy::rejoin::LostRange;
 use crate::spec::cluster::ClusterSpec;
 use crate::types::{Epoch, LeaseIdentity, LockIdentity, MemberName, Revision, SystemId, TimelineId};
@@ -27,6 +28,13 @@ pub enum Action {
     ForgetLock(Epoch),
     /// Record a decision: log and `events/`.
     Record(Decision),
+    /// Answer a call of a leader without etcd. What was promised is booked.
+    AnswerPromise {
+        /// Which call.
+        id: u64,
+        /// Promised, or why not.
+        result: Result<(), String>,
+    },
     /// Leave the process with this exit code. PostgreSQL has ended, the guard is told to end.
     Exit(u8),
 }
@@ -42,6 +50,8 @@ pub enum LeaseOrder {
     Hold(LockIdentity),
     /// The lock is not ours any more; the member key's lease goes on.
     LetGo,
+    /// While etcd cannot be asked: go on with this lock if these members promise. None: rely on nobody, and say that nothing is under way.
+    Failsafe(Option<Armed>),
 }
 
 /// How PostgreSQL is ended.
@@ -184,6 +194,15 @@ pub enum Operation {
         /// The whole of `history`.
         history: Vec<HistoryEntry>,
     },
+    /// Write `failsafe` under our epoch, over what was judged on.
+    WriteFailsafe {
+        /// Under which leadership.
+        epoch: Epoch,
+        /// The key's mod revision that was judged on; 0 = it is absent.
+        judged_on: Revision,
+        /// What to write; None = delete it.
+        record: Option<FailsafeRecord>,
+    },
     /// Claim the right to run initdb.
     ClaimInitialize,
     /// Give it back.
@@ -226,6 +245,7 @@ pub enum OperationKind {
     Release,
     WriteStatus,
     RecordPromotion,
+    WriteFailsafe,
     ClaimInitialize,
     GiveUpInitialize,
     AnswerRequest,
@@ -251,6 +271,7 @@ impl Operation {
             Operation::Release { .. } => OperationKind::Release,
             Operation::WriteStatus(_) => OperationKind::WriteStatus,
             Operation::RecordPromotion { .. } => OperationKind::RecordPromotion,
+            Operation::WriteFailsafe { .. } => OperationKind::WriteFailsafe,
             Operation::ClaimInitialize => OperationKind::ClaimInitialize,
             Operation::GiveUpInitialize => OperationKind::GiveUpInitialize,
             Operation::AnswerRequest { .. } => OperationKind::AnswerRequest,
@@ -266,8 +287,8 @@ impl OperationKind {
         use OperationKind::*;
         match self {
             Look | Start | Configure | Initdb | Clone | PlanRejoin | Promote | EnsureRoles | Checkpoint => true,
-            PutMember | Acquire | Release | WriteStatus | RecordPromotion | ClaimInitialize | GiveUpInitialize | AnswerRequest
-            | AskPeers | FenceByScan => false,
+            PutMember | Acquire | Release | WriteStatus | RecordPromotion | WriteFailsafe | ClaimInitialize | GiveUpInitialize
+            | AnswerRequest | AskPeers | FenceByScan => false,
         }
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::ClusterView;
+use crate::facts::failsafe::PromiseAsk;
 use crate::facts::guard::{GuardFacts, StartId};
 use crate::facts::lease::LeaseEvent;
 use crate::facts::postgres::{DataDirectory, Probe};
@@ -43,6 +44,15 @@ pub enum Event {
     Finished(Finished),
     /// SIGTERM: hand over, stop, release, leave.
     StopRequested,
+    /// Another member, which leads without etcd, asks this one not to run. Answered at once, by [`super::action::Action::AnswerPromise`].
+    PromiseAsked {
+        /// Names the call in the answer.
+        id: u64,
+        /// The call.
+        ask: PromiseAsk,
+        /// When it was received.
+        received: BootTime,
+    },
 }
 
 enumerated! {
@@ -59,10 +69,12 @@ enumerated! {
         View,
         /// [`Event::EtcdUnreachable`] and [`Event::EtcdSuspicious`].
         EtcdTrouble,
-        /// [`LeaseEvent::Granted`], [`LeaseEvent::Renewed`] and [`LeaseEvent::Moved`].
+        /// [`LeaseEvent::Granted`], [`LeaseEvent::Renewed`], [`LeaseEvent::Moved`] and [`LeaseEvent::Disarmed`].
         LeaseKept,
         /// [`LeaseEvent::Proved`].
         LockProved,
+        /// [`LeaseEvent::Sustained`].
+        LockSustained,
         /// [`LeaseEvent::Failed`].
         LeaseFailed,
         /// [`LeaseEvent::Lost`].
@@ -79,6 +91,8 @@ enumerated! {
         Finished,
         /// [`Event::StopRequested`].
         StopRequested,
+        /// [`Event::PromiseAsked`].
+        PromiseAsked,
     }
 }
 
@@ -91,8 +105,11 @@ impl Event {
             Event::SpecUnreadable(..) => EventKind::SpecUnreadable,
             Event::View(..) => EventKind::View,
             Event::EtcdUnreachable(_) | Event::EtcdSuspicious(_) => EventKind::EtcdTrouble,
-            Event::Lease(LeaseEvent::Granted { .. } | LeaseEvent::Renewed { .. } | LeaseEvent::Moved { .. }) => EventKind::LeaseKept,
+            Event::Lease(
+                LeaseEvent::Granted { .. } | LeaseEvent::Renewed { .. } | LeaseEvent::Moved { .. } | LeaseEvent::Disarmed { .. },
+            ) => EventKind::LeaseKept,
             Event::Lease(LeaseEvent::Proved { .. }) => EventKind::LockProved,
+            Event::Lease(LeaseEvent::Sustained { .. }) => EventKind::LockSustained,
             Event::Lease(LeaseEvent::Failed { .. }) => EventKind::LeaseFailed,
             Event::Lease(LeaseEvent::Lost { .. }) => EventKind::LeaseLost,
             Event::Lease(LeaseEvent::GuardSilent) => EventKind::GuardSilent,
@@ -101,6 +118,7 @@ impl Event {
             Event::Probed(_) => EventKind::Probed,
             Event::Finished(_) => EventKind::Finished,
             Event::StopRequested => EventKind::StopRequested,
+            Event::PromiseAsked { .. } => EventKind::PromiseAsked,
         }
     }
 }
@@ -157,6 +175,8 @@ pub enum Finished {
     StatusWritten(Result<bool, Failure>),
     /// `history` was completed (true) or our epoch is over (false).
     PromotionRecorded(Result<bool, Failure>),
+    /// `failsafe` was written, or deleted, at this revision; None = our epoch is over, or it was not what was judged on.
+    FailsafeWritten(Result<Option<Revision>, Failure>),
     /// `initialize` was claimed (true) or somebody else has it (false).
     InitializeClaimed(Result<bool, Failure>),
     /// The claim was given up.

@@ -27,6 +27,7 @@ pub mod action;
 mod bookkeeping;
 pub mod edges;
 pub mod event;
+pub mod failsafe;
 mod node;
 pub mod reactions;
 mod rules;
@@ -46,7 +47,7 @@ use crate::facts::guard::Word;
 use self::action::{Action, LeaseOrder, Operation, OperationKind};
 use self::event::Event;
 use self::node::{Context, Input, Node};
-use self::rules::{publish, requests};
+use self::rules::{failsafe as without_etcd, publish, requests};
 use self::state::State;
 use self::world::{Etcd, Lock, Me, World};
 
@@ -107,10 +108,12 @@ impl Machine {
     /// Takes in what happened and says what to do, in order.
     pub fn handle(&mut self, now: BootTime, event: Event) -> Vec<Action> {
         let mut actions = Vec::new();
+        self.world.failsafe.started.get_or_insert(now);
         // Before anything else is believed: what the clock says of the lock. This event may have waited for long.
         let ran_out = self.proof_ran_out(now);
         let stop = matches!(event, Event::StopRequested);
-        let gone = self.world.absorb(now, event).or(ran_out).or_else(|| self.proof_ran_out(now));
+        let asked = if let Event::PromiseAsked { id, ask, received } = &event { Some((*id, ask.clone(), *received)) } else { None };
+        let gone = self.world.absorb(now, event).or(ran_out).or_else(|| self.proof_ran_out(now)).or_else(|| self.lapse_ended(now));
         self.world.notice_idle_guard(now);
         if let Some(why) = gone {
             self.dispatch(now, &mut actions, Input::LockGone(why));
@@ -121,6 +124,12 @@ impl Machine {
         if stop {
             self.dispatch(now, &mut actions, Input::Stop);
         }
+        // Before the state may run for the lock.
+        if let Some((id, ask, received)) = asked {
+            let answer = self.promise(now, id, &ask, received);
+            actions.push(answer);
+        }
+        self.world.note_promise(now);
         self.settle(now, &mut actions);
         actions
     }
@@ -148,6 +157,7 @@ impl Machine {
         forget_lock(&mut context);
         release_orphan(&mut context, &state);
         release_useless(&mut context, &state);
+        without_etcd::keep(&mut context, &state);
         requests::settle(&mut context, &state);
         publish::publish(&mut context, &state);
         leave_if_name_is_taken(&mut context);
@@ -162,7 +172,7 @@ impl Machine {
     fn proof_ran_out(&mut self, now: BootTime) -> Option<String> {
         let Lock::Proved { identity, until, .. } = self.world.lock else { return None };
         (now >= until).then(|| {
-            self.world.lock = Lock::Unproved(identity);
+            self.world.unprove(identity);
             "the proof of the lock ran out".to_owned()
         })
     }
@@ -188,6 +198,7 @@ impl Machine {
     pub fn next_look(&self, now: BootTime) -> BootTime {
         let tick = now + Duration::from_millis(if self.hurried() { PROBE_FAST_MS } else { TICK_MS });
         let proof = match self.world.lock {
+            Lock::Proved { announce_at, .. } if self.world.failsafe.lapsed => Some(announce_at),
             Lock::Proved { until, .. } => Some(until),
             Lock::None | Lock::Unproved(_) => None,
         };

@@ -63,7 +63,7 @@ pub fn reaction(state: StateKind, event: EventKind) -> Reaction {
             Initializing | Following | Candidate => TakenIn,
             Starting | Undeclared | AwaitingLeader | Cloning | Rejoining | Promoting | Primary | HandingOver | Demoting | Stopping => Noted,
         },
-        E::LockProved => match state {
+        E::LockProved | E::LockSustained => match state {
             Starting | Following | Promoting => TakenIn,
             // It may be ours and of no use here, or what is done is done under it: it holds for longer.
             Undeclared | AwaitingLeader | Cloning | Rejoining | Primary | HandingOver | Demoting | Stopping => Noted,
@@ -94,6 +94,12 @@ pub fn reaction(state: StateKind, event: EventKind) -> Reaction {
             AwaitingLeader | Initializing | Cloning | Demoting | Stopping => Noted,
         },
         E::Finished => TakenIn,
+        // The answer goes out at once; it holds back who would run for the lock, and nobody else.
+        E::PromiseAsked => match state {
+            Candidate => TakenIn,
+            Starting | Undeclared | AwaitingLeader | Initializing | Cloning | Following | Rejoining | Promoting | Primary | HandingOver
+            | Demoting | Stopping => Noted,
+        },
         E::StopRequested => match state {
             Starting | Undeclared | AwaitingLeader | Initializing | Cloning | Following | Candidate | Rejoining => Leaves,
             Primary => HandsOver,

@@ -17,6 +17,7 @@ use crate::types::{Epoch, Incarnation, LeaseIdentity, LockIdentity, MemberName, 
 
 use super::action::{Action, LeaseOrder, OperationKind, StopMode, Upstream};
 use super::event::ForeignKey;
+use super::failsafe::Failsafe;
 
 /// How long a standby that was asked to promote is left before it is asked again.
 const PROMOTE_AGAIN_MS: u64 = 2_000;
@@ -231,6 +232,8 @@ pub struct World {
     pub stop_asked: Option<(StartId, StopMode, BootTime)>,
     /// This member ran initdb in this run, so post_init is owed.
     pub initialized_here: bool,
+    /// Leading without etcd, and promises to whom does.
+    pub failsafe: Failsafe,
 }
 
 /// Whether what the guard says takes a start into account.
@@ -303,6 +306,7 @@ impl World {
             exited: false,
             stop_asked: None,
             initialized_here: false,
+            failsafe: Failsafe::default(),
         }
     }
 
@@ -446,9 +450,7 @@ impl World {
     /// The timeline id that our lock was taken with: the only one this leadership may write on (I9). None = not known yet.
     pub fn timeline_of(&self, lock: LockIdentity) -> Option<TimelineId> {
         let recorded = self.view.as_ref().filter(|view| view.revision.0 >= lock.epoch.0).and_then(|view| {
-            let ours = |entry: &&HistoryEntry| {
-                entry.epoch.map_or(entry.member == self.me.name && entry.lease == lock.lease.lease, |epoch| epoch == lock.epoch)
-            };
+            let ours = |entry: &&HistoryEntry| entry.is_of(lock.epoch) || entry.awaits(&self.me.name, lock.lease.lease);
             view.history.iter().rev().find(ours).map(|entry| entry.timeline)
         });
         self.reserved.or(recorded)
@@ -470,9 +472,22 @@ impl World {
         if self.lock != Lock::None || self.holding.is_some() {
             actions.push(Action::Lease(LeaseOrder::LetGo));
         }
+        self.lose_lock();
+        self.reserved = None;
+    }
+
+    /// The lock is not ours.
+    pub(super) fn lose_lock(&mut self) {
         self.lock = Lock::None;
         self.holding = None;
-        self.reserved = None;
+        self.failsafe.sustained = None;
+        self.failsafe.lapsed = false;
+    }
+
+    /// The lock may still be ours; what proved it counts no more.
+    pub(super) fn unprove(&mut self, identity: LockIdentity) {
+        self.lock = Lock::Unproved(identity);
+        self.failsafe.sustained = None;
     }
 
     /// Primaries started within the crash window.

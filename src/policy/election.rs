@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, DataDirectoryReport, HistoryEntry, Initialize, Vote};
+use crate::policy::failsafe::{self, HeldBack, Promise};
 use crate::spec::cluster::ClusterSpec;
 use crate::types::{Lsn, MemberName, SystemId, TimelineId};
 
@@ -39,6 +40,10 @@ pub struct Inputs<'a> {
     pub peers: Option<&'a [MemberName]>,
     /// S: how long a former leader can take to be fenced.
     pub ladder: Duration,
+    /// What this member has promised a leader that goes on without etcd.
+    pub promise: Option<&'a Promise>,
+    /// When this run of the daemon began.
+    pub started: BootTime,
 }
 
 /// The judgement.
@@ -73,6 +78,11 @@ fn wait(until: BootTime, why: impl Into<String>) -> Verdict {
 pub fn judge(inputs: &Inputs<'_>) -> Verdict {
     if let Some(why) = not_eligible(inputs) {
         return Verdict::NotEligible { why };
+    }
+    match failsafe::held_back(inputs.now, inputs.me, inputs.view, inputs.promise, inputs.started) {
+        Some(HeldBack::Never(why)) => return Verdict::NotEligible { why },
+        Some(HeldBack::Until(until, why)) => return wait(until, why),
+        None => {}
     }
     let initialize = match identity(inputs) {
         Ok(initialize) => initialize,

@@ -2,6 +2,7 @@
 
 pub mod deadlines;
 pub mod election;
+pub mod failsafe;
 pub mod hba;
 pub mod parameters;
 pub mod rejoin;

@@ -3,16 +3,22 @@
 //! The rule that would surprise: a lease that has run out by our own clock is not said to be lost, and is asked for until etcd says that
 //! it is gone. Whoever needs the deadline has it (E) and looks at the clock first; and because etcd gives every lease its full ttl again
 //! when its leader changes, a lock that is still ours can be proved again, where a new lease would cost a whole ttl without a leader.
+//!
+//! Failsafe: when etcd could not be asked, a lock may go on by the promises of the others, from one proof or promise to the next without
+//! a gap. Once the fast stop has begun nobody is called any more: promises would only keep the others from leading.
 
 use std::time::Duration;
 
 use crate::clock::BootTime;
+use crate::facts::failsafe::Armed;
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::policy::deadlines::LeaseTimes;
 use crate::types::{LeaseIdentity, LockIdentity};
 
 /// etcd may grant a little more than was asked for (its least ttl): no reason to get another lease.
 const GRANT_SURPLUS_MAX_S: u64 = 2;
+/// The peers' answers have this part of the ttl at least: what is left of R = T/6 when the renewal has taken a = T/10.
+const PROMISE_BUDGET_PARTS: u32 = 15;
 /// First pause after a failed grant; it doubles up to R.
 const GRANT_RETRY_MIN_MS: u64 = 100;
 
@@ -43,6 +49,17 @@ pub enum Step {
     },
 }
 
+/// One round of calls, in place of a renewal that etcd did not answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Round {
+    /// For which lock, and whom.
+    pub armed: Armed,
+    /// The promise that is asked for: T of the lease that the lock hangs on.
+    pub ttl: Duration,
+    /// How long all answers may take together.
+    pub budget: Duration,
+}
+
 /// A lease that is kept up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Held {
@@ -59,7 +76,11 @@ impl Held {
     /// The guard's fast stop has begun: what still arrives at etcd only keeps the lock from the others. Where answers are lost and
     /// requests are not, the lock would be renewed for ever with nobody leading under it (SAFETY row 18).
     fn hear_first(&self, now: BootTime) -> bool {
-        self.lock.is_some() && now >= self.times.deadlines(self.proved).fast_stop_at
+        self.lock.is_some() && self.fast_stop_is_due(now)
+    }
+
+    fn fast_stop_is_due(&self, now: BootTime) -> bool {
+        now >= self.times.deadlines(self.proved).fast_stop_at
     }
 }
 
@@ -87,12 +108,14 @@ pub struct Book {
     wanted: Option<Wanted>,
     /// The guard does not acknowledge: nothing is renewed.
     silent: bool,
+    /// What may go on without etcd.
+    armed: Option<Armed>,
 }
 
 impl Book {
     /// Keeps nothing up yet.
     pub fn new(times: LeaseTimes) -> Self {
-        Self { times, held: None, candidate: None, wanted: None, silent: false }
+        Self { times, held: None, candidate: None, wanted: None, silent: false, armed: None }
     }
 
     /// What is due.
@@ -181,6 +204,29 @@ impl Book {
         Some(held.until)
     }
 
+    /// What the lock may go on with while etcd cannot be asked. None: not at all.
+    ///
+    /// An order that takes it away is answered: from then on no round is begun.
+    pub fn arm(&mut self, armed: Option<Armed>, now: BootTime) -> Option<LeaseEvent> {
+        self.armed = armed;
+        self.armed.is_none().then_some(LeaseEvent::Disarmed { at: now })
+    }
+
+    /// Whom to call when a renewal came to nothing because etcd could not be asked. Only for the lock that is held, while it is proved
+    /// without a gap, and before its fast stop.
+    pub fn round(&self, now: BootTime) -> Option<Round> {
+        let held = self.held.as_ref().filter(|_| !self.silent)?;
+        let armed = self.armed.clone().filter(|armed| held.lock == Some(armed.lock))?;
+        let least = held.times.ttl / PROMISE_BUDGET_PARTS;
+        let unbroken = now < held.until && !held.fast_stop_is_due(now);
+        unbroken.then(|| Round { armed, ttl: held.times.ttl, budget: held.next_at.since(now).max(least) })
+    }
+
+    /// All have promised, called at `sent` or later, and the guard knows. Moves the deadline, only forward, and says until when.
+    pub fn sustained(&mut self, sent: BootTime) -> Option<BootTime> {
+        self.renewed(sent)
+    }
+
     /// etcd says that there is no such lease. The next one is granted when it is asked for.
     pub fn not_found(&mut self) -> Option<LeaseEvent> {
         self.forget().map(|_| LeaseEvent::Lost { why: LeaseLoss::LeaseNotFound })
@@ -263,170 +309,4 @@ impl Book {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::types::{Epoch, EtcdClusterId, LeaseId};
-
-    const T_MS: u64 = 30_000;
-
-    #[test]
-    fn a_lock_whose_fast_stop_has_begun_is_renewed_only_where_etcd_was_heard() {
-        let lock = LockIdentity { lease: lease(7), epoch: Epoch(9) };
-        let mut book = Book::new(times(T_MS));
-        book.adopt(lease(7), Some(lock), ms(0));
-        book.renewed(ms(1_000));
-        let hears_first = |book: &Book, at| matches!(book.next(at), Step::Renew { hear_first: true, .. });
-        let fast_stop = times(T_MS).deadlines(ms(1_000)).fast_stop_at;
-        assert!(!hears_first(&book, fast_stop.before(Duration::from_millis(1))));
-        assert!(hears_first(&book, fast_stop));
-        book.renewed(fast_stop);
-        assert!(!hears_first(&book, fast_stop));
-        book.let_go();
-        assert!(!hears_first(&book, ms(10 * T_MS)), "the lease alone keeps nobody from leading");
-    }
-
-    fn ms(ms: u64) -> BootTime {
-        BootTime(ms * 1_000_000)
-    }
-
-    fn times(ttl_ms: u64) -> LeaseTimes {
-        LeaseTimes::new(Duration::from_millis(ttl_ms))
-    }
-
-    fn lease(id: i64) -> LeaseIdentity {
-        LeaseIdentity { cluster: EtcdClusterId(1), lease: LeaseId(id) }
-    }
-
-    fn lock_on(id: i64) -> LockIdentity {
-        LockIdentity { lease: lease(id), epoch: Epoch(9) }
-    }
-
-    fn kept(book: &Book) -> Option<(LeaseIdentity, Option<LockIdentity>)> {
-        book.held.as_ref().map(|held| (held.identity, held.lock))
-    }
-
-    fn keeping() -> Book {
-        let mut book = Book::new(times(T_MS));
-        book.grant(ms(0));
-        book.granted(lease(1), ms(0));
-        book
-    }
-
-    #[test]
-    fn a_renewal_is_due_every_r_from_its_beginning_whatever_became_of_the_last() {
-        let mut book = keeping();
-        assert_eq!(book.next(ms(0)), Step::WaitUntil(ms(5_000)));
-        assert!(matches!(book.next(ms(5_000)), Step::Renew { lock: None, .. }));
-        book.begun(ms(5_000));
-        assert_eq!(book.next(ms(7_900)), Step::WaitUntil(ms(10_000)), "it failed after the budget; the grid stands");
-    }
-
-    #[test]
-    fn the_deadline_counts_from_the_sending_and_not_from_an_answer_that_came_late() {
-        let mut book = keeping();
-        book.begun(ms(5_000));
-        assert_eq!(book.renewed(ms(5_000)), Some(ms(5_000 + 29_850)), "the answer came at 7 s, and that has no part in it");
-    }
-
-    #[test]
-    fn a_deadline_never_moves_back() {
-        let mut book = keeping();
-        book.renewed(ms(10_000));
-        assert_eq!(book.renewed(ms(5_000)), Some(ms(39_850)));
-    }
-
-    #[test]
-    fn a_lease_that_ran_out_by_our_clock_is_asked_for_until_etcd_says_that_it_is_gone() {
-        let mut book = keeping();
-        book.hold(lock_on(1), ms(0)).unwrap();
-        book.begun(ms(60_000));
-        book.expire(ms(65_000));
-        assert!(matches!(book.next(ms(65_000)), Step::Renew { lock: Some(_), .. }));
-        assert_eq!(book.not_found(), Some(LeaseEvent::Lost { why: LeaseLoss::LeaseNotFound }));
-        assert_eq!(book.next(ms(65_001)), Step::Idle, "a new one is granted when it is asked for");
-    }
-
-    #[test]
-    fn a_lock_of_a_stranger_costs_the_lock_and_not_the_lease() {
-        let mut book = keeping();
-        book.hold(lock_on(1), ms(1)).unwrap();
-        assert_eq!(book.lock_not_ours(), Some(LeaseEvent::Lost { why: LeaseLoss::LockNotOurs }));
-        assert_eq!(kept(&book), Some((lease(1), None)));
-    }
-
-    #[test]
-    fn grants_are_retried_with_a_pause_that_grows_up_to_r() {
-        let mut book = Book::new(times(3_000));
-        book.grant(ms(0));
-        let mut now = 0;
-        for pause in [100, 200, 400, 500, 500] {
-            book.grant_failed(ms(now), "no".into());
-            assert_eq!(book.next(ms(now)), Step::WaitUntil(ms(now + pause)));
-            now += pause;
-        }
-    }
-
-    #[test]
-    fn nothing_is_renewed_while_the_guard_is_silent() {
-        let mut book = keeping();
-        book.hold(lock_on(1), ms(1)).unwrap();
-        book.guard_silent();
-        assert_eq!(book.next(ms(40_000)), Step::Idle);
-        book.adopt(lease(1), None, ms(41_000));
-        assert!(matches!(book.next(ms(41_000)), Step::Renew { .. }), "until the daemon says that it is back");
-    }
-
-    #[test]
-    fn a_changed_ttl_keeps_the_old_lease_up_until_the_new_one_is_adopted() {
-        let mut book = keeping();
-        book.hold(lock_on(1), ms(1)).unwrap();
-        book.begun(ms(2));
-        book.change_times(times(60_000), ms(3));
-        assert_eq!(book.next(ms(3)), Step::Grant { ttl: Duration::from_secs(60), budget: Duration::from_secs(6) });
-        book.granted(lease(2), ms(3));
-        assert_eq!(kept(&book), Some((lease(1), Some(lock_on(1)))));
-        assert_eq!(book.renewed(ms(100)), Some(ms(100 + 29_850)), "by its own ttl");
-        book.adopt(lease(2), Some(lock_on(2)), ms(200));
-        book.begun(ms(200));
-        assert_eq!(book.renewed(ms(200)), Some(ms(200 + 59_700)));
-    }
-
-    #[test]
-    fn a_lock_counts_by_the_ttl_of_the_lease_it_hangs_on_and_not_by_the_one_that_is_wanted() {
-        let mut book = keeping();
-        book.hold(lock_on(1), ms(1)).unwrap();
-        book.change_times(times(60_000), ms(3));
-        assert_eq!(book.held_times().ttl, Duration::from_millis(T_MS), "the guard would fence 30 s after the lock is gone");
-        book.granted(lease(2), ms(3));
-        assert_eq!(book.held_times().ttl, Duration::from_millis(T_MS));
-        book.adopt(lease(2), Some(lock_on(2)), ms(200));
-        assert_eq!(book.held_times().ttl, Duration::from_secs(60));
-    }
-
-    #[test]
-    fn an_adopted_lease_counts_by_the_ttl_that_etcd_names_and_is_replaced() {
-        let mut book = Book::new(times(60_000));
-        book.adopt(lease(1), Some(lock_on(1)), ms(0));
-        book.begun(ms(0));
-        book.learn_ttl(Duration::from_secs(10), ms(1));
-        assert_eq!(book.held_times(), times(10_000));
-        assert_eq!(book.renewed(ms(0)), Some(ms(9_950)));
-        assert!(matches!(book.next(ms(1)), Step::Grant { ttl, .. } if ttl == Duration::from_secs(60)));
-    }
-
-    #[test]
-    fn a_new_lease_that_nobody_adopts_is_replaced_before_it_runs_out() {
-        let mut book = keeping();
-        book.change_times(times(3_000), ms(0));
-        book.granted(lease(2), ms(0));
-        assert!(!matches!(book.next(ms(2_984)), Step::Grant { .. }));
-        book.expire(ms(2_985));
-        book.begun(ms(2_985));
-        assert!(matches!(book.next(ms(2_985)), Step::Grant { .. }));
-    }
-
-    #[test]
-    fn a_lock_on_another_lease_is_not_held() {
-        assert!(keeping().hold(lock_on(2), ms(0)).is_err());
-    }
-}
+mod tests;

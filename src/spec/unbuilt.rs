@@ -58,10 +58,6 @@ pub fn refusals(spec: &ClusterSpec) -> Vec<Refusal> {
                       type off to accept that";
         refuse("watchdog.mode", "required", reason);
     }
-    if typed.ha.unwrap_or_default().failsafe == Some(true) {
-        let reason = "this version does not have failsafe yet: the leader stops when etcd cannot be asked; type false to accept that";
-        refuse("ha.failsafe", "true", reason);
-    }
     if typed.postgres.unwrap_or_default().on_rewind_failure == Some(OnRewindFailure::Stop) {
         let reason = "this version clones every diverged member anew; leave it out to accept that";
         refuse("postgres.on_rewind_failure", "stop", reason);
@@ -82,7 +78,6 @@ pub fn conditions(spec: &ClusterSpec) -> Vec<Condition> {
     });
     let mut idle = Idle(Vec::new());
     let typed = spec.typed.spec.clone().unwrap_or_default();
-    idle.ha(&typed.ha.unwrap_or_default());
     idle.replication(&typed.replication.unwrap_or_default(), spec.members.len());
     idle.postgres(&typed.postgres.unwrap_or_default());
     idle.watchdog(&typed.watchdog.unwrap_or_default());
@@ -134,10 +129,6 @@ impl Idle {
         if typed {
             self.say(path, consequence);
         }
-    }
-
-    fn ha(&mut self, ha: &typed::Ha) {
-        self.say_if(ha.failsafe.is_none(), "ha.failsafe", "is left out and false is in force: the leader stops when etcd cannot be asked");
     }
 
     fn replication(&mut self, typed: &typed::Replication, members: usize) {
@@ -225,7 +216,6 @@ mod tests {
             assert_eq!(refused(&format!("  replication: {{ mode: {mode} }}\n")), ["spec.replication.mode"]);
         }
         assert_eq!(refused("  watchdog: { mode: required }\n"), ["spec.watchdog.mode"]);
-        assert_eq!(refused("  ha: { failsafe: true }\n"), ["spec.ha.failsafe"]);
         assert_eq!(refused("  replication: { strict: true }\n"), ["spec.replication.strict"]);
         assert_eq!(
             refused("  bootstrap: { method: restore, custom: { restore: { command: [ /bin/restore ] } } }\n"),
@@ -239,9 +229,9 @@ mod tests {
         assert_eq!(refusals(&spec), []);
         assert_eq!(spec.replication.mode, ReplicationMode::Async);
         assert_eq!(spec.watchdog.mode, WatchdogMode::Off);
-        assert!(!spec.ha.failsafe);
+        assert!(spec.ha.failsafe, "this one is built");
         let conditions = conditions(&spec);
-        for path in ["spec.replication.mode", "spec.watchdog.mode", "spec.ha.failsafe"] {
+        for path in ["spec.replication.mode", "spec.watchdog.mode"] {
             assert_eq!(conditions.iter().filter(|condition| condition.message.starts_with(path)).count(), 1, "{path}");
         }
         assert!(conditions.iter().all(|condition| condition.severity == Severity::Info), "{conditions:#?}");
@@ -250,7 +240,7 @@ mod tests {
     #[test]
     fn a_document_that_asks_only_for_what_is_built_has_no_condition() {
         let spec = spec(
-            "  ha: { failsafe: false }\n  replication: { mode: async, use_slots: false }\n  \
+            "  ha: { failsafe: true }\n  replication: { mode: async, use_slots: false }\n  \
              postgres: { use_pg_rewind: false, restart_policy: manual }\n  watchdog: { mode: off }\n",
         );
         assert_eq!(conditions(&spec), []);

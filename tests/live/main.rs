@@ -11,6 +11,7 @@ mod bootstrap;
 mod clock;
 mod crash;
 mod demo;
+mod failsafe;
 mod network;
 mod operator;
 mod rig_works;

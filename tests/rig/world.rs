@@ -338,6 +338,11 @@ impl World {
         self.node_proxies[index][0].set(network);
     }
 
+    /// Breaks or heals what others hear of a node's API.
+    pub fn set_api_network(&self, index: usize, network: Network) {
+        self.node_proxies[index][1].set(network);
+    }
+
     /// Breaks or heals everything between one node and all others; APIs of all nodes too, since who asks cannot be told apart there.
     pub fn set_whole_network(&self, index: usize, network: Network) {
         self.set_etcd_network(index, network);

@@ -48,13 +48,17 @@ pub struct Checks {
     last_epoch: Epoch,
     published: Option<Published>,
     pub commits: u64,
-    pub lost_bytes: u64,
     /// Changes of the lock's holder: when, whose.
     pub leaders: Vec<(Real, usize)>,
     maximum_lag: u64,
     last_fenced: Epoch,
     /// etcd was restored from a backup: ids and epochs may come twice, and who leads is the operator's to see to (SAFETY row 43).
     pub restored: bool,
+    /// Who was promoted by hand, and the WAL it began.
+    by_hand: BTreeMap<u64, usize>,
+    /// A standby received WAL of a promotion by hand, and follows the leadership that took the same number (a stated limit): from here on
+    /// its WAL is not judged.
+    pub mixed_by_hand: bool,
 }
 
 impl Checks {
@@ -188,6 +192,7 @@ impl Checks {
         let Some(data) = &hosts[host].server.data else { return };
         let token = data.wal.token();
         if by_hand {
+            self.by_hand.insert(token, host);
             return;
         }
         let earlier = self.promoters.insert(timeline, (host, token)).filter(|_| !self.restored);
@@ -217,11 +222,22 @@ impl Checks {
             let extent = other.server.data.as_ref().and_then(|data| data.wal.extent_of(token));
             extent.is_some_and(|extent| extent >= published.lsn)
         });
-        self.lost_bytes += lost;
         if lost > self.maximum_lag && still_there && !self.restored {
             let what = format!("{} was promoted {lost} bytes behind what its predecessor had published", hosts[host].name);
             self.fail("P2", what);
         }
+    }
+
+    /// PostgreSQL follows, by numbers and positions, a history that is not its own.
+    pub fn follows_another(&mut self, host: usize, from: usize, hosts: &[Host]) {
+        let own = hosts[host].server.data.as_ref().map(|data| data.wal.segments.as_slice()).unwrap_or_default();
+        // Whoever was promoted by hand has to know; who received from it cannot.
+        if own.iter().any(|segment| self.by_hand.get(&segment.token).is_some_and(|promoted| *promoted != host)) {
+            self.mixed_by_hand = true;
+            return;
+        }
+        let what = format!("{} follows {} on a timeline of the same number that is another", hosts[host].name, hosts[from].name);
+        self.fail("I9", what);
     }
 
     pub fn initdb(&mut self, host: usize, hosts: &[Host]) {
@@ -346,6 +362,7 @@ fn kind_of(finished: &Finished) -> Option<OperationKind> {
         Finished::Released(_) => Kind::Release,
         Finished::StatusWritten(_) => Kind::WriteStatus,
         Finished::PromotionRecorded(_) => Kind::RecordPromotion,
+        Finished::FailsafeWritten(_) => Kind::WriteFailsafe,
         Finished::InitializeClaimed(_) => Kind::ClaimInitialize,
         Finished::InitializeGivenUp(_) => Kind::GiveUpInitialize,
         Finished::RequestAnswered(_) => Kind::AnswerRequest,

@@ -324,6 +324,7 @@ impl Sim {
             }
             Action::ForgetLock(epoch) => self.guard_ask(host, GuardAsk::NoLock { epoch }, AskedBy::Order, ms(ORDER_TIMEOUT_MS)),
             Action::Record(_) => {}
+            Action::AnswerPromise { id, result } => self.promise_is_answered(id, result.is_ok()),
             Action::Exit(code) => {
                 if let Some(daemon) = &mut self.hosts[host].daemon {
                     daemon.exit = Some(code);

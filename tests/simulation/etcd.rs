@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pgherd::facts::cluster::{
-    ClusterView, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord,
+    ClusterView, FailsafeRecord, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord,
 };
 use pgherd::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision, SystemId};
 
@@ -57,6 +57,7 @@ pub struct AcquireAsk {
     pub lease: LeaseId,
     pub history_revision: Revision,
     pub sync_revision: Revision,
+    pub failsafe_revision: Revision,
     pub history: Vec<HistoryEntry>,
     pub initialize: Option<SystemId>,
 }
@@ -273,6 +274,7 @@ impl Etcd {
         let member_is_ours = self.view.members.get(&ask.member).is_some_and(|key| key.lease == ask.lease);
         let fits = self.view.history_revision == ask.history_revision
             && self.view.sync_revision == ask.sync_revision
+            && self.view.failsafe_revision == ask.failsafe_revision
             && member_is_ours
             && self.identity_fits(ask)
             && self.leases.contains_key(&ask.lease);
@@ -334,6 +336,18 @@ impl Etcd {
 
     pub fn record_promotion(&mut self, epoch: Epoch, history: Vec<HistoryEntry>) -> bool {
         self.write_fenced(epoch, |keys, revision| (keys.history, keys.history_revision) = (history, revision))
+    }
+
+    /// Over what was judged on; None deletes it. The revision of the write; None = nothing was written.
+    pub fn write_failsafe(&mut self, epoch: Epoch, judged_on: Revision, record: Option<FailsafeRecord>) -> Option<Revision> {
+        if self.view.failsafe_revision != judged_on {
+            return None;
+        }
+        let written = self.write_fenced(epoch, |keys, revision| {
+            keys.failsafe_revision = if record.is_some() { revision } else { Revision(0) };
+            keys.failsafe = record;
+        });
+        written.then_some(self.view.revision)
     }
 
     pub fn claim_initialize(&mut self, member: &MemberName, lease: LeaseId) -> bool {

@@ -423,7 +423,7 @@ impl Sim {
         let ttl = [3, 4, 5, 6, 8, 10][(choice % 6) as usize];
         let loop_wait = [1, 2, 3, 5][(choice / 8 % 4) as usize];
         let members: Vec<String> = self.hosts.iter().map(|host| host.name.to_string()).collect();
-        let spec = spec_of(&members, &spec_lines(ttl, loop_wait));
+        let spec = spec_of(&members, &spec_lines(ttl, loop_wait, choice / 64 % 4 != 0));
         self.apply(spec);
     }
 
@@ -589,9 +589,9 @@ impl Sim {
 }
 
 /// The lines of `spec:` that runs use.
-pub fn spec_lines(ttl_s: u64, loop_wait_s: u64) -> String {
+pub fn spec_lines(ttl_s: u64, loop_wait_s: u64, failsafe: bool) -> String {
     format!(
-        "ha: {{ ttl: {ttl_s}s, loop_wait: {loop_wait_s}s, primary_start_timeout: 12s, primary_stop_timeout: 6s, failsafe: false }}\n\
+        "ha: {{ ttl: {ttl_s}s, loop_wait: {loop_wait_s}s, primary_start_timeout: 12s, primary_stop_timeout: 6s, failsafe: {failsafe} }}\n\
          replication: {{ mode: async }}"
     )
 }

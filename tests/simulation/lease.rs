@@ -1,16 +1,17 @@
 //! The lease's thread: the crate's own book, and a renewal that is a keepalive, its proof and the guard's acknowledgement, in this order.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
 use pgherd::clock::BootTime;
+use pgherd::facts::failsafe::{Armed, PromiseAsk};
 use pgherd::facts::lease::LeaseEvent;
 use pgherd::guard::protocol::Refusal;
 use pgherd::machine::action::LeaseOrder;
 use pgherd::machine::event::Event;
 use pgherd::policy::deadlines::LeaseTimes;
 use pgherd::policy::renewal::{Book, Step};
-use pgherd::types::{Epoch, LeaseIdentity, LockIdentity};
+use pgherd::types::{Epoch, LeaseIdentity, LockIdentity, MemberName};
 
 use super::clock::ms;
 use super::guard::{AskError, AskedBy, GuardAsk};
@@ -18,9 +19,10 @@ use super::mutants::{Mutant, mutant};
 use super::network::{Caller, EtcdAnswer, EtcdAsk, REQUEST_TIMEOUT_MS};
 use super::world::{DaemonDue, Sim};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
     Order(OrderKind),
+    Arm(Option<Armed>),
     ChangeTimes(LeaseTimes),
 }
 
@@ -46,12 +48,32 @@ enum Stage {
     Confirm,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Doing {
     Nothing,
-    Granting { call: u64, sent: BootTime },
-    Renewing { call: u64, stage: Stage, lease: LeaseIdentity, lock: Option<LockIdentity>, sent: BootTime },
-    Acknowledging { lock: LockIdentity, sent: BootTime },
+    Granting {
+        call: u64,
+        sent: BootTime,
+    },
+    Renewing {
+        call: u64,
+        stage: Stage,
+        lease: LeaseIdentity,
+        lock: Option<LockIdentity>,
+        sent: BootTime,
+    },
+    /// Etcd could not be asked: the others are, whether they leave the lock to us.
+    Calling {
+        round: u64,
+        lock: LockIdentity,
+        sent: BootTime,
+        waits_for: BTreeSet<MemberName>,
+    },
+    Acknowledging {
+        lock: LockIdentity,
+        sent: BootTime,
+        by_promises: bool,
+    },
 }
 
 pub struct LeaseThread {
@@ -80,6 +102,7 @@ impl Sim {
 
     pub fn order_lease(&mut self, host: usize, order: LeaseOrder) {
         let order = match order {
+            LeaseOrder::Failsafe(armed) => return self.lease_command(host, Command::Arm(armed)),
             LeaseOrder::Adopt(lease, lock) => OrderKind::Adopt(lease, lock),
             LeaseOrder::Grant => OrderKind::Grant,
             LeaseOrder::Hold(lock) => OrderKind::Hold(lock),
@@ -161,7 +184,74 @@ impl Sim {
             thread.doing = Doing::Nothing;
         }
         self.lease_says(host, Some(LeaseEvent::Failed { why: why.to_owned() }));
-        self.lease_turn(host);
+        if !self.calls_peers(host) {
+            self.lease_turn(host);
+        }
+    }
+
+    /// Failsafe: every peer is called at once, within a budget. False = the lock may not go on that way.
+    fn calls_peers(&mut self, host: usize) -> bool {
+        let sent = self.local(host);
+        self.ids += 1;
+        let id = self.ids;
+        let Some(thread) = self.lease_thread(host) else { return false };
+        let Some(round) = thread.book.round(sent) else { return false };
+        let lock = round.armed.lock;
+        let mut waits_for: BTreeSet<MemberName> = round.armed.peers.keys().cloned().collect();
+        if mutant(Mutant::MajorityOfPromises) && waits_for.len() > 1 {
+            waits_for.pop_first();
+        }
+        thread.doing = Doing::Calling { round: id, lock, sent, waits_for: waits_for.clone() };
+        let run = self.hosts[host].daemon.as_ref().map_or(0, |daemon| daemon.run);
+        let member = self.hosts[host].name.clone();
+        self.daemon_later(host, run, round.budget, DaemonDue::PromisesOver { round: id });
+        for to in waits_for.clone() {
+            let cluster = "main".parse().expect("a cluster's name");
+            let (epoch, lease, ttl_s) = (lock.epoch, lock.lease.lease, round.ttl.as_secs());
+            let ask = PromiseAsk { cluster, to: to.clone(), member: member.clone(), epoch, lease, ttl_s };
+            self.call_peer(host, run, id, to, ask);
+        }
+        if waits_for.is_empty() {
+            self.all_promised(host);
+        }
+        true
+    }
+
+    /// One answer to a round of calls.
+    pub fn promise_heard(&mut self, host: usize, round: u64, from: &MemberName, promised: bool) {
+        let Some(thread) = self.lease_thread(host) else { return };
+        let Doing::Calling { round: ours, waits_for, .. } = &mut thread.doing else { return };
+        if *ours != round {
+            return;
+        }
+        if !promised {
+            return self.promises_over(host, round);
+        }
+        waits_for.remove(from);
+        if waits_for.is_empty() {
+            self.all_promised(host);
+        }
+    }
+
+    /// Somebody does not promise, or not in time.
+    pub fn promises_over(&mut self, host: usize, round: u64) {
+        let Some(thread) = self.lease_thread(host) else { return };
+        if matches!(&thread.doing, Doing::Calling { round: ours, .. } if *ours == round) {
+            thread.doing = Doing::Nothing;
+            self.lease_says(host, Some(LeaseEvent::Failed { why: "not every member promised".to_owned() }));
+            self.lease_turn(host);
+        }
+    }
+
+    fn all_promised(&mut self, host: usize) {
+        let now = self.local(host);
+        let Some(thread) = self.lease_thread(host) else { return };
+        let Doing::Calling { lock, sent, .. } = thread.doing.clone() else { return };
+        let times = thread.book.held_times();
+        let counted = if mutant(Mutant::PromiseFromTheAnswer) { now } else { sent };
+        thread.doing = Doing::Acknowledging { lock, sent: counted, by_promises: true };
+        self.promises_hold(host, sent + times.validity());
+        self.guard_ask(host, GuardAsk::Lock { identity: lock, sent: counted, times }, AskedBy::Lease, times.renewal_interval());
     }
 
     pub fn lease_answered(&mut self, host: usize, call: u64, answer: Option<EtcdAnswer>) {
@@ -250,7 +340,7 @@ impl Sim {
             self.lease_says(host, said);
             return self.lease_turn(host);
         };
-        thread.doing = Doing::Acknowledging { lock, sent };
+        thread.doing = Doing::Acknowledging { lock, sent, by_promises: false };
         let times = thread.book.held_times();
         let ask = GuardAsk::Lock { identity: lock, sent, times };
         self.guard_ask(host, ask, AskedBy::Lease, times.renewal_interval());
@@ -259,10 +349,12 @@ impl Sim {
     /// The guard has acknowledged the new deadline, or not.
     pub fn lease_acknowledged(&mut self, host: usize, answer: Result<(), AskError>) {
         let Some(thread) = self.lease_thread(host) else { return };
-        let Doing::Acknowledging { lock, sent } = thread.doing else { return };
+        let Doing::Acknowledging { lock, sent, by_promises } = thread.doing else { return };
         thread.doing = Doing::Nothing;
         let taken = matches!(answer, Ok(()) | Err(AskError::Refused(Refusal::LadderRuns))) || mutant(Mutant::SilentGuardTrusted);
-        let said = if taken {
+        let said = if taken && by_promises {
+            thread.book.sustained(sent).map(|until| LeaseEvent::Sustained { lock, sent, until })
+        } else if taken {
             thread.book.renewed(sent).map(|until| LeaseEvent::Proved { lock, sent, until })
         } else {
             Some(thread.book.guard_silent())
@@ -278,6 +370,7 @@ fn obey(book: &mut Book, command: Command, now: BootTime) -> Option<LeaseEvent> 
         Command::Order(OrderKind::Grant) => book.grant(now),
         Command::Order(OrderKind::Hold(lock)) => return book.hold(lock, now).err().map(|why| LeaseEvent::Failed { why }),
         Command::Order(OrderKind::LetGo) => book.let_go(),
+        Command::Arm(armed) => return book.arm(armed, now),
         Command::ChangeTimes(times) => book.change_times(times, now),
     }
     None

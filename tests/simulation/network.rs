@@ -4,7 +4,9 @@
 
 use std::time::Duration;
 
-use pgherd::facts::cluster::{HistoryEntry, LeaderKey, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord};
+use pgherd::facts::cluster::{FailsafeRecord, HistoryEntry, LeaderKey, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord};
+use pgherd::facts::failsafe::PromiseAsk;
+use pgherd::machine::event::Event;
 use pgherd::types::{Epoch, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision};
 
 use super::clock::{Real, ms, us};
@@ -73,6 +75,11 @@ pub enum EtcdAsk {
         record: Option<ReleaseRecord>,
     },
     WriteStatus(Box<StatusRecord>),
+    WriteFailsafe {
+        epoch: Epoch,
+        judged_on: Revision,
+        record: Option<FailsafeRecord>,
+    },
     RecordPromotion {
         epoch: Epoch,
         history: Vec<HistoryEntry>,
@@ -112,6 +119,8 @@ pub enum EtcdAnswer {
         term: u64,
     },
     Done(bool),
+    /// The revision of a write that was done.
+    At(Option<Revision>),
     View(std::sync::Arc<pgherd::facts::cluster::ClusterView>),
     MemberAt(Revision),
     Put(Put),
@@ -247,6 +256,7 @@ impl Sim {
                 }
                 EtcdAnswer::Done(written)
             }
+            EtcdAsk::WriteFailsafe { epoch, judged_on, record } => EtcdAnswer::At(self.etcd.write_failsafe(epoch, judged_on, record)),
             EtcdAsk::RecordPromotion { epoch, history } => EtcdAnswer::Done(self.etcd.record_promotion(epoch, history)),
             EtcdAsk::ClaimInitialize { member, lease } => EtcdAnswer::Done(self.etcd.claim_initialize(&member, lease)),
             EtcdAsk::GiveUpInitialize { lease } => {
@@ -307,5 +317,40 @@ impl Sim {
             self.etcd_changed();
         }
         self.later(ms(super::etcd::EXPIRY_TICK_MS), What::EtcdTick);
+    }
+}
+
+impl Sim {
+    /// A call of failsafe to another member's HTTP API.
+    pub fn call_peer(&mut self, host: usize, run: u64, round: u64, to: MemberName, ask: PromiseAsk) {
+        let takes = self.random.between(us(100), ms(3));
+        self.later(takes, What::PromiseCall { host, run, round, to, ask: Box::new(ask) });
+    }
+
+    pub fn peer_is_called(&mut self, host: usize, run: u64, round: u64, to: MemberName, ask: PromiseAsk) {
+        let Some(other) = self.host_of(&to) else { return };
+        let received = self.local(other);
+        let this = &self.hosts[other];
+        if self.cut(host, other) || !this.powered || this.stands {
+            return;
+        }
+        let Some(daemon) = this.daemon.as_ref().filter(|daemon| !daemon.frozen) else { return };
+        let theirs = daemon.run;
+        self.ids += 1;
+        let id = self.ids;
+        self.promise_calls.insert(id, (host, run, round, to));
+        let event = Event::PromiseAsked { id, ask, received };
+        self.later(us(50), What::Daemon { host: other, run: theirs, due: DaemonDue::Fact(Box::new(event)) });
+    }
+
+    /// The machine's answer goes back, if the network lets it.
+    pub fn promise_is_answered(&mut self, id: u64, promised: bool) {
+        let Some((host, run, round, from)) = self.promise_calls.remove(&id) else { return };
+        let Some(other) = self.host_of(&from) else { return };
+        if self.cut(host, other) {
+            return;
+        }
+        let takes = self.random.between(us(100), ms(3));
+        self.later(takes, What::Daemon { host, run, due: DaemonDue::Promised { round, from, promised } });
     }
 }

@@ -92,6 +92,7 @@ impl Sim {
                     lease,
                     history_revision: judged_on.history_revision,
                     sync_revision: judged_on.sync_revision,
+                    failsafe_revision: judged_on.failsafe_revision,
                     history,
                     initialize,
                 };
@@ -106,6 +107,9 @@ impl Sim {
                 self.record_asks(host, id, Stage::Read, EtcdAsk::ReadLeader);
             }
             Operation::WriteStatus(status) => self.record_asks(host, id, Stage::Write, EtcdAsk::WriteStatus(Box::new(status))),
+            Operation::WriteFailsafe { epoch, judged_on, record } => {
+                self.record_asks(host, id, Stage::Write, EtcdAsk::WriteFailsafe { epoch, judged_on, record });
+            }
             Operation::RecordPromotion { epoch, history } => {
                 let history = self.with_switch_point(host, history);
                 self.record_asks(host, id, Stage::Write, EtcdAsk::RecordPromotion { epoch, history });
@@ -206,6 +210,10 @@ impl Sim {
             _ => Err(unknown()),
         };
         let finished = match record.operation {
+            Operation::WriteFailsafe { .. } => Finished::FailsafeWritten(match answer {
+                Some(EtcdAnswer::At(revision)) => Ok(revision),
+                _ => Err(unknown()),
+            }),
             Operation::PutMember(_) => Finished::MemberPut(match answer {
                 Some(EtcdAnswer::Put(Put::Written)) => PutOutcome::Written,
                 Some(EtcdAnswer::GrantedTtl(Some((ttl, term)))) => {

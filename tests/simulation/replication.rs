@@ -131,9 +131,7 @@ impl Sim {
             return None;
         }
         if !ours.wal.is_in_the_past_of(&theirs.wal) {
-            let what =
-                format!("{} follows {} on a timeline of the same number that is another", self.hosts[host].name, self.hosts[from].name);
-            self.checks.fail("I9", what);
+            self.checks.follows_another(host, from, &self.hosts);
         }
         Some(Receiver::Streaming { from, pid: sender.pid, heard: self.now })
     }
@@ -229,6 +227,12 @@ impl Sim {
             let proved = &mut self.hosts[host].proved_until;
             *proved = (*proved).max(until);
         }
+    }
+
+    /// Every other member that may lead has promised not to.
+    pub fn promises_hold(&mut self, host: usize, until: pgherd::clock::BootTime) {
+        let proved = &mut self.hosts[host].proved_until;
+        *proved = (*proved).max(until);
     }
 
     /// The end of the lock's time by its own lease; for what is taken away before it.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use pgherd::clock::BootTime;
 use pgherd::facts::cluster::{ClusterView, SpecRecord};
+use pgherd::facts::failsafe::PromiseAsk;
 use pgherd::facts::postgres::Probe;
 use pgherd::machine::event::Event;
 use pgherd::spec::cluster::{self, ClusterSpec};
@@ -76,6 +77,15 @@ pub enum DaemonDue {
     Peers {
         id: u64,
     },
+    /// A peer's answer to a call of failsafe.
+    Promised {
+        round: u64,
+        from: MemberName,
+        promised: bool,
+    },
+    PromisesOver {
+        round: u64,
+    },
     Scan {
         id: u64,
     },
@@ -94,6 +104,7 @@ impl DaemonDue {
                 | DaemonDue::WatchRetry
                 | DaemonDue::Timeout { .. }
                 | DaemonDue::GuardSilent { .. }
+                | DaemonDue::PromisesOver { .. }
         )
     }
 }
@@ -131,6 +142,14 @@ pub enum What {
     Stream {
         host: usize,
         pid: i32,
+    },
+    /// A call of failsafe arrives at the HTTP API of `to`.
+    PromiseCall {
+        host: usize,
+        run: u64,
+        round: u64,
+        to: MemberName,
+        ask: Box<PromiseAsk>,
     },
     Supervisor {
         host: usize,
@@ -197,6 +216,8 @@ pub struct Sim {
     pub checks: Checks,
     pub coverage: Coverage,
     pub requests: u64,
+    /// Calls of failsafe that a machine has not answered: who asked, in which run and round, and who was asked.
+    pub promise_calls: BTreeMap<u64, (usize, u64, u64, MemberName)>,
     /// Everything was put right: what the plan still has is over.
     pub healed: bool,
     /// Clients write.
@@ -245,6 +266,7 @@ impl Sim {
             checks: Checks::new(),
             coverage: Coverage::default(),
             requests: 0,
+            promise_calls: BTreeMap::new(),
             healed: false,
             load: true,
         };
@@ -328,6 +350,7 @@ impl Sim {
             What::Server { host } => self.server_due(host),
             What::Receiver { host, pid } => self.receiver_due(host, pid),
             What::Stream { host, pid } => self.wal_arrives(host, pid),
+            What::PromiseCall { host, run, round, to, ask } => self.peer_is_called(host, run, round, to, *ask),
             What::Supervisor { host } => self.supervise(host),
             What::KillDaemon { host } => self.daemon_ends(host, None),
             What::Flap { host } => self.flap(host),
@@ -365,6 +388,8 @@ impl Sim {
             DaemonDue::GuardSilent { ask, from } => self.guard_silent(host, run, ask, from),
             DaemonDue::Job { id, step } => self.job_goes_on(host, id, step),
             DaemonDue::Peers { id } => self.peers_answer(host, id),
+            DaemonDue::Promised { round, from, promised } => self.promise_heard(host, round, &from, promised),
+            DaemonDue::PromisesOver { round } => self.promises_over(host, round),
             DaemonDue::Scan { id } => self.scan_on(host, id),
         }
     }

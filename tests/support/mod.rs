@@ -3,14 +3,18 @@
 pub mod etcd_server;
 pub mod lossy;
 
+use std::future::{Future, ready};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 
 use pgherd::clock::BootTime;
 use pgherd::etcd::lease::{Acknowledged, LeaseHandle, spawn};
 use pgherd::etcd::{AcquireRequest, Acquisition, Etcd, PutMember, Settings};
 use pgherd::facts::cluster::{DataDirectoryReport, HistoryEntry, MemberRecord, MemberRole, Versions};
+use pgherd::facts::failsafe::FEATURE;
 use pgherd::facts::lease::LeaseEvent;
 use pgherd::policy::deadlines::LeaseTimes;
+use pgherd::policy::renewal::Round;
 use pgherd::types::{Incarnation, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision, TimelineId};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -38,6 +42,7 @@ pub fn record(started: u64) -> MemberRecord {
         port: 5432,
         versions: Versions::default(),
         observed_generation: 1,
+        features: vec![FEATURE.to_owned()],
         pending_restart: Vec::new(),
         tags: Default::default(),
         conditions: Vec::new(),
@@ -54,6 +59,7 @@ pub fn entry(member: &MemberName, lease: LeaseId, why: &str) -> HistoryEntry {
         switch_lsn: None,
         why: why.into(),
         at: "2026-01-01T00:00:00Z".into(),
+        continued: None,
     }
 }
 
@@ -81,7 +87,15 @@ pub async fn request(etcd: &Etcd, member: &str, lease: LeaseId) -> AcquireReques
     let member = name(member);
     let mut history = view.history.clone();
     history.push(entry(&member, lease, "test"));
-    AcquireRequest { member, lease, vacancy: view.history_revision, sync_revision: view.sync_revision, history, initialize: None }
+    AcquireRequest {
+        member,
+        lease,
+        vacancy: view.history_revision,
+        sync_revision: view.sync_revision,
+        failsafe_revision: view.failsafe_revision,
+        history,
+        initialize: None,
+    }
 }
 
 /// Writes the member key and takes the lock.
@@ -110,6 +124,16 @@ impl Keeper {
 
     /// With a guard of your own; it gets the number of the deadline, from 1.
     pub fn start_with(settings: Settings, ttl_s: u64, guard: impl Fn(usize) -> Acknowledged + Send + Sync + 'static) -> Keeper {
+        Keeper::start_among(settings, ttl_s, guard, |_| Err("nobody is there".to_owned()))
+    }
+
+    /// With a guard and peers of your own.
+    pub fn start_among(
+        settings: Settings,
+        ttl_s: u64,
+        guard: impl Fn(usize) -> Acknowledged + Send + Sync + 'static,
+        peers: impl Fn(Round) -> Result<(), String> + Send + Sync + 'static,
+    ) -> Keeper {
         let times = LeaseTimes::new(std::time::Duration::from_secs(ttl_s));
         let acknowledged = Arc::new(Mutex::new(Vec::new()));
         let noted = acknowledged.clone();
@@ -125,7 +149,8 @@ impl Keeper {
         let sink = move |event| {
             let _ = said.send((BootTime::now(), event));
         };
-        let handle = spawn(settings, times, Box::new(acknowledge), Box::new(sink)).unwrap();
+        let call_peers = move |round| -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> { Box::pin(ready(peers(round))) };
+        let handle = spawn(settings, times, Box::new(acknowledge), Box::new(call_peers), Box::new(sink)).unwrap();
         Keeper { handle, times, events, acknowledged }
     }
 

@@ -35,6 +35,7 @@ pub fn view() -> ClusterView {
             port: 5432,
             versions: Versions::default(),
             observed_generation: 4,
+            features: Vec::new(),
             pending_restart: Vec::new(),
             tags: BTreeMap::new(),
             conditions: Vec::new(),

@@ -6,6 +6,7 @@
 //! ```text
 //! Grant --> Granted --> (put_member, acquire) --> Hold --> Proved, every R --> LetGo, then release
 //! Adopt --> Proved | Renewed | Lost
+//! Arm   --> Sustained, in place of a renewal that etcd did not answer
 //! ```
 //!
 //! The rule that would surprise: the guard's acknowledgement, not etcd's answer, makes a deadline true. Without one within R nothing is
@@ -13,6 +14,7 @@
 
 mod renewal;
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -24,9 +26,10 @@ use self::renewal::{Outcome, Renewer};
 use super::pool::Pool;
 use super::settings::Settings;
 use crate::clock::BootTime;
+use crate::facts::failsafe::Armed;
 use crate::facts::lease::LeaseEvent;
 use crate::policy::deadlines::LeaseTimes;
-use crate::policy::renewal::{Book, Step};
+use crate::policy::renewal::{Book, Round, Step};
 use crate::types::{LeaseIdentity, LockIdentity};
 
 /// How long the thread that waits for the guard outlives its last wait: so that there is always one.
@@ -47,6 +50,9 @@ pub enum Acknowledged {
 /// Hands a proved lock, its send time and the times of the lease it hangs on to the guard and waits for the answer. May block; the lease
 /// thread does not wait longer than R.
 pub type Acknowledge = Box<dyn Fn(LockIdentity, BootTime, LeaseTimes) -> Acknowledged + Send + Sync>;
+/// Calls every peer of a round at once, within its budget. An error: one did not promise, and who and why. The calls are sent after it is
+/// called and not before; the lease thread waits for it.
+pub type CallPeers = Box<dyn Fn(Round) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send + Sync>;
 /// Takes events in, on the lease thread: it must not block.
 pub type Sink = Box<dyn Fn(LeaseEvent) + Send>;
 
@@ -55,6 +61,7 @@ enum Command {
     Grant,
     Hold(LockIdentity),
     LetGo,
+    Arm(Option<Armed>),
     ChangeTimes(LeaseTimes),
     ChangeSettings(Box<Settings>),
     Revoke,
@@ -96,6 +103,11 @@ impl LeaseHandle {
         self.send(Command::LetGo);
     }
 
+    /// What the lock may go on with while etcd cannot be asked. None is answered with [`LeaseEvent::Disarmed`].
+    pub fn arm(&self, armed: Option<Armed>) {
+        self.send(Command::Arm(armed));
+    }
+
     /// New times. A changed ttl brings [`LeaseEvent::Granted`]; after [`super::Etcd::move_to_lease`] that lease is adopted.
     pub fn change_times(&self, times: LeaseTimes) {
         self.send(Command::ChangeTimes(times));
@@ -135,7 +147,13 @@ impl Drop for LeaseHandle {
 ///
 /// # Errors
 /// When the settings cannot work, or a thread or a runtime cannot be made.
-pub fn spawn(settings: Settings, times: LeaseTimes, acknowledge: Acknowledge, sink: Sink) -> anyhow::Result<LeaseHandle> {
+pub fn spawn(
+    settings: Settings,
+    times: LeaseTimes,
+    acknowledge: Acknowledge,
+    call_peers: CallPeers,
+    sink: Sink,
+) -> anyhow::Result<LeaseHandle> {
     let pool = Pool::new(settings)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -144,7 +162,7 @@ pub fn spawn(settings: Settings, times: LeaseTimes, acknowledge: Acknowledge, si
         .build()
         .context("making the lease thread's runtime")?;
     let (commands, orders) = unbounded_channel();
-    let keeper = Keeper { book: Book::new(times), renewer: Renewer::new(pool), acknowledge: Arc::from(acknowledge), sink };
+    let keeper = Keeper { book: Book::new(times), renewer: Renewer::new(pool), acknowledge: Arc::from(acknowledge), call_peers, sink };
     let thread = std::thread::Builder::new()
         .name("lease".into())
         .spawn(move || {
@@ -160,6 +178,7 @@ struct Keeper {
     book: Book,
     renewer: Renewer,
     acknowledge: Arc<dyn Fn(LockIdentity, BootTime, LeaseTimes) -> Acknowledged + Send + Sync>,
+    call_peers: CallPeers,
     sink: Sink,
 }
 
@@ -202,6 +221,10 @@ impl Keeper {
                 self.tell(refused);
             }
             Command::LetGo => self.book.let_go(),
+            Command::Arm(armed) => {
+                let disarmed = self.book.arm(armed, now);
+                self.tell(disarmed);
+            }
             Command::ChangeTimes(times) => self.book.change_times(times, now),
             Command::ChangeSettings(settings) => match Pool::new(*settings) {
                 Ok(pool) => self.renewer = Renewer::new(pool),
@@ -244,21 +267,41 @@ impl Keeper {
                 self.book.lock_not_ours()
             }
             Outcome::LeaseNotFound => self.book.not_found(),
-            Outcome::Failed(why) => Some(LeaseEvent::Failed { why }),
+            // An answer from a wrong etcd is none, but it is not silence either: who leads is not known then (SAFETY row 43).
+            Outcome::Suspicious(why) => Some(LeaseEvent::Failed { why }),
+            Outcome::Failed(why) => {
+                self.tell(Some(LeaseEvent::Failed { why }));
+                self.go_on_by_promises().await
+            }
         };
         self.tell(event);
     }
 
-    /// The guard learns the new deadline first, and everybody else after it.
+    /// etcd could not be asked: all others are, whether they leave the lock to us. E counts from before the first of the calls.
+    async fn go_on_by_promises(&mut self) -> Option<LeaseEvent> {
+        let sent = BootTime::now();
+        let round = self.book.round(sent)?;
+        let (lock, budget) = (round.armed.lock, round.budget);
+        let answers = tokio::time::timeout(budget, (self.call_peers)(round)).await;
+        if let Err(why) = answers.unwrap_or_else(|_| Err(format!("not every member answered within {budget:?}"))) {
+            tracing::warn!(why, "the lock does not go on without etcd");
+            return Some(LeaseEvent::Failed { why });
+        }
+        self.told_guard(lock, sent).await.or_else(|| self.book.sustained(sent).map(|until| LeaseEvent::Sustained { lock, sent, until }))
+    }
+
     async fn proved(&mut self, lock: LockIdentity, sent: BootTime) -> Option<LeaseEvent> {
+        self.told_guard(lock, sent).await.or_else(|| self.book.renewed(sent).map(|until| LeaseEvent::Proved { lock, sent, until }))
+    }
+
+    /// The guard learns the new deadline first, and everybody else after it. None: it has acknowledged.
+    async fn told_guard(&mut self, lock: LockIdentity, sent: BootTime) -> Option<LeaseEvent> {
         let acknowledge = self.acknowledge.clone();
         let times = self.book.held_times();
         let within = times.renewal_interval();
         let waiting = tokio::task::spawn_blocking(move || acknowledge(lock, sent, times));
         let silent: String = match tokio::time::timeout(within, waiting).await {
-            Ok(Ok(Acknowledged::Yes)) => {
-                return self.book.renewed(sent).map(|until| LeaseEvent::Proved { lock, sent, until });
-            }
+            Ok(Ok(Acknowledged::Yes)) => return None,
             Ok(Ok(Acknowledged::No(why))) => why,
             Ok(Err(e)) => format!("asking the guard failed: {e}"),
             Err(_) => format!("the guard did not acknowledge the new deadline within {within:?}"),

@@ -35,8 +35,10 @@ pub(super) enum Outcome {
     LockNotOurs { sent: Option<BootTime>, found: String },
     /// There is no such lease.
     LeaseNotFound,
-    /// Nobody knows.
+    /// Nobody knows: etcd could not be asked.
     Failed(String),
+    /// Nobody knows: what answered is another etcd, or one from the past.
+    Suspicious(String),
 }
 
 type Stream = Box<(LeaseKeeper, LeaseKeepAliveStream)>;
@@ -142,7 +144,9 @@ impl Renewer {
             if let Some(first) = order.first() {
                 self.pool.move_on(*first);
             }
-            Outcome::Failed(conclude(&failures, false).to_string())
+            let suspicious = failures.iter().any(|(_, failure)| matches!(failure, Failure::Suspicious(_)));
+            let why = conclude(&failures, false).to_string();
+            if suspicious { Outcome::Suspicious(why) } else { Outcome::Failed(why) }
         })
     }
 }

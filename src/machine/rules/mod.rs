@@ -2,6 +2,7 @@
 
 pub(crate) mod bootstrap;
 pub(crate) mod demoting;
+pub(crate) mod failsafe;
 pub(crate) mod handover;
 pub(crate) mod primary;
 pub(crate) mod promoting;

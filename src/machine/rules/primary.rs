@@ -101,17 +101,19 @@ fn record_promotion(context: &mut Context<'_>, lock: LockIdentity, timeline: Tim
         return;
     }
     let Some(view) = context.world.fresh_view().filter(|view| view.revision.0 >= lock.epoch.0) else { return };
-    if view.history.iter().any(|entry| entry.epoch == Some(lock.epoch)) {
+    if view.history.iter().any(|entry| entry.is_of(lock.epoch)) {
         context.world.recorded = Some(lock.epoch);
         return;
     }
     let mut history = view.history.clone();
-    let ours =
-        |entry: &&mut HistoryEntry| entry.lease == lock.lease.lease && entry.member == context.world.me.name && entry.epoch.is_none();
+    let ours = |entry: &&mut HistoryEntry| entry.awaits(&context.world.me.name, lock.lease.lease);
     let Some(entry) = history.iter_mut().rev().find(ours) else { return };
     // A lock won to start in place keeps the timeline it has; the reserved id then stays unused for good.
     if entry.timeline == timeline {
-        entry.epoch = Some(lock.epoch);
+        match &mut entry.continued {
+            Some(continued) => continued.epoch = Some(lock.epoch),
+            None => entry.epoch = Some(lock.epoch),
+        }
         context.start(Operation::RecordPromotion { epoch: lock.epoch, history });
     }
 }

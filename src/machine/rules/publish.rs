@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use crate::facts::cluster::{DataDirectoryReport, MemberRecord, MemberRole};
+use crate::facts::failsafe;
 use crate::facts::guard::{PostmasterFacts, Word};
 use crate::facts::postgres::{DataDirectory, ProbeOutcome};
 use crate::machine::action::{Operation, OperationKind};
@@ -46,7 +47,8 @@ fn vanished(world: &World) -> bool {
 
 /// Whether every change of position has to be seen by others at once.
 pub(crate) fn positions_matter_now(world: &World) -> bool {
-    world.vacancy.is_some() || world.other_leader().is_some_and(|(_, key)| key.record.machine_state == "handing_over")
+    let election = world.vacancy.is_some() && !world.failsafe.keeps_still;
+    election || world.other_leader().is_some_and(|(_, key)| key.record.machine_state == "handing_over")
 }
 
 fn record(world: &World, state: &State) -> Option<MemberRecord> {
@@ -67,7 +69,7 @@ fn record(world: &World, state: &State) -> Option<MemberRecord> {
         system_id,
         data_directory: data_directory(world, last),
         vote: if matches!(state, State::Candidate) { standby::own_vote(world) } else { None },
-        api_url: format!("http://{}", standby::host_port(&member.address, member.api_port)),
+        api_url: member.api_url(),
         host: member.address.clone(),
         port: member.port,
         versions: crate::facts::cluster::Versions {
@@ -75,6 +77,7 @@ fn record(world: &World, state: &State) -> Option<MemberRecord> {
             ..world.me.versions.clone()
         },
         observed_generation: world.in_force.as_ref().map_or(0, |files| files.generation),
+        features: vec![failsafe::FEATURE.to_owned()],
         pending_restart: sql.map(|sql| sql.pending_restart.clone()).unwrap_or_default(),
         tags: member.tags.set(),
         conditions: world.conditions.values().cloned().collect(),

@@ -213,7 +213,7 @@ fn is_past_the_switch(context: &Context<'_>) -> bool {
 }
 
 fn is_of(view: &ClusterView, timeline: TimelineId, epoch: crate::types::Epoch) -> bool {
-    view.history.iter().any(|entry| entry.timeline == timeline && entry.epoch == Some(epoch))
+    view.history.iter().any(|entry| entry.timeline == timeline && entry.is_of(epoch))
 }
 
 fn is_stuck(context: &Context<'_>) -> bool {
@@ -245,6 +245,7 @@ fn can_be_candidate(context: &Context<'_>) -> bool {
         && world.fresh_view().is_some_and(|view| view.spec.is_some())
         && world.written.is_some()
         && world.lock == Lock::None
+        && !world.failsafe.keeps_still
         && world.declared().is_some_and(|member| !member.nofailover())
         && !(world.abstains_until.is_some_and(|until| context.now < until) && somebody_else_could_lead(world))
 }
@@ -302,6 +303,8 @@ fn verdict(context: &Context<'_>) -> Option<Verdict> {
         system_id: world.sql()?.system_id,
         peers,
         ladder: deadlines.fenced_by.since(deadlines.announce_at),
+        promise: world.failsafe.promise.as_ref(),
+        started: world.failsafe.started.unwrap_or(context.now),
     }))
 }
 
@@ -316,13 +319,8 @@ fn ask_peers(context: &mut Context<'_>) {
         return;
     }
     let peers = spec.members.iter().filter(|member| member.name != context.world.me.name);
-    let peers = peers.map(|member| (member.name.clone(), format!("http://{}", host_port(&member.address, member.api_port)))).collect();
+    let peers = peers.map(|member| (member.name.clone(), member.api_url())).collect();
     context.start(Operation::AskPeers { vacancy: vacancy.id, peers });
-}
-
-/// `host:port`, with brackets around an IPv6 address.
-pub(crate) fn host_port(host: &str, port: u16) -> String {
-    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
 }
 
 fn run(context: &mut Context<'_>, why: &str, initialize: Option<crate::types::SystemId>) {
@@ -359,6 +357,7 @@ pub(crate) fn with_reservation(
         switch_lsn: None,
         why: why.to_owned(),
         at: String::new(),
+        continued: None,
     });
     history
 }

@@ -3,11 +3,12 @@
 //! A failure prints its seed, and the seed alone replays it: `PGHERD_SEED=7 cargo test --lib chaos`. `PGHERD_SEEDS=500` tries more.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::facts::cluster::{Ask, RequestProgress};
 use crate::machine::action::OperationKind;
-use crate::machine::tests::fixtures::{ms, name, spec, spec_with};
+use crate::machine::tests::fixtures::{ms, name, spec_with};
 
 use super::toy::Toy;
 
@@ -17,6 +18,9 @@ const SEEDS: u64 = 12;
 const STORM_S: u64 = 60;
 /// How long everything may take to come together once they are over: leases, back-offs, abstention, copies.
 const HEAL_S: u64 = 120;
+
+const WITH_FAILSAFE: &str = "ha: { ttl: 10s, loop_wait: 5s, failsafe: true }";
+const WITHOUT_FAILSAFE: &str = "ha: { ttl: 10s, loop_wait: 5s, failsafe: false }";
 
 const THREE: [&str; 3] = ["a", "b", "c"];
 
@@ -54,7 +58,7 @@ fn one_fault(toy: &mut Toy, random: &mut Random, requests: &mut usize) {
         let host = &toy.hosts[&name(leader)];
         host.daemon.is_some() && host.connected && toy.etcd.up && host.server.guard.as_ref().is_some_and(|guard| !guard.frozen)
     });
-    match random.next(18) {
+    match random.next(19) {
         0 => toy.power_off(member),
         // Guard and daemon both unable to work, without a watchdog, is a limit that is stated (P1).
         1 => {
@@ -103,13 +107,23 @@ fn one_fault(toy: &mut Toy, random: &mut Random, requests: &mut usize) {
             }
         }
         16 => toy.host(member).server.crashes ^= true,
-        17 => toy.apply(spec_with(&THREE, "ha: { ttl: 10s, loop_wait: 3s }")),
+        17 => {
+            let failsafe = random.next(2) == 0;
+            toy.apply(spec_with(&THREE, &format!("ha: {{ ttl: 10s, loop_wait: 3s, failsafe: {failsafe} }}")));
+        }
+        18 => {
+            let pair = (name(member), name(random.member()));
+            if !toy.cut.remove(&pair) {
+                toy.cut.insert(pair);
+            }
+        }
         _ => {}
     }
 }
 
 fn heal(toy: &mut Toy) {
     let now = toy.now;
+    toy.cut.clear();
     if !toy.etcd.up {
         toy.etcd.come_back(now);
     }
@@ -130,9 +144,11 @@ fn heal(toy: &mut Toy) {
 fn storm(seed: u64) {
     let mut random = Random(seed);
     random.next(1);
-    let mut toy = if random.next(4) == 0 { Toy::new(&THREE) } else { Toy::working(&THREE) };
+    // Half of the storms are under failsafe.
+    let spec = spec_with(&THREE, if seed.is_multiple_of(2) { WITHOUT_FAILSAFE } else { WITH_FAILSAFE });
+    let mut toy = if random.next(4) == 0 { Toy::new(&THREE) } else { Toy::working_with(&THREE, Arc::clone(&spec)) };
     if toy.etcd.keys.spec.is_none() {
-        toy.apply(spec(&THREE));
+        toy.apply(spec);
     }
     let until = toy.now + Duration::from_secs(STORM_S);
     let mut requests = 0;

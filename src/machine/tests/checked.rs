@@ -93,7 +93,12 @@ impl Checked {
                 assert!(dead, "leaves while PostgreSQL may be alive, {context}");
                 self.exited = true;
             }
-            Action::CancelJob | Action::Lease(_) | Action::Stop(_) | Action::Record(_) => {}
+            Action::AnswerPromise { result: Ok(()), .. } => {
+                let idle = world.lock == Lock::None && !world.in_flight.contains(&OperationKind::Acquire);
+                assert!(idle && world.cannot_write(now), "I1: promises not to lead while it does or may, {context}");
+                assert!(world.failsafe.promise.is_some(), "a promise that is not booked, {context}");
+            }
+            Action::AnswerPromise { result: Err(_), .. } | Action::CancelJob | Action::Lease(_) | Action::Stop(_) | Action::Record(_) => {}
         }
     }
 }
@@ -122,6 +127,18 @@ fn judge_operation(world: &World, now: BootTime, operation: &Operation, context:
         Operation::Release { record, .. } => {
             let standby = record.is_none() && matches!(world.running(), Some((_, Word::Standby)));
             assert!(world.nothing_can_write() || standby, "I2: releases the lock while PostgreSQL may write, {context}");
+        }
+        Operation::Acquire { judged_on, .. } => {
+            let named = judged_on.failsafe.as_ref().is_none_or(|record| record.members.contains_key(&world.me.name));
+            assert!(named, "I1: takes the lock although the failsafe key does not name it, {context}");
+            let released = judged_on.release.as_ref().map(|release| release.epoch);
+            let bound = world.failsafe.promise.as_ref().is_some_and(|promise| now < promise.until && promise.epoch != released);
+            let first = !matches!(judged_on.initialize, Some(Initialize::Done(_)));
+            assert!(!bound || first, "I1: takes the lock within a promise not to, {context}");
+        }
+        Operation::WriteFailsafe { .. } => {
+            let relies = world.failsafe.armed.is_some() || world.failsafe.disarming.is_some();
+            assert!(!relies && world.is_proved_by_etcd(), "I1: changes the failsafe key while it may be relied on, {context}");
         }
         _ => {}
     }
@@ -169,6 +186,7 @@ pub(crate) fn kind_of(finished: &Finished) -> Option<OperationKind> {
         Finished::Released(_) => Kind::Release,
         Finished::StatusWritten(_) => Kind::WriteStatus,
         Finished::PromotionRecorded(_) => Kind::RecordPromotion,
+        Finished::FailsafeWritten(_) => Kind::WriteFailsafe,
         Finished::InitializeClaimed(_) => Kind::ClaimInitialize,
         Finished::InitializeGivenUp(_) => Kind::GiveUpInitialize,
         Finished::RequestAnswered(_) => Kind::AnswerRequest,

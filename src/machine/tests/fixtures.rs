@@ -8,6 +8,7 @@ use crate::clock::BootTime;
 use crate::facts::cluster::{
     ClusterView, DataDirectoryReport, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, MemberRole, SpecRecord, Versions,
 };
+use crate::facts::failsafe::FEATURE;
 use crate::facts::guard::{GuardFacts, LockFacts, PostmasterFacts, StartId, Word};
 use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState, Probe, ProbeOutcome, SqlFacts, StandbyFloor, WalReceiverFacts};
 use crate::machine::action::Operation;
@@ -34,9 +35,9 @@ pub(crate) fn name(text: &str) -> MemberName {
     text.parse().unwrap()
 }
 
-/// A spec of members, each a line such as `a` or `b, failover_priority: 2`; ttl 10 s, loop_wait 5 s.
+/// A spec of members, each a line such as `a` or `b, failover_priority: 2`; ttl 10 s, loop_wait 5 s, without failsafe.
 pub(crate) fn spec(members: &[&str]) -> Arc<ClusterSpec> {
-    spec_with(members, "ha: { ttl: 10s, loop_wait: 5s }")
+    spec_with(members, "ha: { ttl: 10s, loop_wait: 5s, failsafe: false }")
 }
 
 /// The same with the given lines of `spec:`.
@@ -88,6 +89,7 @@ pub(crate) fn record(role: MemberRole, timeline: u32, lsn: u64) -> MemberRecord 
         port: 5432,
         versions: Versions::default(),
         observed_generation: 1,
+        features: vec![FEATURE.to_owned()],
         pending_restart: Vec::new(),
         tags: BTreeMap::new(),
         conditions: Vec::new(),
@@ -119,6 +121,7 @@ pub(crate) fn entry(timeline: u32, member: &str, lease_id: i64) -> HistoryEntry 
         switch_lsn: None,
         why: "a test".to_owned(),
         at: String::new(),
+        continued: None,
     }
 }
 
@@ -218,6 +221,7 @@ pub(crate) fn failed(operation: &Operation, why: String) -> Finished {
         Operation::Release { .. } => Finished::Released(Err(why)),
         Operation::WriteStatus(_) => Finished::StatusWritten(Err(why)),
         Operation::RecordPromotion { .. } => Finished::PromotionRecorded(Err(why)),
+        Operation::WriteFailsafe { .. } => Finished::FailsafeWritten(Err(why)),
         Operation::ClaimInitialize => Finished::InitializeClaimed(Err(why)),
         Operation::GiveUpInitialize => Finished::InitializeGivenUp(Err(why)),
         Operation::AnswerRequest { .. } => Finished::RequestAnswered(Err(why)),

@@ -11,3 +11,4 @@ mod chaos;
 mod cluster;
 mod reactions;
 mod recovery;
+mod without_etcd;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::facts::cluster::{MemberRole, ReleaseRecord, StatusRecord};
+use crate::facts::cluster::{FailsafeRecord, MemberRole, ReleaseRecord, StatusRecord};
 use crate::machine::tests::fixtures::{SYSTEM, T0, empty_record, entry, key, ms, name, record, recorded, spec, view};
 use crate::types::{Epoch, Revision};
 
@@ -23,6 +23,7 @@ struct Vacant {
     own: Vote,
     peers: Option<Vec<MemberName>>,
     system_id: SystemId,
+    promise: Option<Promise>,
 }
 
 fn vote(timeline: u32, lsn: u64) -> Vote {
@@ -35,8 +36,15 @@ impl Vacant {
         view.history = vec![recorded(1, "a", 1, 10, 0, 0)];
         view.history_revision = VACANCY;
         view.status = Some(StatusRecord { epoch: Epoch(10), timeline: TimelineId(1), lsn: Lsn(LSN), conditions: Vec::new() });
-        let vacant =
-            Vacant { members: MEMBERS.to_vec(), view, me: name("b"), own: vote(1, LSN), peers: Some(Vec::new()), system_id: SYSTEM };
+        let vacant = Vacant {
+            members: MEMBERS.to_vec(),
+            view,
+            me: name("b"),
+            own: vote(1, LSN),
+            peers: Some(Vec::new()),
+            system_id: SYSTEM,
+            promise: None,
+        };
         vacant.voted("b", vote(1, LSN)).voted("c", vote(1, LSN))
     }
 
@@ -104,6 +112,8 @@ impl Vacant {
             system_id: self.system_id,
             peers: self.peers.as_deref(),
             ladder: LADDER,
+            promise: self.promise.as_ref(),
+            started: T0.before(ms(1_000)),
         })
     }
 
@@ -200,6 +210,22 @@ fn row_37_and_39_without_a_release_the_others_are_asked_whether_they_write_first
     assert!(!vacant.runs_after(LADDER.as_millis() as u64 - 1), "whoever may write is given time to be fenced");
     assert!(vacant.runs_after(LADDER.as_millis() as u64 + 1), "and no more than that");
     assert!(Vacant::new().released_to(None).runs_after(0), "a release in good order says it all");
+}
+
+#[test]
+fn i1_a_member_that_promised_or_that_the_failsafe_key_does_not_name_does_not_run_however_well_it_stands() {
+    let named =
+        |members: &[&str]| FailsafeRecord { ttl_s: 10, members: members.iter().map(|member| (name(member), String::new())).collect() };
+    let mut vacant = Vacant::new().with(|view| view.failsafe = Some(named(&MEMBERS)));
+    assert_eq!(
+        vacant.judge_after(0),
+        wait(T0 + ms(9_000), "the run of this daemon before may have promised not to run: it waits one ttl from its start")
+    );
+    assert!(vacant.runs_after(9_000), "a ttl after its start");
+    vacant.promise = Some(Promise { to: name("a"), epoch: Some(Epoch(10)), until: T0 + ms(30_000) });
+    assert!(matches!(vacant.judge_after(29_999), Verdict::Wait { until, .. } if until == T0 + ms(30_000)));
+    assert!(vacant.runs_after(30_000));
+    Vacant::new().with(|view| view.failsafe = Some(named(&["a", "c"]))).not_eligible_because("does not name this member");
 }
 
 #[test]

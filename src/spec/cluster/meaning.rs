@@ -139,7 +139,7 @@ fn ha(typed: typed::Ha, report: &mut Report) -> Ha {
         maximum_lag_on_failover: typed.maximum_lag_on_failover.map_or(1 << 20, |size| size.0),
         primary_start_timeout: duration(typed.primary_start_timeout.or(typed.master_start_timeout), Duration::from_secs(300)),
         primary_stop_timeout: duration(typed.primary_stop_timeout, Duration::from_secs(30)),
-        failsafe: false,
+        failsafe: typed.failsafe.unwrap_or(true),
     }
 }
 

@@ -1,7 +1,7 @@
 //! What a cluster document means: the values in force, checked, with defaults filled in.
 //!
-//! A default whose feature is not built is not in force: `replication.mode`, `watchdog.mode` and `ha.failsafe` read async, off and
-//! false here whatever was typed. What was typed is in [`ClusterSpec::typed`]; [`super::unbuilt`] says what follows from that.
+//! A default whose feature is not built is not in force: `replication.mode` and `watchdog.mode` read async and off here whatever was
+//! typed. What was typed is in [`ClusterSpec::typed`]; [`super::unbuilt`] says what follows from that.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -76,6 +76,12 @@ pub struct Member {
 }
 
 impl Member {
+    /// Where its HTTP API is: `http://10.0.12.9:8008`, with brackets around an IPv6 address.
+    pub fn api_url(&self) -> String {
+        let host = if self.address.contains(':') { format!("[{}]", self.address) } else { self.address.clone() };
+        format!("http://{host}:{}", self.api_port)
+    }
+
     /// Whether the spec forbids that it leads.
     pub fn nofailover(&self) -> bool {
         self.failover_priority == 0 || self.tags.nofailover
@@ -154,7 +160,7 @@ pub struct Ha {
     pub primary_start_timeout: Duration,
     /// How long a planned stop may take.
     pub primary_stop_timeout: Duration,
-    /// Not built: false.
+    /// While etcd cannot be asked, the leader goes on as long as every other member that may lead answers.
     pub failsafe: bool,
 }
 

@@ -171,13 +171,18 @@ impl Healed {
             Action::Lease(LeaseOrder::Adopt(lease, lock)) => (self.lease, self.lock) = (Some(lease), lock),
             Action::Lease(LeaseOrder::Hold(lock)) => self.lock = Some(lock),
             Action::Lease(LeaseOrder::LetGo) => self.lock = None,
+            Action::Lease(LeaseOrder::Failsafe(armed)) => {
+                if armed.is_none() {
+                    self.tell(Event::Lease(LeaseEvent::Disarmed { at: self.now }));
+                }
+            }
             Action::Stop(_) => self.end(),
             Action::ForgetLock(_) => self.guard.lock = None,
             Action::Exit(code) => {
                 assert_eq!(code, 0);
                 self.exit = true;
             }
-            Action::CancelJob | Action::Record(_) => {}
+            Action::CancelJob | Action::Record(_) | Action::AnswerPromise { .. } => {}
         }
     }
 
@@ -214,6 +219,10 @@ impl Healed {
                 Finished::PromotionAsked(Ok(()))
             }
             Operation::EnsureRoles { .. } => Finished::RolesEnsured(Ok(())),
+            Operation::WriteFailsafe { record, .. } => {
+                (self.view.failsafe, self.view.failsafe_revision) = (record, self.view.revision);
+                Finished::FailsafeWritten(Ok(Some(self.view.revision)))
+            }
             Operation::Checkpoint => Finished::Checkpointed(Ok(())),
             Operation::PutMember(record) => {
                 self.view.members.insert(name("a"), key(*record, self.lease.map_or(0, |lease| lease.lease.0)));

@@ -36,7 +36,10 @@ struct Outcome {
 
 fn order(action: &Action) -> Option<String> {
     match action {
-        Action::Record(_) | Action::Do(Operation::PutMember(_)) | Action::Lease(LeaseOrder::Grant) => None,
+        Action::Record(_)
+        | Action::Do(Operation::PutMember(_))
+        | Action::Lease(LeaseOrder::Grant | LeaseOrder::Failsafe(_))
+        | Action::AnswerPromise { .. } => None,
         Action::Do(operation) => Some(format!("{:?}", operation.kind())),
         Action::CancelJob => Some("CancelJob".to_owned()),
         Action::Lease(LeaseOrder::Adopt(..)) => Some("Adopt".to_owned()),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::{
-    ClusterView, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord,
+    ClusterView, FailsafeRecord, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord,
 };
 use crate::machine::event::AcquireOutcome;
 use crate::machine::tests::fixtures::{ETCD, ms};
@@ -132,6 +132,10 @@ impl ToyEtcd {
         history: Vec<HistoryEntry>,
         initialize: Option<SystemId>,
     ) -> AcquireOutcome {
+        // Read back: an earlier answer was lost.
+        if let Some(leader) = self.keys.leader.as_ref().filter(|leader| leader.lease == lease.lease && leader.holder == member.as_str()) {
+            return AcquireOutcome::Won(LockIdentity { lease, epoch: leader.epoch });
+        }
         let ours = self.keys.members.get(member).is_some_and(|key| key.lease == lease.lease);
         let identity_fits = match (initialize, &self.keys.initialize) {
             (None, _) | (Some(_), None) => true,
@@ -142,6 +146,7 @@ impl ToyEtcd {
         let fits = self.keys.leader.is_none()
             && self.keys.history_revision == judged_on.history_revision
             && self.keys.sync_revision == judged_on.sync_revision
+            && self.keys.failsafe_revision == judged_on.failsafe_revision
             && ours
             && identity_fits;
         if !fits {
@@ -187,6 +192,16 @@ impl ToyEtcd {
             self.keys.history = history;
         }
         ours
+    }
+
+    pub(crate) fn write_failsafe(&mut self, epoch: Epoch, judged_on: Revision, record: Option<FailsafeRecord>) -> Option<Revision> {
+        if !self.is_epoch(epoch) || self.keys.failsafe_revision != judged_on {
+            return None;
+        }
+        let revision = self.wrote("failsafe");
+        self.keys.failsafe_revision = if record.is_some() { revision } else { Revision(0) };
+        self.keys.failsafe = record;
+        Some(revision)
     }
 
     pub(crate) fn claim_initialize(&mut self, member: &MemberName, lease: LeaseId) -> bool {

@@ -4,6 +4,7 @@
 //! guard, etcd and probe show comes a step later.
 
 pub(crate) mod etcd;
+mod lease;
 mod perform;
 pub(crate) mod server;
 
@@ -13,30 +14,22 @@ use std::time::Duration;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::{Ask, RequestKey, RequestProgress, RequestRecord, SpecRecord};
-use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{Probe, ReplicaFacts};
 use crate::machine::action::{Action, OperationKind};
 use crate::machine::event::Event;
 use crate::machine::tests::checked::Checked;
-use crate::machine::tests::fixtures::{T0, incarnation, me, ms, name, times};
+use crate::machine::tests::fixtures::{T0, incarnation, me, ms, name};
 use crate::spec::cluster::ClusterSpec;
-use crate::types::{LeaseIdentity, LockIdentity, Lsn, MemberName, Revision, TimelineId};
+use crate::types::{Lsn, MemberName, Revision, TimelineId};
 
 use self::etcd::ToyEtcd;
+use self::lease::ToyLease;
 use self::perform::Pending;
 use self::server::{Process, Server};
 
 const STEP_MS: u64 = 5;
 /// How long etcd has to be away before the watch says so.
 const UNREACHABLE_AFTER_MS: u64 = 800;
-
-#[derive(Default)]
-struct ToyLease {
-    held: Option<(LeaseIdentity, Option<LockIdentity>)>,
-    next_at: BootTime,
-    wanted: bool,
-    silent: bool,
-}
 
 /// One daemon's run.
 pub(crate) struct Daemon {
@@ -83,6 +76,10 @@ pub(crate) struct Toy {
     pub(crate) log: Vec<String>,
     pub(crate) events_handled: usize,
     primaries_seen: BTreeSet<String>,
+    /// Whose HTTP calls do not reach whom.
+    pub(crate) cut: BTreeSet<(MemberName, MemberName)>,
+    /// Answers to calls of a leader without etcd.
+    answers: BTreeMap<u64, Result<(), String>>,
 }
 
 impl Toy {
@@ -99,6 +96,8 @@ impl Toy {
             log: Vec::new(),
             events_handled: 0,
             primaries_seen: BTreeSet::new(),
+            cut: BTreeSet::new(),
+            answers: BTreeMap::new(),
         };
         for member in members {
             let host = Host {
@@ -363,52 +362,6 @@ impl Toy {
 
     pub(crate) fn reaches_etcd(&self, member: &MemberName) -> bool {
         self.etcd.up && self.hosts[member].connected
-    }
-
-    /// The lease's thread.
-    fn keep_lease(&mut self, member: &MemberName) {
-        let (now, reaches) = (self.now, self.reaches_etcd(member));
-        let Some(host) = self.hosts.get_mut(member) else { return };
-        let Some(daemon) = &mut host.daemon else { return };
-        let due = !daemon.lease.silent && now >= daemon.lease.next_at;
-        let event = match daemon.lease.held {
-            Some((identity, lock)) if due => {
-                daemon.lease.next_at = now + times().renewal_interval();
-                if !reaches {
-                    LeaseEvent::Failed { why: "etcd cannot be asked".to_owned() }
-                } else if !self.etcd.keep_alive(identity.lease) {
-                    daemon.lease.held = None;
-                    LeaseEvent::Lost { why: LeaseLoss::LeaseNotFound }
-                } else {
-                    match lock {
-                        None => LeaseEvent::Renewed { sent: now, until: now + times().validity() },
-                        Some(lock) if !self.etcd.proves(lock) => {
-                            daemon.lease.held = Some((identity, None));
-                            LeaseEvent::Lost { why: LeaseLoss::LockNotOurs }
-                        }
-                        Some(lock) if host.server.acknowledge(lock, now, times()) => {
-                            LeaseEvent::Proved { lock, sent: now, until: now + times().validity() }
-                        }
-                        Some(_) => {
-                            daemon.lease.silent = true;
-                            LeaseEvent::GuardSilent
-                        }
-                    }
-                }
-            }
-            None if daemon.lease.wanted && reaches => {
-                let identity = self.etcd.grant();
-                daemon.lease.wanted = false;
-                daemon.lease.held = Some((identity, None));
-                daemon.lease.next_at = now + times().renewal_interval();
-                if let Some(guard) = &mut host.server.guard {
-                    guard.lease = Some(identity);
-                }
-                LeaseEvent::Granted { identity, ttl: times().ttl, sent: now }
-            }
-            Some(_) | None => return,
-        };
-        daemon.inbox.push((now + ms(STEP_MS), Event::Lease(event)));
     }
 
     fn watch(&mut self, member: &MemberName) {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::clock::BootTime;
 use crate::facts::guard::Word;
+use crate::facts::lease::LeaseEvent;
 use crate::facts::postgres::{DataDirectory, DatabaseState};
 use crate::machine::action::{Action, LeaseOrder, Operation, StartAs, Upstream};
 use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, ForeignKey, PutOutcome};
@@ -62,6 +63,15 @@ impl Toy {
                 }
                 _ => {}
             },
+            Action::Lease(LeaseOrder::Failsafe(armed)) => {
+                if armed.is_none() {
+                    daemon.inbox.push((now + ms(10), Event::Lease(LeaseEvent::Disarmed { at: now })));
+                }
+                daemon.lease.armed = armed;
+            }
+            Action::AnswerPromise { id, result } => {
+                self.answers.insert(id, result);
+            }
             Action::Lease(LeaseOrder::LetGo) => {
                 if let Some((identity, _)) = daemon.lease.held {
                     daemon.lease.held = Some((identity, None));
@@ -193,6 +203,9 @@ impl Toy {
                     entry.switch_lsn = Some(own.start);
                 }
                 Finished::PromotionRecorded(Ok(self.etcd.record_promotion(epoch, history)))
+            }
+            Operation::WriteFailsafe { epoch, judged_on, record } => {
+                Finished::FailsafeWritten(Ok(self.etcd.write_failsafe(epoch, judged_on, record)))
             }
             Operation::ClaimInitialize => {
                 let claimed = lease.is_some_and(|lease| self.etcd.claim_initialize(member, lease.lease));
