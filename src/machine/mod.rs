@@ -43,6 +43,7 @@ use statig::prelude::*;
 use crate::clock::BootTime;
 use crate::facts::cluster::MemberRole;
 use crate::facts::guard::Word;
+use crate::mutants::{Mutant, mutant};
 
 use self::action::{Action, LeaseOrder, Operation, OperationKind};
 use self::event::Event;
@@ -171,7 +172,7 @@ impl Machine {
     /// E has passed: what was proved is not proved any more. The lock may still be ours; a later proof says so.
     fn proof_ran_out(&mut self, now: BootTime) -> Option<String> {
         let Lock::Proved { identity, until, .. } = self.world.lock else { return None };
-        (now >= until).then(|| {
+        (now >= until && !mutant(Mutant::ProofNeverRunsOut)).then(|| {
             self.world.unprove(identity);
             "the proof of the lock ran out".to_owned()
         })
@@ -191,7 +192,7 @@ impl Machine {
             // The guard's facts may come later than what the promotion that it agreed to led to.
             (state, Some((_, Word::Standby))) => matches!(state, State::Promoting { .. }) && self.world.promotion_asked_lately(now),
         };
-        writes && !allowed
+        writes && !allowed && !mutant(Mutant::UnlawfulLeftAlone)
     }
 
     /// When to call again at the latest.

@@ -228,6 +228,10 @@ impl Checks {
         }
     }
 
+    pub fn somebody_was_promoted_by_hand(&self) -> bool {
+        !self.by_hand.is_empty()
+    }
+
     /// PostgreSQL follows, by numbers and positions, a history that is not its own.
     pub fn follows_another(&mut self, host: usize, from: usize, hosts: &[Host]) {
         let own = hosts[host].server.data.as_ref().map(|data| data.wal.segments.as_slice()).unwrap_or_default();

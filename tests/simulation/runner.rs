@@ -99,6 +99,9 @@ fn converge(sim: &mut Sim) -> Option<Duration> {
         if sim.has_converged() {
             return Some(sim.now.since(healed));
         }
+        if sim.now >= deadline && sim.operator_has_to_decide() {
+            return None;
+        }
         if sim.now >= deadline {
             let story = sim.story();
             sim.checks
@@ -170,6 +173,14 @@ impl Sim {
                 state == "following" && host.server.streaming()
             }
         })
+    }
+
+    /// Somebody was promoted by hand, nobody leads, and every member says why it may not: only an operator can choose what is lost (row 66).
+    fn operator_has_to_decide(&self) -> bool {
+        let says_why = |host: &super::host::Host| {
+            host.daemon.as_ref().is_some_and(|daemon| daemon.machine.world().conditions.contains_key("waiting_to_lead"))
+        };
+        self.checks.somebody_was_promoted_by_hand() && self.leader().is_none() && self.hosts.iter().all(says_why)
     }
 
     /// I5, I8 and I9 at the end: what standbys have is, record for record, in the primary's past.
