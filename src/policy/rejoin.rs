@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::facts::cluster::HistoryEntry;
 use crate::facts::postgres::{ControlFacts, DatabaseState};
+use crate::mutants::{Mutant, mutant};
 pub use crate::policy::timelines::{Switch, TimelineHistory};
 use crate::types::{Epoch, Lsn, SystemId, TimelineId};
 
@@ -139,6 +140,7 @@ pub fn decide(inputs: Inputs<'_>) -> Rejoin {
         };
     }
     match divergence(inputs) {
+        _ if mutant(Mutant::DivergenceIgnored) => Rejoin::Follow,
         None => Rejoin::Follow,
         Some((why, from)) => Rejoin::Clone { why, lost: Some(LostRange { timeline: wal.timeline, from, to: known_end(local, wal) }) },
     }
@@ -205,7 +207,7 @@ fn past(local: &ControlFacts, wal: &LocalWal, leader_timeline: TimelineId, limit
 fn foreign_promotion(inputs: Inputs<'_>) -> Option<String> {
     let Inputs { local, wal, own_promotion, promoted_under, .. } = inputs;
     let own = wal.timeline;
-    if own == TimelineId(1) {
+    if own == TimelineId(1) || mutant(Mutant::ForeignPromotionFollowed) {
         // Nobody promoted it: initdb made it, and the system identifier tells two of those apart.
         return None;
     }
@@ -244,7 +246,7 @@ pub fn may_be_of_another_promotion(own: TimelineId, promoted: Option<(TimelineId
     let Some((_, epoch)) = promoted.filter(|(timeline, _)| *timeline == own) else { return false };
     let mut recorded = history.iter().filter(|entry| entry.timeline == own).peekable();
     let known = recorded.peek().is_some() || epoch != Epoch::BY_HAND;
-    known && !recorded.any(|entry| entry.epoch == Some(epoch))
+    known && !mutant(Mutant::ForeignPromotionFollowed) && !recorded.any(|entry| entry.epoch == Some(epoch))
 }
 
 /// Whether the server last ran as a primary: a clone that was never started has the primary's control file, but a `backup_label`.

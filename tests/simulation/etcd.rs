@@ -14,6 +14,7 @@ use pgherd::facts::cluster::{
 use pgherd::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision, SystemId};
 
 use super::clock::{Real, ms};
+use super::mutants::{Mutant, mutant};
 
 /// etcd's lessor looks for expired leases so often.
 pub const EXPIRY_TICK_MS: u64 = 500;
@@ -126,7 +127,8 @@ impl Etcd {
             return false;
         }
         let expired: Vec<LeaseId> = self.leases.iter().filter(|(_, lease)| lease.until <= now).map(|(id, _)| *id).collect();
-        expired.into_iter().fold(false, |changed, lease| self.revoke(lease) || changed)
+        let gone: Vec<bool> = expired.into_iter().map(|lease| self.revoke(lease)).collect();
+        gone.contains(&true)
     }
 
     /// Leases that live run out now: the bug of an old leader.
@@ -272,9 +274,10 @@ impl Etcd {
             return Self::read_back(leader, ask);
         }
         let member_is_ours = self.view.members.get(&ask.member).is_some_and(|key| key.lease == ask.lease);
-        let fits = self.view.history_revision == ask.history_revision
+        let as_judged = self.view.history_revision == ask.history_revision
             && self.view.sync_revision == ask.sync_revision
-            && self.view.failsafe_revision == ask.failsafe_revision
+            && self.view.failsafe_revision == ask.failsafe_revision;
+        let fits = (as_judged || mutant(Mutant::AcquireComparesNothing))
             && member_is_ours
             && self.identity_fits(ask)
             && self.leases.contains_key(&ask.lease);
@@ -321,7 +324,7 @@ impl Etcd {
 
     /// False = the lock is not of this epoch.
     pub fn write_fenced(&mut self, epoch: Epoch, write: impl FnOnce(&mut ClusterView, Revision)) -> bool {
-        if !self.is_epoch(epoch) {
+        if !self.is_epoch(epoch) && !mutant(Mutant::EpochNotCompared) {
             return false;
         }
         self.fenced_writes.push(epoch);

@@ -14,6 +14,7 @@ use crate::machine::node::Context;
 use crate::machine::rules::standby;
 use crate::machine::state::{Promotion, State, Way};
 use crate::machine::world::Lock;
+use crate::mutants::{Mutant, mutant};
 use crate::types::{MemberName, TimelineId};
 
 /// How much longer each further member in the spec waits before it claims initialization.
@@ -94,6 +95,7 @@ fn may_initialize(context: &Context<'_>) -> Result<(), String> {
     }
     for member in &spec.members {
         match view.members.get(&member.name).map(|key| key.record.data_directory) {
+            _ if mutant(Mutant::InitdbBesideData) => {}
             Some(DataDirectoryReport::Empty) => {}
             Some(DataDirectoryReport::Full) => {
                 return Err(format!("the data directory of `{}` is not empty: it has to lead, or be emptied by hand", member.name));
@@ -179,7 +181,8 @@ pub(crate) fn initializing(context: &mut Context<'_>) -> Outcome<State> {
         }
         DataDirectory::Unusable(_) => Transition(State::Following),
         DataDirectory::Empty if claimed_by_us => {
-            let full = view.members.values().any(|key| key.record.data_directory == DataDirectoryReport::Full);
+            let full = view.members.values().any(|key| key.record.data_directory == DataDirectoryReport::Full)
+                && !mutant(Mutant::InitdbBesideData);
             if full || context.world.backs_off(context.now, OperationKind::Initdb) {
                 context.start(Operation::GiveUpInitialize);
                 return Transition(State::AwaitingLeader);
