@@ -59,6 +59,8 @@ pub struct Checks {
     /// A standby received WAL of a promotion by hand, and follows the leadership that took the same number (a stated limit): from here on
     /// its WAL is not judged.
     pub mixed_by_hand: bool,
+    /// A disk was lost, or somebody promoted by hand.
+    pub data_was_lost: bool,
 }
 
 impl Checks {
@@ -193,6 +195,7 @@ impl Checks {
         let token = data.wal.token();
         if by_hand {
             self.by_hand.insert(token, host);
+            self.data_was_lost = true;
             return;
         }
         let earlier = self.promoters.insert(timeline, (host, token)).filter(|_| !self.restored);
@@ -226,10 +229,6 @@ impl Checks {
             let what = format!("{} was promoted {lost} bytes behind what its predecessor had published", hosts[host].name);
             self.fail("P2", what);
         }
-    }
-
-    pub fn somebody_was_promoted_by_hand(&self) -> bool {
-        !self.by_hand.is_empty()
     }
 
     /// PostgreSQL follows, by numbers and positions, a history that is not its own.

@@ -339,6 +339,7 @@ impl Sim {
             Kind::CopiesBreak => self.hosts[host].server.ail.breaks_copies = true,
             Kind::DataLost => {
                 self.power_off(host);
+                self.checks.data_was_lost = true;
                 self.hosts[host].server.data = None;
                 self.hosts[host].disk = super::host::Disk::default();
             }
@@ -352,6 +353,7 @@ impl Sim {
                 self.kill_postmaster(host);
                 self.hosts[host].server.orphans.clear();
                 let data = self.hosts[host].server.data.take();
+                self.checks.data_was_lost = true;
                 self.hosts[host].moved_away = data.or(self.hosts[host].moved_away.take());
                 self.guard_turn(host);
             }
@@ -530,7 +532,8 @@ impl Sim {
 
     /// The operator applies the spec that is missing, and the one that names everybody.
     fn apply_again(&mut self) {
-        let newest = self.specs.values().next_back().cloned();
+        let present = self.etcd.view.spec.as_ref().and_then(|spec| self.specs.get(&spec.generation)).cloned();
+        let newest = present.or_else(|| self.specs.values().next_back().cloned());
         let everybody = newest.as_ref().is_some_and(|spec| spec.members.len() == self.hosts.len());
         if !everybody {
             self.edit_spec(0, None);

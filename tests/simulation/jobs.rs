@@ -80,7 +80,7 @@ impl Sim {
                 self.job_ends(host, Finished::Configured { generation, upstream, result: Ok(Configured::Taken) });
             }
             Operation::Initdb { .. } => self.initdb(host),
-            Operation::Clone { from, lost, replaceable, .. } => self.clone_step(host, id, step, &from, lost.is_some(), replaceable),
+            Operation::Clone { from, found_empty, .. } => self.clone_step(host, id, step, &from, found_empty),
             Operation::PlanRejoin { leader, history, .. } => match self.plan(host, &leader, &history) {
                 Ok(plan) => self.job_ends(host, Finished::RejoinPlanned(Ok(plan))),
                 Err(why) => self.job_fails(host, why),
@@ -154,7 +154,7 @@ impl Sim {
         if answers && !self.cut(host, other) { Ok(other) } else { Err("the leader does not answer") }
     }
 
-    fn clone_step(&mut self, host: usize, id: u64, step: u32, from: &Upstream, lost: bool, replaceable: bool) {
+    fn clone_step(&mut self, host: usize, id: u64, step: u32, from: &Upstream, found_empty: bool) {
         let source = match self.ask_leader(host, from) {
             Ok(source) if !self.hosts[host].server.ail.breaks_copies => source,
             Ok(_) => return self.job_fails(host, "the copy broke off"),
@@ -165,11 +165,13 @@ impl Sim {
         }
         let Some(source_data) = self.hosts[source].server.data.clone() else { return self.job_fails(host, "the leader has no data") };
         let copy = Data { checkpoint: source_data.wal.last_record, standby_signal: true, backup_label: true, ..source_data };
-        let keep = lost || !replaceable;
+        if found_empty && self.hosts[host].server.data.is_some() {
+            return self.job_fails(host, "somebody has put data into the data directory");
+        }
         let epoch = self.etcd.view.leader.as_ref().map(|leader| leader.holder.clone());
-        self.checks.swapped(host, &self.hosts, keep, epoch.as_deref());
+        self.checks.swapped(host, &self.hosts, !mutant(Mutant::DivergedNotKept), epoch.as_deref());
         let this = &mut self.hosts[host];
-        if let Some(old) = this.server.data.replace(copy).filter(|_| keep && !mutant(Mutant::DivergedNotKept)) {
+        if let Some(old) = this.server.data.replace(copy).filter(|_| !mutant(Mutant::DivergedNotKept)) {
             this.disk.kept.push(old);
         }
         this.disk.promotion = None;

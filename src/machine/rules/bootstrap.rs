@@ -48,6 +48,8 @@ pub(crate) fn awaiting_leader(context: &mut Context<'_>) -> Outcome<State> {
         }
         Err(why) => {
             context.world.set_info("waiting_to_initialize", why);
+            // Somebody may bring the data back that is waited for.
+            standby::look_again(context);
             Handled
         }
     }
@@ -227,7 +229,7 @@ pub(crate) fn cloning(context: &mut Context<'_>) -> Outcome<State> {
     let (Some(from), Some(spec)) = (leader_to_copy(context), context.world.spec().cloned()) else {
         return Transition(State::AwaitingLeader);
     };
-    if context.world.proved_empty() && context.start(Operation::Clone { from, spec, lost: None, replaceable: true }) {
+    if context.world.proved_empty() && context.start(Operation::Clone { from, spec, lost: None, found_empty: true }) {
         context.world.data = DataDirectory::Unknown;
     }
     Handled
