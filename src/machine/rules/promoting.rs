@@ -43,6 +43,8 @@ pub(crate) fn rule(promotion: &mut Promotion, context: &mut Context<'_>) -> Outc
         return if read_only { Transition(State::Following) } else { Handled };
     }
     match promotion.way {
+        // A new timeline is begun on etcd's word only; promises are for what runs already.
+        Way::Promote { .. } if !context.world.is_proved_by_etcd() => Handled,
         Way::Promote { timeline } => promote(promotion, timeline, context),
         Way::StartInPlace => start_in_place(promotion, context),
     }
