@@ -338,6 +338,10 @@ impl World {
                 if matches!(result, Ok(Rejoin::Follow)) {
                     self.judged = present.map(|epoch| (epoch, now));
                 }
+                // What could not be judged may not be there any more.
+                if result.is_err() {
+                    self.data = DataDirectory::Unknown;
+                }
                 self.rejoin = result.as_ref().ok().filter(|_| present.is_some()).cloned();
                 self.judge(now, Kind::PlanRejoin, result, "rejoin_unclear");
             }

@@ -76,6 +76,8 @@ pub struct Inputs<'a> {
     pub own_promotion: Option<&'a OwnPromotion>,
     /// Who promoted `wal.timeline`, by etcd's history; None when that is not recorded there.
     pub promoted_under: Option<Epoch>,
+    /// Whether some leadership has reserved that timeline, recorded or not.
+    pub reserved: bool,
     /// The leader.
     pub leader: &'a LeaderLineage,
 }
@@ -212,11 +214,11 @@ fn foreign_promotion(inputs: Inputs<'_>) -> Option<String> {
         return None;
     }
     match (own_promotion.filter(|record| record.timeline == own), promoted_under) {
-        (Some(OwnPromotion { epoch: Epoch::BY_HAND, .. }), Some(epoch)) => Some(format!(
-            "this member was promoted to timeline {own} by hand, the leader's timeline {own} was promoted under epoch {epoch}"
-        )),
+        (Some(OwnPromotion { epoch: Epoch::BY_HAND, .. }), _) if inputs.reserved => {
+            Some(format!("this member was promoted to timeline {own} by hand, the leader's timeline {own} was made by a leadership"))
+        }
         // A number that no leadership has used says nothing against a data directory that was there before pgherd.
-        (Some(OwnPromotion { epoch: Epoch::BY_HAND, .. }), None) => None,
+        (Some(OwnPromotion { epoch: Epoch::BY_HAND, .. }), _) => None,
         (Some(record), Some(epoch)) if record.epoch != epoch => Some(format!(
             "this member promoted timeline {own} under epoch {}, the leader's timeline {own} was promoted under epoch {epoch}",
             record.epoch

@@ -432,8 +432,12 @@ impl Sim {
     /// The leader is not removed: apply refuses that (row 73).
     fn remove_member(&mut self, fault: &Fault, host: usize) {
         let leads = |host: usize| self.etcd.view.leader.as_ref().is_some_and(|leader| leader.holder == self.hosts[host].name.as_str());
-        let victim = (0..self.hosts.len()).map(|step| (host + step) % self.hosts.len()).find(|host| !leads(*host));
-        self.edit_spec(fault.choice, victim);
+        // Nor is one that is not there: what it has is not known.
+        let is_there = |host: usize| self.etcd.view.members.contains_key(&self.hosts[host].name);
+        let victim = (0..self.hosts.len()).map(|step| (host + step) % self.hosts.len()).find(|host| !leads(*host) && is_there(*host));
+        if victim.is_some() {
+            self.edit_spec(fault.choice, victim);
+        }
     }
 
     fn edit_spec(&mut self, choice: u64, without: Option<usize>) {

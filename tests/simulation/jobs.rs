@@ -183,6 +183,7 @@ impl Sim {
         let own_promotion = self.hosts[host].disk.promotion.clone();
         let local = data.control(own_promotion.as_ref());
         let wal = data.local_wal();
+        let reserved = history.iter().any(|entry| entry.timeline == wal.timeline);
         let promoted_under = history.iter().rev().find(|entry| entry.timeline == wal.timeline).and_then(|entry| entry.epoch);
         let other = self.ask_leader(host, leader)?;
         let theirs = self.hosts[other].server.data.as_ref().ok_or("the leader has no data")?;
@@ -194,7 +195,14 @@ impl Sim {
             history: theirs.wal.history(),
             lsn: theirs.wal.end,
         };
-        Ok(rejoin::decide(Inputs { local: &local, wal: &wal, own_promotion: own_promotion.as_ref(), promoted_under, leader: &lineage }))
+        Ok(rejoin::decide(Inputs {
+            local: &local,
+            wal: &wal,
+            own_promotion: own_promotion.as_ref(),
+            promoted_under,
+            reserved,
+            leader: &lineage,
+        }))
     }
 
     /// What has to be on disk first, then the guard's word, then promote.

@@ -36,7 +36,9 @@ impl Sim {
                             self.later(ms(1), What::Receiver { host, pid });
                         }
                     } else {
-                        self.checks.opened(host, now, &self.hosts);
+                        if !self.excused(host) {
+                            self.checks.opened(host, &self.hosts);
+                        }
                     }
                 }
                 Change::Promoted(timeline) => self.checks.promoted(host, timeline, by_hand, &self.hosts),
