@@ -7,10 +7,10 @@
 use std::time::Duration;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::{ClusterView, DataDirectoryReport, HistoryEntry, Initialize, Vote};
+use crate::facts::cluster::{ClusterView, DataDirectoryReport, HistoryEntry, Initialize, MemberRecord, Vote};
 use crate::mutants::{Mutant, mutant};
 use crate::policy::failsafe::{self, HeldBack, Promise};
-use crate::spec::cluster::ClusterSpec;
+use crate::spec::cluster::{ClusterSpec, Member};
 use crate::types::{Lsn, MemberName, SystemId, TimelineId};
 
 /// How long voters that have not published their final position are waited for.
@@ -279,7 +279,12 @@ fn all_have_reported_one_identity(inputs: &Inputs<'_>) -> Result<SystemId, Verdi
         };
         match (key.record.data_directory, key.record.system_id) {
             (DataDirectoryReport::Empty, _) => {}
-            (DataDirectoryReport::Full, Some(id)) if id == inputs.system_id => {}
+            (DataDirectoryReport::Full, Some(id)) if id == inputs.system_id => {
+                // Nothing else tells what the last leader wrote and which timeline ids were used: nobody with data is passed over.
+                if !has_said_how_far(inputs, member, &key.record) {
+                    return Err(wait(again, format!("how far the WAL of `{}` reaches is not known", member.name)));
+                }
+            }
             (DataDirectoryReport::Full, Some(id)) => {
                 let why =
                     format!("`{}` holds system identifier {id}, this member {}: an operator has to decide", member.name, inputs.system_id);
@@ -291,6 +296,11 @@ fn all_have_reported_one_identity(inputs: &Inputs<'_>) -> Result<SystemId, Verdi
         }
     }
     Ok(inputs.system_id)
+}
+
+fn has_said_how_far(inputs: &Inputs<'_>, member: &Member, record: &MemberRecord) -> bool {
+    let voted = record.vote.is_some_and(|vote| vote.vacancy == inputs.view.history_revision);
+    member.name == *inputs.me || voted || (member.nofailover() && record.receive_lsn.is_some())
 }
 
 /// The next timeline id that nobody has used or reserved: ids are used once, ever (I9).

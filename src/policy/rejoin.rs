@@ -227,8 +227,8 @@ fn foreign_promotion(inputs: Inputs<'_>) -> Option<String> {
             "this member promoted timeline {own} under epoch {}, and the cluster's history does not say that the leader's timeline {own} is that one",
             record.epoch
         )),
-        (None, Some(epoch)) if was_primary(local) && local.timeline == own => Some(format!(
-            "this member was a primary on timeline {own} without a record of having promoted it; the leader's was promoted under epoch {epoch}"
+        (None, _) if inputs.reserved && promoted_by_hand(local) == Some(own) => Some(format!(
+            "this member was a primary on timeline {own} without a record of having promoted it; the leader's was made by a leadership"
         )),
         _ => None,
     }

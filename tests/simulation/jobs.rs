@@ -39,7 +39,7 @@ impl Sim {
             _ => (1, 12),
         };
         let run = daemon.run;
-        let takes = self.random.between(ms(least), ms(most)) * (1 + self.hosts[host].server.ail.slowness.min(20));
+        let takes = self.random.between(ms(least), ms(most)) * (1 + self.hosts[host].server.ail.slowness.min(4));
         self.later(takes, What::Daemon { host, run, due: DaemonDue::Job { id, step } });
     }
 

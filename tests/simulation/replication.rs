@@ -41,7 +41,10 @@ impl Sim {
                         }
                     }
                 }
-                Change::Promoted(timeline) => self.checks.promoted(host, timeline, by_hand, &self.hosts),
+                Change::Promoted(timeline) => {
+                    let excused = self.excused(host);
+                    self.checks.promoted(host, timeline, by_hand, excused, &self.hosts);
+                }
                 Change::ShutDown => self.wal_flows(host),
                 Change::Ended => self.receivers_notice(host, pid_before),
             }
