@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use pgherd::facts::cluster::{Ask, RequestKey, RequestProgress, RequestRecord};
+use pgherd::facts::cluster::{Ask, RequestProgress, RequestRecord};
 use pgherd::machine::action::{Action, LeaseOrder, OperationKind};
 use pgherd::machine::event::Event;
-use pgherd::types::Revision;
 
 use super::check::AWAKE_MS;
 use super::clock::{ms, secs};
@@ -13,6 +12,9 @@ use super::etcd::Serving;
 use super::network::Link;
 use super::plan::{Fault, Kind};
 use super::world::{Sim, What, member, spec_of};
+
+/// What `pgherd switchover` gives its request when nobody says otherwise.
+const REQUEST_TTL_S: u64 = 120;
 
 /// What an order of the machine is, as far as a strike can be aimed at it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,14 +199,9 @@ impl Sim {
     }
 
     fn request_switchover(&mut self, to: usize) {
-        self.requests += 1;
-        let id = format!("{}", self.requests);
         let ask = Ask::Switchover { to: member(to) };
         let record = RequestRecord { ask, by: "operator".to_owned(), at: String::new(), progress: RequestProgress::Created };
-        let mod_revision = Revision(self.etcd.view.revision.0 + 1);
-        self.etcd.by_hand(|keys| {
-            keys.requests.insert(id, RequestKey { record, mod_revision });
-        });
+        self.etcd.create_request(self.now, secs(REQUEST_TTL_S), record);
         self.etcd_changed();
     }
 
@@ -227,7 +224,7 @@ impl Sim {
             Kind::EtcdFull => self.etcd.no_space = true,
             Kind::LockDeleted => {
                 self.early_loss();
-                self.etcd.by_hand(|keys| keys.leader = None);
+                self.etcd.delete_by_hand(|keys| keys.leader = None);
                 self.etcd_changed();
             }
             Kind::LeaseRevoked | Kind::RenewsTheDead => {
@@ -246,7 +243,7 @@ impl Sim {
             }
             Kind::MemberKeyDeleted => {
                 let name = self.hosts[host].name.clone();
-                self.etcd.by_hand(|keys| {
+                self.etcd.delete_by_hand(|keys| {
                     keys.members.remove(&name);
                 });
                 self.etcd_changed();

@@ -20,6 +20,7 @@ mod plan;
 mod postgres;
 mod promises;
 mod random;
+mod reality_etcd;
 mod records;
 mod replication;
 mod runner;
