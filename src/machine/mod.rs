@@ -114,7 +114,10 @@ impl Machine {
         let ran_out = self.proof_ran_out(now);
         let stop = matches!(event, Event::StopRequested);
         let asked = if let Event::PromiseAsked { id, ask, received } = &event { Some((*id, ask.clone(), *received)) } else { None };
-        let gone = self.world.absorb(now, event).or(ran_out).or_else(|| self.proof_ran_out(now)).or_else(|| self.lapse_ended(now));
+        let lost = self.world.absorb(now, event);
+        // The event itself may be a proof that comes too late.
+        let came_late = self.proof_ran_out(now);
+        let gone = lost.or(ran_out).or(came_late).or_else(|| self.lapse_ended(now));
         self.world.notice_idle_guard(now);
         if let Some(why) = gone {
             self.dispatch(now, &mut actions, Input::LockGone(why));
