@@ -324,6 +324,15 @@ fn wiped() -> Vacant {
 }
 
 #[test]
+fn i9_without_etcds_records_nobody_with_data_is_passed_over_before_it_said_how_far_it_is() {
+    assert!(matches!(wiped().silent("c").judge_after(60_000), Verdict::Wait { why, .. } if why.contains("`c`")));
+    let with_c_that_never_leads = || wiped().silent("c").members(&["a", "b", "c, failover_priority: 0"]);
+    assert!(matches!(with_c_that_never_leads().judge_after(60_000), Verdict::Run { .. }), "it never votes, and says where it is");
+    let unread = with_c_that_never_leads().with(|view| view.members.get_mut(&name("c")).unwrap().record.receive_lsn = None);
+    assert!(matches!(unread.judge_after(60_000), Verdict::Wait { why, .. } if why.contains("`c`")));
+}
+
+#[test]
 fn rows_13_and_72_without_an_identity_in_etcd_all_declared_members_have_to_report_the_same_first() {
     match wiped().judge_after(0) {
         Verdict::Run { initialize, .. } => assert_eq!(initialize, Some(SYSTEM), "the identity is written with the lock"),
