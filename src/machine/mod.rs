@@ -158,7 +158,7 @@ impl Machine {
         publish::standing_conditions(context.world, &state);
         replace_guard(&mut context, &state);
         keep_lease(&mut context, &state);
-        forget_lock(&mut context);
+        forget_lock(&mut context, &state);
         release_orphan(&mut context, &state);
         release_useless(&mut context, &state);
         without_etcd::keep(&mut context, &state);
@@ -269,7 +269,11 @@ fn replace_guard(context: &mut Context<'_>, state: &State) {
 }
 
 /// The guard is told that the lock is not ours as soon as that is safe.
-fn forget_lock(context: &mut Context<'_>) {
+fn forget_lock(context: &mut Context<'_>, state: &State) {
+    // What the guard kept for this daemon has not been taken over yet.
+    if *state == State::Starting {
+        return;
+    }
     let known = context.world.guard.as_ref().and_then(|guard| guard.lock).map(|lock| lock.identity.epoch);
     if let (Some(epoch), Lock::None, true) = (known, context.world.lock, context.world.cannot_write(context.now)) {
         context.actions.push(Action::ForgetLock(epoch));

@@ -127,17 +127,30 @@ fn a_former_leader_whose_promotion_is_on_record_follows_the_next_one_without_a_r
 }
 
 #[test]
-fn a_standby_that_a_new_daemon_finds_running_is_judged_unless_it_streams() {
-    let on = |probe: Probe| {
-        let world = World { promoted: None, in_force: None, probe: None, not_streaming_since: None, ..standby() };
-        let mut checked = Checked::resume(world, State::Following);
-        let actions = checked.handle(T0, Event::Probed(probe));
-        (told_to_follow(&actions).map(str::to_owned), checked.state().name())
-    };
-    let followed = (Some("b".to_owned()), "following");
-    assert_eq!(on(probe(T0, sql(true, 2, 1_000))), followed, "it streams: it was judged, or got that timeline by streaming");
-    assert_eq!(on(waiting(T0, 2)), (None, "rejoining"));
-    assert_eq!(on(waiting(T0, 1)), followed, "initdb made timeline 1");
+fn row_53_a_standby_that_a_new_daemon_finds_running_follows_nobody_before_its_files_were_looked_at() {
+    let world = World { promoted: None, in_force: None, probe: None, not_streaming_since: None, ..standby() };
+    for (promoted, follows) in [(None, true), (Some((TimelineId(2), Epoch(350))), true), (Some((TimelineId(2), Epoch::BY_HAND)), false)] {
+        let mut checked = Checked::resume(world.clone(), State::Following);
+        let actions = checked.handle(T0, Event::Probed(waiting(T0, 2)));
+        assert_eq!((told_to_follow(&actions), operations(&actions).contains(&OperationKind::Look)), (None, true), "{actions:?}");
+        let mut found = control(DatabaseState::InArchiveRecovery, 2, 1_000);
+        found.promoted = promoted;
+        let actions = finds(&mut checked, DataDirectory::Full(found));
+        assert_eq!(told_to_follow(&actions), Some("b").filter(|_| follows), "{promoted:?}: {actions:?}");
+        assert_eq!(*checked.state() == State::Rejoining, !follows, "{promoted:?}: {actions:?}");
+    }
+}
+
+#[test]
+fn row_53_a_daemon_that_cannot_read_the_files_of_the_server_it_found_tells_it_nothing_and_looks_again() {
+    let world = World { promoted: None, in_force: None, probe: None, not_streaming_since: None, ..standby() };
+    let mut checked = Checked::resume(world, State::Following);
+    checked.handle(T0, Event::Probed(waiting(T0, 2)));
+    let actions = finds(&mut checked, DataDirectory::Unknown);
+    assert_eq!(told_to_follow(&actions), None, "{actions:?}");
+    let later = T0 + s(2);
+    let actions = checked.handle(later, Event::Probed(waiting(later, 2)));
+    assert!(operations(&actions).contains(&OperationKind::Look), "{actions:?}");
 }
 
 /// Second by second, the member key of another run is in the way on this lease, or etcd cannot be asked. When the daemon leaves, and how.

@@ -88,6 +88,7 @@ pub(crate) fn idle() -> World {
     world.written = Some((record(MemberRole::Replica, 2, 1_000), T0));
     world.looked_at = T0;
     world.in_force = Some(InForce { generation: 1, upstream: upstream() });
+    world.promoted = Some(None);
     world
 }
 
