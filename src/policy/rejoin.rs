@@ -223,7 +223,7 @@ fn foreign_promotion(inputs: Inputs<'_>) -> Option<String> {
             "this member promoted timeline {own} under epoch {}, and the cluster's history does not say that the leader's timeline {own} is that one",
             record.epoch
         )),
-        (None, Some(epoch)) if was_primary(local) && local.timeline == own => Some(format!(
+        (None, Some(epoch)) if was_primary(local) && newest_in_control(local) == own => Some(format!(
             "this member was a primary on timeline {own} without a record of having promoted it; the leader's was promoted under epoch {epoch}"
         )),
         _ => None,
@@ -233,7 +233,7 @@ fn foreign_promotion(inputs: Inputs<'_>) -> Option<String> {
 /// The timeline that a data directory was promoted to without pgherd's doing: it has been a primary there, and no promotion of ours to it
 /// is on record. To be noted before it is started as a standby, which leaves no trace of it in the control file.
 pub fn promoted_by_hand(local: &ControlFacts) -> Option<TimelineId> {
-    let own = local.timeline.max(local.min_recovery_timeline);
+    let own = newest_in_control(local);
     let on_record = local.promoted.is_some_and(|(timeline, _)| timeline == own);
     (was_primary(local) && own > TimelineId(1) && !on_record).then_some(own)
 }
@@ -245,6 +245,11 @@ pub fn may_be_of_another_promotion(own: TimelineId, promoted: Option<(TimelineId
     let mut recorded = history.iter().filter(|entry| entry.timeline == own).peekable();
     let known = recorded.peek().is_some() || epoch != Epoch::BY_HAND;
     known && !recorded.any(|entry| entry.epoch == Some(epoch))
+}
+
+/// The newest timeline that the control file names. Until the first checkpoint after a promotion only the end of recovery names the new one.
+fn newest_in_control(local: &ControlFacts) -> TimelineId {
+    local.timeline.max(local.min_recovery_timeline)
 }
 
 /// Whether the server last ran as a primary: a clone that was never started has the primary's control file, but a `backup_label`.
