@@ -5,7 +5,7 @@ use pgherd::facts::guard::{GuardFacts, PostmasterFacts, Word};
 use pgherd::facts::postgres::DataDirectory;
 use pgherd::machine::action::{Operation, OperationKind, StartAs, Upstream};
 use pgherd::machine::event::{Configured, Finished};
-use pgherd::policy::rejoin::{self, Inputs, LeaderLineage, OwnPromotion, Rejoin};
+use pgherd::policy::rejoin::{self, Inputs, OwnPromotion, Rejoin};
 use pgherd::types::{Epoch, SystemId, TimelineId};
 
 use super::clock::ms;
@@ -112,11 +112,8 @@ impl Sim {
         let server_is_there = !this.server.is_empty();
         let Some(data) = &mut this.server.data else { return self.job_fails(host, "there is no data directory") };
         if !server_is_there {
-            data.standby_signal = matches!(role, StartAs::Standby(_));
+            data.set_standby(matches!(role, StartAs::Standby(_)));
             if data.standby_signal {
-                // Laid files above our own timeline would keep recovery from following.
-                let own = data.wal.timeline();
-                data.laid.retain(|id| *id <= own);
                 if let Some(timeline) = rejoin::promoted_by_hand(&data.control(this.disk.promotion.as_ref())) {
                     let parent = TimelineId(timeline.0 - 1);
                     this.disk.promotion = Some(OwnPromotion { timeline, epoch: Epoch::BY_HAND, parent, switch_lsn: None });
@@ -163,8 +160,9 @@ impl Sim {
         if step < 3 {
             return self.job_later(host, id, step + 1);
         }
-        let Some(source_data) = self.hosts[source].server.data.clone() else { return self.job_fails(host, "the leader has no data") };
-        let copy = Data { checkpoint: source_data.wal.last_record, standby_signal: true, backup_label: true, ..source_data };
+        let Some(source_data) = &mut self.hosts[source].server.data else { return self.job_fails(host, "the leader has no data") };
+        let copy = source_data.base_backup();
+        self.wal_flows(source);
         let keep = lost || !replaceable;
         let epoch = self.etcd.view.leader.as_ref().map(|leader| leader.holder.clone());
         self.checks.swapped(host, &self.hosts, keep, epoch.as_deref());
@@ -183,15 +181,7 @@ impl Sim {
         let wal = data.local_wal();
         let promoted_under = history.iter().rev().find(|entry| entry.timeline == wal.timeline).and_then(|entry| entry.epoch);
         let other = self.ask_leader(host, leader)?;
-        let theirs = self.hosts[other].server.data.as_ref().ok_or("the leader has no data")?;
-        let lineage = LeaderLineage {
-            system_id: theirs.system_id,
-            major_version: 15,
-            in_recovery: self.hosts[other].server.recovering(),
-            timeline: theirs.wal.timeline(),
-            history: theirs.wal.history(),
-            lsn: theirs.wal.end,
-        };
+        let lineage = self.hosts[other].server.lineage().ok_or("the leader has no data")?;
         Ok(rejoin::decide(Inputs { local: &local, wal: &wal, own_promotion: own_promotion.as_ref(), promoted_under, leader: &lineage }))
     }
 

@@ -20,6 +20,7 @@ mod plan;
 mod postgres;
 mod promises;
 mod random;
+mod reality_postgres;
 mod records;
 mod replication;
 mod runner;

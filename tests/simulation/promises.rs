@@ -3,6 +3,7 @@
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use super::plan::{Profile, plan};
+use super::reality_postgres;
 use super::runner::{Outcome, run};
 use super::seeds::REGRESSIONS;
 
@@ -11,12 +12,13 @@ const SEEDS: u64 = 40;
 
 pub fn main() -> std::process::ExitCode {
     let arguments = Arguments::from_args();
-    let trials = vec![
+    let mut trials = vec![
         Trial::test("every_invariant_holds_in_seeds_that_nobody_chose", || clean(1_000_000..1_000_000 + SEEDS)),
         Trial::test("seeds_that_found_a_bug_once_find_none_now", || clean(REGRESSIONS.iter().map(|(seed, _)| *seed))),
         Trial::test("i15_the_same_seed_is_the_same_run", same_hash),
         Trial::test("the_default_faults_are_hard", hard),
     ];
+    trials.extend(reality_postgres::trials());
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
