@@ -7,11 +7,15 @@ SCRIPT ?=
 DEMO_ARGS ?=
 PREFIX ?= /usr/local
 CARGO ?= cargo
+SECONDS ?= 60
+SEED ?=
+HOURS ?=
+MUTANT ?=
 
 TARGET_DIR = $(if $(filter release,$(PROFILE)),target/release,target/debug)
 PGHERD = $(TARGET_DIR)/pgherd
 
-.PHONY: help setup setup-tests build demo demo-down test check fmt schemas bench install clean
+.PHONY: help setup setup-tests build demo demo-down test check sim mutants fmt schemas bench install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +43,13 @@ check: setup ## formatting, lints, the rules of this tree, licences, schemas
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) test --locked --quiet --test tidy --test documents
 	@if command -v cargo-audit >/dev/null; then $(CARGO) audit; else echo "cargo-audit is not installed: advisories were not checked"; fi
+
+sim: setup ## storms from seeds against the core, on all cores for SECONDS=60; SEED=n replays one with its trace, HOURS=1 is a night
+	$(CARGO) test --locked --quiet --profile sim --test simulation -- storm \
+	  $(if $(SEED),--seed $(SEED),$(if $(HOURS),--seconds $$(($(HOURS) * 3600)) --night,--seconds $(SECONDS)))
+
+mutants: setup ## every deliberate bug has to be caught by the simulator; MUTANT=name hunts one
+	$(CARGO) test --locked --quiet --profile sim --features mutants --test simulation -- mutants $(if $(MUTANT),--only $(MUTANT))
 
 fmt: ## format the source
 	$(CARGO) fmt

@@ -359,7 +359,7 @@ fn a_body_that_is_no_call_is_refused() {
     // A body that never comes is not waited for.
     let mut stream = connect(server.address());
     write!(stream, "POST /failsafe HTTP/1.0\r\nContent-Length: 100\r\n\r\n").unwrap();
-    assert_eq!(status(&read_to_end(&mut stream)), 503);
+    assert_eq!(status(&read_to_end(&mut stream)), 408);
 }
 
 #[test]

@@ -292,6 +292,17 @@ fn every_dependency_has_a_licence_that_may_be_used() {
 }
 
 #[test]
+fn nothing_that_is_shipped_is_built_with_deliberate_bugs() {
+    let text = |path: &str| std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap();
+    let manifest = text("Cargo.toml");
+    assert!(manifest.contains("\nmutants = []"), "the feature stands alone");
+    assert!(!manifest.contains("default = ["), "no feature is on by default");
+    let mut targets = text("Makefile").split("\n\n").filter(|target| target.contains("--features")).map(str::to_owned).collect::<Vec<_>>();
+    targets.retain(|target| !target.starts_with("mutants:"));
+    none("only `make mutants` builds with a feature", &targets);
+}
+
+#[test]
 fn the_rules_can_fail() {
     assert!(names("use tokio::net;", "tokio") && !names("my_tokio", "tokio") && !names("tokio_postgres", "tokio"));
     assert!(may_be_used("GPL-3.0 OR MIT") && may_be_used("(MIT OR GPL-3.0) AND ISC") && may_be_used("MIT/Apache-2.0"));

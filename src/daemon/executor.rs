@@ -69,8 +69,8 @@ impl Executor {
         if let Event::Lease(LeaseEvent::Granted { identity, sent, .. }) = &event {
             let world = machine.world();
             if let Some(old) = world.lease.filter(|old| old != identity) {
-                // Without a member key there is nothing to move now: the new lease runs out, and another one is got.
-                if let Some((record, _)) = world.written.clone() {
+                // Otherwise the new lease runs out, and another one is got.
+                if let Some(record) = world.key_to_move().cloned() {
                     self.move_keys(world.lock.identity(), record, old, *identity, *sent);
                 }
                 return None;

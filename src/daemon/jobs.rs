@@ -45,8 +45,8 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, operation: Operation) -
             Ok(Finished::Configured { generation, upstream, result })
         }
         Operation::Initdb { spec } => make_cluster(&host, &spec).await.map(|()| Finished::Initialized(Ok(()))),
-        Operation::Clone { from, spec, lost, replaceable } => {
-            copy(&host, &from, &spec, lost, replaceable).await.map(|()| Finished::Cloned(Ok(())))
+        Operation::Clone { from, spec, lost, found_empty } => {
+            copy(&host, &from, &spec, lost, found_empty).await.map(|()| Finished::Cloned(Ok(())))
         }
         Operation::PlanRejoin { leader, history, .. } => plan(&host, &leader, &history).await.map(|plan| Finished::RejoinPlanned(Ok(plan))),
         Operation::Promote { lock, timeline, parent } => {
@@ -188,12 +188,14 @@ async fn make_cluster(host: &Host, spec: &ClusterSpec) -> anyhow::Result<()> {
     initdb(&host.settled()?.installation, &host.layout, &job).await
 }
 
-async fn copy(host: &Host, from: &Upstream, spec: &ClusterSpec, lost: Option<LostRange>, replaceable: bool) -> anyhow::Result<()> {
+async fn copy(host: &Host, from: &Upstream, spec: &ClusterSpec, lost: Option<LostRange>, found_empty: bool) -> anyhow::Result<()> {
     let installation = &host.settled()?.installation;
     let keep = match data_directory::look(installation, &host.layout).await {
         DataDirectory::Empty => Keep::Empty,
         DataDirectory::Unknown => bail!("what is in the data directory is not known: nothing takes its place"),
-        DataDirectory::Full(_) if replaceable => Keep::Nothing,
+        DataDirectory::Full(_) | DataDirectory::Unusable(_) if found_empty => {
+            bail!("somebody has put data into {}: it is looked at first", host.layout.data_dir().display())
+        }
         DataDirectory::Full(_) | DataDirectory::Unusable(_) => {
             let why = lost.map_or_else(
                 || "it may hold WAL that is nowhere else".to_owned(),
@@ -231,10 +233,17 @@ async fn plan(host: &Host, leader: &Upstream, history: &[HistoryEntry]) -> anyho
     let data_dir = host.layout.data_dir();
     let wal = wal::end_of_wal(&host.settled()?.installation, data_dir, &local, wal::WAL_LIMIT).await;
     let own_promotion = host.layout.promotion_file().read()?;
+    let reserved = history.iter().any(|entry| entry.timeline == wal.timeline);
     let promoted_under = history.iter().rev().find(|entry| entry.timeline == wal.timeline).and_then(|entry| entry.epoch);
     let leader = host.leader_server(leader)?.look(LEADER_LIMIT).await.context("asking the leader for its history")?;
-    let plan =
-        rejoin::decide(Inputs { local: &local, wal: &wal, own_promotion: own_promotion.as_ref(), promoted_under, leader: &leader.lineage });
+    let plan = rejoin::decide(Inputs {
+        local: &local,
+        wal: &wal,
+        own_promotion: own_promotion.as_ref(),
+        promoted_under,
+        reserved,
+        leader: &leader.lineage,
+    });
     if plan == Rejoin::Follow {
         history_files::bring(data_dir, &leader.history_files)?;
     }

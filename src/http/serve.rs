@@ -54,7 +54,7 @@ pub struct Limits {
     pub body_bytes: u64,
     /// Bytes of the body of `POST /failsafe`.
     pub call_bytes: usize,
-    /// Time for `POST /failsafe`: its body, and the machine's answer.
+    /// Time for the body of `POST /failsafe`, and then for the machine's answer.
     pub call: Duration,
 }
 
@@ -179,8 +179,7 @@ async fn handle(State(shared): State<Shared>, request: Request) -> Response<Http
         return said(StatusCode::PAYLOAD_TOO_LARGE, format!("a request's body has at most {} bytes\n", shared.limits.body_bytes));
     }
     if request.method() == Method::POST && request.uri().path() == "/failsafe" {
-        let called = tokio::time::timeout(shared.limits.call, call(&shared, &snapshot.cluster, request, received)).await;
-        return called.unwrap_or_else(|_| said(StatusCode::SERVICE_UNAVAILABLE, "the call took too long\n".to_owned()));
+        return call(&shared, &snapshot.cluster, request, received).await;
     }
     let parameters = Query::<Vec<(String, String)>>::try_from_uri(request.uri()).map(|query| query.0).unwrap_or_default();
     let moment =
@@ -190,8 +189,11 @@ async fn handle(State(shared): State<Shared>, request: Request) -> Response<Http
 
 /// A leader without etcd asks this member not to run.
 async fn call(shared: &Shared, cluster: &ClusterName, request: Request, received: BootTime) -> Response<HttpBody> {
-    let Ok(body) = axum::body::to_bytes(request.into_body(), shared.limits.call_bytes).await else {
-        return said(StatusCode::PAYLOAD_TOO_LARGE, format!("a call has at most {} bytes\n", shared.limits.call_bytes));
+    let limits = &shared.limits;
+    let body = match tokio::time::timeout(limits.call, axum::body::to_bytes(request.into_body(), limits.call_bytes)).await {
+        Ok(Ok(body)) => body,
+        Ok(Err(_)) => return said(StatusCode::PAYLOAD_TOO_LARGE, format!("a call has at most {} bytes\n", limits.call_bytes)),
+        Err(_) => return said(StatusCode::REQUEST_TIMEOUT, "the call did not arrive\n".to_owned()),
     };
     let ask: PromiseAsk = match serde_json::from_slice(&body) {
         Ok(ask) => ask,
@@ -200,7 +202,7 @@ async fn call(shared: &Shared, cluster: &ClusterName, request: Request, received
     if ask.cluster != *cluster {
         return said(StatusCode::INTERNAL_SERVER_ERROR, format!("this is a member of the cluster `{cluster}`\n"));
     }
-    match shared.promises.ask(ask, received, shared.limits.call).await {
+    match shared.promises.ask(ask, received, limits.call).await {
         Answered::Promised => said(StatusCode::OK, PROMISED.to_owned()),
         Answered::Refused(why) => said(StatusCode::INTERNAL_SERVER_ERROR, format!("{why}\n")),
         Answered::Unanswered(why) => said(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),

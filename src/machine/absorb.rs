@@ -10,6 +10,7 @@ use crate::facts::cluster::{ClusterView, MemberRole};
 use crate::facts::guard::{GuardFacts, PostmasterFacts, Word};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{DataDirectory, Probe, ProbeOutcome};
+use crate::mutants::{Mutant, mutant};
 use crate::policy::rejoin::{self, Rejoin};
 use crate::types::{Epoch, LockIdentity};
 
@@ -137,7 +138,7 @@ impl World {
             (Some(epoch), Some((known, since))) if epoch == known => Some((known, since)),
             (epoch, _) => epoch.map(|epoch| (epoch, now)),
         };
-        gone?;
+        gone.filter(|_| !mutant(Mutant::LostLockNotSeen))?;
         if absent_or_ours && self.lapses(now) {
             return None;
         }
@@ -183,6 +184,7 @@ impl World {
                 None
             }
             LeaseEvent::Failed { .. } => None,
+            LeaseEvent::Lost { why: LeaseLoss::LockNotOurs } if mutant(Mutant::LostLockNotSeen) => None,
             LeaseEvent::Lost { why } => {
                 let had = self.lock.identity().is_some();
                 if why != LeaseLoss::LockNotOurs {
@@ -335,6 +337,10 @@ impl World {
                 let present = self.present_epoch().filter(|epoch| Some(*epoch) == self.planned_for);
                 if matches!(result, Ok(Rejoin::Follow)) {
                     self.judged = present.map(|epoch| (epoch, now));
+                }
+                // What could not be judged may not be there any more.
+                if result.is_err() {
+                    self.data = DataDirectory::Unknown;
                 }
                 self.rejoin = result.as_ref().ok().filter(|_| present.is_some()).cloned();
                 self.judge(now, Kind::PlanRejoin, result, "rejoin_unclear");

@@ -135,8 +135,8 @@ pub enum Operation {
         spec: Arc<ClusterSpec>,
         /// What the directory that is swapped out has and nobody else: then it is kept whole.
         lost: Option<LostRange>,
-        /// The old content is proved to be elsewhere, or was empty.
-        replaceable: bool,
+        /// The directory was empty when this was decided: what is in it by now was put there since, and nothing takes its place (P5).
+        found_empty: bool,
     },
     /// Judge how to get back behind the leader.
     PlanRejoin {

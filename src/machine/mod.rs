@@ -276,9 +276,13 @@ fn forget_lock(context: &mut Context<'_>) {
 /// A lock on our lease that we do not know as ours: the answer to the race was lost. It is given back, and the race begins again.
 fn release_orphan(context: &mut Context<'_>, state: &State) {
     let world = &context.world;
-    let standby = matches!(state, State::Following | State::Candidate) && world.lock == Lock::None;
+    let leads_nobody = match state {
+        State::Undeclared | State::AwaitingLeader | State::Cloning | State::Following | State::Candidate | State::Rejoining => true,
+        State::Starting | State::Initializing | State::Promoting { .. } | State::Primary | State::HandingOver { .. } => false,
+        State::Demoting { .. } | State::Stopping => false,
+    };
     let busy = world.in_flight.contains(&OperationKind::Acquire) || world.in_flight.contains(&OperationKind::Release);
-    if !standby || busy || !world.cannot_write(context.now) {
+    if !leads_nobody || world.lock != Lock::None || busy || !world.cannot_write(context.now) {
         return;
     }
     let (Some(leader), Some(lease)) = (world.fresh_view().and_then(|view| view.leader.clone()), world.lease) else { return };

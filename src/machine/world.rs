@@ -456,6 +456,13 @@ impl World {
         self.reserved.or(recorded)
     }
 
+    /// What goes to a lease of another ttl, if it may now: our member key. Without one there is nothing to move; and until `history` names
+    /// our leadership by its epoch it names it by the lease that the lock was taken on.
+    pub fn key_to_move(&self) -> Option<&MemberRecord> {
+        let recorded = self.lock.identity().is_none_or(|lock| self.recorded == Some(lock.epoch));
+        self.written.as_ref().map(|(record, _)| record).filter(|_| recorded)
+    }
+
     /// The timeline that PostgreSQL is on, running or stopped.
     pub fn own_timeline(&self) -> Option<TimelineId> {
         let stopped = self.control().map(|control| control.timeline.max(control.min_recovery_timeline));

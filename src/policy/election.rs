@@ -7,9 +7,10 @@
 use std::time::Duration;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::{ClusterView, DataDirectoryReport, HistoryEntry, Initialize, Vote};
+use crate::facts::cluster::{ClusterView, DataDirectoryReport, HistoryEntry, Initialize, MemberRecord, Vote};
+use crate::mutants::{Mutant, mutant};
 use crate::policy::failsafe::{self, HeldBack, Promise};
-use crate::spec::cluster::ClusterSpec;
+use crate::spec::cluster::{ClusterSpec, Member};
 use crate::types::{Lsn, MemberName, SystemId, TimelineId};
 
 /// How long voters that have not published their final position are waited for.
@@ -147,7 +148,8 @@ type Rank = (TimelineId, Lsn, u32, std::cmp::Reverse<usize>);
 fn rank(spec: &ClusterSpec, name: &MemberName, vote: Vote) -> Rank {
     let order = spec.members.iter().position(|member| member.name == *name).unwrap_or(usize::MAX);
     let priority = spec.member(name).map_or(0, |member| member.failover_priority);
-    (vote.timeline, vote.lsn, priority, std::cmp::Reverse(order))
+    let timeline = if mutant(Mutant::PositionsWithoutTimeline) { TimelineId(0) } else { vote.timeline };
+    (timeline, vote.lsn, priority, std::cmp::Reverse(order))
 }
 
 fn may_lead(spec: &ClusterSpec, name: &MemberName) -> bool {
@@ -195,7 +197,7 @@ fn too_far_behind(inputs: &Inputs<'_>) -> Option<String> {
     let limit = inputs.spec.ha.maximum_lag_on_failover;
     let released = inputs.view.release.as_ref().map(|release| release.lsn);
     let published = inputs.view.status.as_ref().map(|status| status.lsn);
-    let leader_lsn = released.max(published)?;
+    let leader_lsn = released.max(published).filter(|_| !mutant(Mutant::LagIgnored))?;
     let lag = leader_lsn.bytes_since(inputs.own.lsn);
     (lag > limit).then(|| format!("{lag} bytes behind the last leader's {leader_lsn}, more than maximum_lag_on_failover of {limit} bytes"))
 }
@@ -203,7 +205,8 @@ fn too_far_behind(inputs: &Inputs<'_>) -> Option<String> {
 /// A timeline that a recorded leadership has left behind before this position is not the cluster's history any more. Nor is a later one
 /// that no leadership reserved: somebody promoted by hand (SAFETY row 66).
 fn off_lineage(view: &ClusterView, own: Vote) -> Option<String> {
-    let recorded = last_recorded(&view.history)?;
+    let recorded =
+        last_recorded(&view.history).filter(|_| !mutant(Mutant::LineageNotLooked) && !mutant(Mutant::PositionsWithoutTimeline))?;
     if own.timeline == recorded.timeline {
         return None;
     }
@@ -276,7 +279,12 @@ fn all_have_reported_one_identity(inputs: &Inputs<'_>) -> Result<SystemId, Verdi
         };
         match (key.record.data_directory, key.record.system_id) {
             (DataDirectoryReport::Empty, _) => {}
-            (DataDirectoryReport::Full, Some(id)) if id == inputs.system_id => {}
+            (DataDirectoryReport::Full, Some(id)) if id == inputs.system_id => {
+                // Nothing else tells what the last leader wrote and which timeline ids were used: nobody with data is passed over.
+                if !has_said_how_far(inputs, member, &key.record) {
+                    return Err(wait(again, format!("how far the WAL of `{}` reaches is not known", member.name)));
+                }
+            }
             (DataDirectoryReport::Full, Some(id)) => {
                 let why =
                     format!("`{}` holds system identifier {id}, this member {}: an operator has to decide", member.name, inputs.system_id);
@@ -290,8 +298,16 @@ fn all_have_reported_one_identity(inputs: &Inputs<'_>) -> Result<SystemId, Verdi
     Ok(inputs.system_id)
 }
 
+fn has_said_how_far(inputs: &Inputs<'_>, member: &Member, record: &MemberRecord) -> bool {
+    let voted = record.vote.is_some_and(|vote| vote.vacancy == inputs.view.history_revision);
+    member.name == *inputs.me || voted || (member.nofailover() && record.receive_lsn.is_some())
+}
+
 /// The next timeline id that nobody has used or reserved: ids are used once, ever (I9).
 pub fn next_timeline(view: &ClusterView, own: TimelineId) -> TimelineId {
+    if mutant(Mutant::TimelineFromOwnOnly) {
+        return own.next();
+    }
     let reserved = view.history.iter().map(|entry| entry.timeline);
     let reported = view.members.values().filter_map(|key| key.record.timeline);
     let voted = view.members.values().filter_map(|key| Some(key.record.vote?.timeline));

@@ -13,6 +13,7 @@ use std::time::Duration;
 use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, FailsafeRecord, HistoryEntry, LeaderKey};
 use crate::facts::failsafe::{Armed, FEATURE, PromiseAsk};
+use crate::mutants::{Mutant, mutant};
 use crate::policy::deadlines::{TTL_MAX_SECONDS, TTL_MIN_SECONDS};
 use crate::spec::cluster::{ClusterSpec, Member};
 use crate::types::{Epoch, LockIdentity, MemberName, Revision};
@@ -183,16 +184,17 @@ pub fn held_back(now: BootTime, me: &MemberName, view: &ClusterView, promise: Op
     if let Some(why) = view.unreadable.get(KEY) {
         return Some(HeldBack::Never(format!("the key failsafe is unreadable, and may name others only: {why}")));
     }
-    if let Some(promise) = promise.filter(|promise| now < promise.until && !promise.is_released(view)) {
+    let kept = promise.filter(|_| !mutant(Mutant::PromiseNotKept));
+    if let Some(promise) = kept.filter(|promise| now < promise.until && !promise.is_released(view)) {
         let why = format!("promised `{}`, which leads without etcd, not to run", promise.to);
         return Some(HeldBack::Until(promise.until, why));
     }
     let record = view.failsafe.as_ref()?;
-    if !record.members.contains_key(me) {
+    if !record.members.contains_key(me) && !mutant(Mutant::OutsidersRun) {
         return Some(HeldBack::Never("the key failsafe does not name this member: the leader may go on without its promise".to_owned()));
     }
     let bound_until = started + Duration::from_secs(record.ttl_s);
-    (now < bound_until).then(|| {
+    (now < bound_until && !mutant(Mutant::PromiseForgotten)).then(|| {
         let why = "the run of this daemon before may have promised not to run: it waits one ttl from its start".to_owned();
         HeldBack::Until(bound_until, why)
     })

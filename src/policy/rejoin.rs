@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::facts::cluster::HistoryEntry;
 use crate::facts::postgres::{ControlFacts, DatabaseState};
+use crate::mutants::{Mutant, mutant};
 pub use crate::policy::timelines::{Switch, TimelineHistory};
 use crate::types::{Epoch, Lsn, SystemId, TimelineId};
 
@@ -75,6 +76,8 @@ pub struct Inputs<'a> {
     pub own_promotion: Option<&'a OwnPromotion>,
     /// Who promoted `wal.timeline`, by etcd's history; None when that is not recorded there.
     pub promoted_under: Option<Epoch>,
+    /// Whether some leadership has reserved that timeline, recorded or not.
+    pub reserved: bool,
     /// The leader.
     pub leader: &'a LeaderLineage,
 }
@@ -139,6 +142,7 @@ pub fn decide(inputs: Inputs<'_>) -> Rejoin {
         };
     }
     match divergence(inputs) {
+        _ if mutant(Mutant::DivergenceIgnored) => Rejoin::Follow,
         None => Rejoin::Follow,
         Some((why, from)) => Rejoin::Clone { why, lost: Some(LostRange { timeline: wal.timeline, from, to: known_end(local, wal) }) },
     }
@@ -205,16 +209,16 @@ fn past(local: &ControlFacts, wal: &LocalWal, leader_timeline: TimelineId, limit
 fn foreign_promotion(inputs: Inputs<'_>) -> Option<String> {
     let Inputs { local, wal, own_promotion, promoted_under, .. } = inputs;
     let own = wal.timeline;
-    if own == TimelineId(1) {
+    if own == TimelineId(1) || mutant(Mutant::ForeignPromotionFollowed) {
         // Nobody promoted it: initdb made it, and the system identifier tells two of those apart.
         return None;
     }
     match (own_promotion.filter(|record| record.timeline == own), promoted_under) {
-        (Some(OwnPromotion { epoch: Epoch::BY_HAND, .. }), Some(epoch)) => Some(format!(
-            "this member was promoted to timeline {own} by hand, the leader's timeline {own} was promoted under epoch {epoch}"
-        )),
+        (Some(OwnPromotion { epoch: Epoch::BY_HAND, .. }), _) if inputs.reserved => {
+            Some(format!("this member was promoted to timeline {own} by hand, the leader's timeline {own} was made by a leadership"))
+        }
         // A number that no leadership has used says nothing against a data directory that was there before pgherd.
-        (Some(OwnPromotion { epoch: Epoch::BY_HAND, .. }), None) => None,
+        (Some(OwnPromotion { epoch: Epoch::BY_HAND, .. }), _) => None,
         (Some(record), Some(epoch)) if record.epoch != epoch => Some(format!(
             "this member promoted timeline {own} under epoch {}, the leader's timeline {own} was promoted under epoch {epoch}",
             record.epoch
@@ -223,8 +227,8 @@ fn foreign_promotion(inputs: Inputs<'_>) -> Option<String> {
             "this member promoted timeline {own} under epoch {}, and the cluster's history does not say that the leader's timeline {own} is that one",
             record.epoch
         )),
-        (None, Some(epoch)) if was_primary(local) && newest_in_control(local) == own => Some(format!(
-            "this member was a primary on timeline {own} without a record of having promoted it; the leader's was promoted under epoch {epoch}"
+        (None, _) if inputs.reserved && promoted_by_hand(local) == Some(own) => Some(format!(
+            "this member was a primary on timeline {own} without a record of having promoted it; the leader's was made by a leadership"
         )),
         _ => None,
     }
@@ -233,7 +237,7 @@ fn foreign_promotion(inputs: Inputs<'_>) -> Option<String> {
 /// The timeline that a data directory was promoted to without pgherd's doing: it has been a primary there, and no promotion of ours to it
 /// is on record. To be noted before it is started as a standby, which leaves no trace of it in the control file.
 pub fn promoted_by_hand(local: &ControlFacts) -> Option<TimelineId> {
-    let own = newest_in_control(local);
+    let own = local.timeline.max(local.min_recovery_timeline);
     let on_record = local.promoted.is_some_and(|(timeline, _)| timeline == own);
     (was_primary(local) && own > TimelineId(1) && !on_record).then_some(own)
 }
@@ -244,12 +248,7 @@ pub fn may_be_of_another_promotion(own: TimelineId, promoted: Option<(TimelineId
     let Some((_, epoch)) = promoted.filter(|(timeline, _)| *timeline == own) else { return false };
     let mut recorded = history.iter().filter(|entry| entry.timeline == own).peekable();
     let known = recorded.peek().is_some() || epoch != Epoch::BY_HAND;
-    known && !recorded.any(|entry| entry.epoch == Some(epoch))
-}
-
-/// The newest timeline that the control file names. Until the first checkpoint after a promotion only the end of recovery names the new one.
-fn newest_in_control(local: &ControlFacts) -> TimelineId {
-    local.timeline.max(local.min_recovery_timeline)
+    known && !mutant(Mutant::ForeignPromotionFollowed) && !recorded.any(|entry| entry.epoch == Some(epoch))
 }
 
 /// Whether the server last ran as a primary: a clone that was never started has the primary's control file, but a `backup_label`.

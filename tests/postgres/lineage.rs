@@ -13,7 +13,14 @@ async fn judge(member: &Server, leader: &Server, promoted_under: Option<Epoch>) 
     let wal = wal::end_of_wal(&member.installation, member.data_dir(), &local, LIMIT).await;
     let own = member.layout.promotion_file().read().unwrap();
     let asked = leader.as_leader().look(LIMIT).await.unwrap();
-    decide(Inputs { local: &local, wal: &wal, own_promotion: own.as_ref(), promoted_under, leader: &asked.lineage })
+    decide(Inputs {
+        local: &local,
+        wal: &wal,
+        own_promotion: own.as_ref(),
+        promoted_under,
+        reserved: promoted_under.is_some(),
+        leader: &asked.lineage,
+    })
 }
 
 fn note_promotion(server: &Server, timeline: u32, epoch: i64) {

@@ -51,7 +51,7 @@ pub fn storm(arguments: &[String]) -> ExitCode {
                         return;
                     }
                     let outcome = runner::run(seed, false);
-                    let again = (seed % TWICE_EVERY == 0).then(|| runner::run(seed, false).hash);
+                    let again = seed.is_multiple_of(TWICE_EVERY).then(|| runner::run(seed, false).hash);
                     let differs = again.is_some_and(|again| again != outcome.hash);
                     sum.lock().unwrap().add(outcome, differs);
                 }

@@ -138,4 +138,5 @@ const ROWS: &[(u16, &[Kind])] = &[
     (70, &[Kind::Switchover]),
     (71, &[Kind::Switchover]),
     (72, &[Kind::EtcdWiped]),
+    (73, &[Kind::MemberRemoved]),
 ];

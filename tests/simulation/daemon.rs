@@ -273,7 +273,7 @@ impl Sim {
                 let world = daemon.machine.world();
                 let (identity, sent) = (*identity, *sent);
                 if let Some(old) = world.lease.filter(|old| *old != identity) {
-                    if let Some((record, _)) = world.written.clone() {
+                    if let Some(record) = world.key_to_move().cloned() {
                         let lock = world.lock.identity();
                         self.note_lease(host, identity);
                         self.move_keys(host, lock, record, old, identity, sent);

@@ -1,22 +1,28 @@
 //! etcd as far as pgherd sees it: revisions, leases, and the transactions that the daemon makes, each applied at one moment. Who reaches
-//! it, and what becomes of requests and answers on the way, is `network`'s business. `reality` holds it against real servers.
+//! it, and what becomes of requests and answers on the way, is `network`'s business. `reality_etcd` holds it against real servers.
 //!
 //! What would surprise: a lease that has run out is there until the next look at expired leases, 500 ms apart, and every lease gets its
-//! full ttl again when etcd's leader changes.
+//! full ttl again, and an election more, when etcd's leader changes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use pgherd::facts::cluster::{
-    ClusterView, FailsafeRecord, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord,
+    ClusterView, FailsafeRecord, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, RequestKey, RequestProgress,
+    RequestRecord, StatusRecord,
 };
 use pgherd::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision, SystemId};
 
-use super::clock::{Real, ms};
+use super::clock::{Real, ms, secs};
+use super::mutants::{Mutant, mutant};
 
 /// etcd's lessor looks for expired leases so often.
 pub const EXPIRY_TICK_MS: u64 = 500;
+/// etcd's election timeout, by default.
+const ELECTION_MS: u64 = 1_000;
+/// A lease is granted for so long at least: 1.5 elections, in whole seconds.
+const TTL_LEAST_S: u64 = 2;
 /// The one cluster.
 pub const CLUSTER: EtcdClusterId = EtcdClusterId(14_841_639_068_965_178_418);
 
@@ -126,7 +132,8 @@ impl Etcd {
             return false;
         }
         let expired: Vec<LeaseId> = self.leases.iter().filter(|(_, lease)| lease.until <= now).map(|(id, _)| *id).collect();
-        expired.into_iter().fold(false, |changed, lease| self.revoke(lease) || changed)
+        let gone: Vec<bool> = expired.into_iter().map(|lease| self.revoke(lease)).collect();
+        gone.contains(&true)
     }
 
     /// Leases that live run out now: the bug of an old leader.
@@ -134,12 +141,12 @@ impl Etcd {
         self.leases.values_mut().for_each(|lease| lease.until = Real(0));
     }
 
-    /// A new leader: a new term, and full ttls.
+    /// A new leader: a new term, and for every lease its full ttl and an election more.
     pub fn elected(&mut self, now: Real) {
         self.serving = Serving::Yes;
         self.term += 1;
         for lease in self.leases.values_mut() {
-            lease.until = now.after(lease.ttl);
+            lease.until = now.after(lease.ttl + ms(ELECTION_MS));
         }
     }
 
@@ -164,18 +171,27 @@ impl Etcd {
         keys.revision
     }
 
-    /// Somebody changes keys by hand.
-    pub fn by_hand(&mut self, change: impl FnOnce(&mut ClusterView)) {
+    /// Somebody puts a key by hand; at which revision.
+    pub fn by_hand(&mut self, put: impl FnOnce(&mut ClusterView, Revision)) {
         let revision = self.wrote();
-        let keys = self.keys();
-        change(keys);
-        keys.revision = revision;
+        put(self.keys(), revision);
+    }
+
+    /// Somebody deletes keys by hand. Where there are none, nothing is written.
+    pub fn delete_by_hand(&mut self, delete: impl FnOnce(&mut ClusterView)) {
+        let mut without = ClusterView::clone(&self.view);
+        delete(&mut without);
+        if without != *self.view {
+            self.view = Arc::new(without);
+            self.wrote();
+        }
     }
 
     /// `etcdctl del --prefix`: leases stay.
     pub fn wipe(&mut self) {
-        let revision = self.wrote();
-        *self.keys() = ClusterView { etcd_cluster: Some(CLUSTER), revision, ..ClusterView::default() };
+        self.delete_by_hand(|keys| {
+            *keys = ClusterView { etcd_cluster: Some(CLUSTER), revision: keys.revision, ..ClusterView::default() };
+        });
     }
 
     pub fn back_up(&mut self) {
@@ -192,13 +208,16 @@ impl Etcd {
 
     pub fn grant(&mut self, now: Real, ttl: Duration) -> LeaseIdentity {
         self.next_lease += 1;
-        let lease = LeaseId(self.next_lease);
+        let (lease, ttl) = (LeaseId(self.next_lease), ttl.max(secs(TTL_LEAST_S)));
         self.leases.insert(lease, Lease { ttl, until: now.after(ttl) });
         LeaseIdentity { cluster: CLUSTER, lease }
     }
 
-    /// The ttl it was granted with; None = there is no such lease.
+    /// The ttl it was granted with; None = there is no such lease. One that has run out is not brought back: etcd answers once it is gone.
     pub fn keep_alive(&mut self, now: Real, lease: LeaseId) -> Option<Duration> {
+        if self.leases.get(&lease).is_some_and(|kept| kept.until <= now) {
+            self.revoke(lease);
+        }
         let known = self.leases.get_mut(&lease).map(|kept| {
             kept.until = now.after(kept.ttl);
             kept.ttl
@@ -213,6 +232,7 @@ impl Etcd {
             view.members.values().any(|key| key.lease == lease)
                 || view.leader.as_ref().is_some_and(|leader| leader.lease == lease)
                 || matches!(&view.initialize, Some(Initialize::Claimed { lease: on, .. }) if *on == lease)
+                || view.requests.contains_key(&request_on(lease))
         };
         if !has(&self.view) {
             return false;
@@ -223,6 +243,7 @@ impl Etcd {
         if matches!(&keys.initialize, Some(Initialize::Claimed { lease: on, .. }) if *on == lease) {
             keys.initialize = None;
         }
+        keys.requests.remove(&request_on(lease));
         keys.revision.0 += 1;
         true
     }
@@ -272,9 +293,10 @@ impl Etcd {
             return Self::read_back(leader, ask);
         }
         let member_is_ours = self.view.members.get(&ask.member).is_some_and(|key| key.lease == ask.lease);
-        let fits = self.view.history_revision == ask.history_revision
+        let as_judged = self.view.history_revision == ask.history_revision
             && self.view.sync_revision == ask.sync_revision
-            && self.view.failsafe_revision == ask.failsafe_revision
+            && self.view.failsafe_revision == ask.failsafe_revision;
+        let fits = (as_judged || mutant(Mutant::AcquireComparesNothing))
             && member_is_ours
             && self.identity_fits(ask)
             && self.leases.contains_key(&ask.lease);
@@ -321,7 +343,7 @@ impl Etcd {
 
     /// False = the lock is not of this epoch.
     pub fn write_fenced(&mut self, epoch: Epoch, write: impl FnOnce(&mut ClusterView, Revision)) -> bool {
-        if !self.is_epoch(epoch) {
+        if !self.is_epoch(epoch) && !mutant(Mutant::EpochNotCompared) {
             return false;
         }
         self.fenced_writes.push(epoch);
@@ -342,6 +364,10 @@ impl Etcd {
     pub fn write_failsafe(&mut self, epoch: Epoch, judged_on: Revision, record: Option<FailsafeRecord>) -> Option<Revision> {
         if self.view.failsafe_revision != judged_on {
             return None;
+        }
+        if record.is_none() && judged_on == Revision(0) {
+            // There is nothing to delete, and so no revision of it.
+            return self.is_epoch(epoch).then_some(self.view.revision);
         }
         let written = self.write_fenced(epoch, |keys, revision| {
             keys.failsafe_revision = if record.is_some() { revision } else { Revision(0) };
@@ -370,9 +396,19 @@ impl Etcd {
         }
     }
 
+    /// A request of an operator, on a lease of its own. Its id.
+    pub fn create_request(&mut self, now: Real, ttl: Duration, record: RequestRecord) -> String {
+        let id = request_on(self.grant(now, ttl).lease);
+        let mod_revision = self.wrote();
+        self.keys().requests.insert(id.clone(), RequestKey { record, mod_revision });
+        id
+    }
+
     pub fn answer_request(&mut self, id: &str, mod_revision: Revision, progress: RequestProgress) -> bool {
-        if self.view.requests.get(id).is_none_or(|request| request.mod_revision != mod_revision) {
-            return false;
+        let Some(found) = self.view.requests.get(id) else { return false };
+        if found.mod_revision != mod_revision {
+            // Said already, as after an answer that was lost.
+            return found.record.progress == progress;
         }
         let revision = self.wrote();
         if let Some(request) = self.keys().requests.get_mut(id) {
@@ -388,18 +424,24 @@ impl Etcd {
         let lock_on = |view: &ClusterView, lease| {
             lock.is_none_or(|epoch| view.leader.as_ref().is_some_and(|leader| leader.epoch == epoch && leader.lease == lease))
         };
-        if key_on(&self.view, new) && lock_on(&self.view, new) {
-            return true;
+        if !key_on(&self.view, old) || !lock_on(&self.view, old) {
+            // As after an answer that was lost.
+            return key_on(&self.view, new) && lock_on(&self.view, new);
         }
-        if !key_on(&self.view, old) || !lock_on(&self.view, old) || !self.leases.contains_key(&new) {
+        if !self.leases.contains_key(&new) {
             return false;
         }
         let mod_revision = self.wrote();
         let keys = self.keys();
         keys.members.insert(member.clone(), MemberKey { record, lease: new, mod_revision });
         if let (Some(_), Some(leader)) = (lock, &mut keys.leader) {
-            leader.lease = new;
+            (leader.lease, leader.holder) = (new, member.as_str().to_owned());
         }
         true
     }
+}
+
+/// A request is called after its lease.
+fn request_on(lease: LeaseId) -> String {
+    format!("{:x}", lease.0)
 }

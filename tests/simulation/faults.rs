@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use pgherd::facts::cluster::{Ask, RequestKey, RequestProgress, RequestRecord};
+use pgherd::facts::cluster::{Ask, RequestProgress, RequestRecord};
 use pgherd::machine::action::{Action, LeaseOrder, OperationKind};
 use pgherd::machine::event::Event;
-use pgherd::types::Revision;
 
 use super::check::AWAKE_MS;
 use super::clock::{ms, secs};
@@ -13,6 +12,9 @@ use super::etcd::Serving;
 use super::network::Link;
 use super::plan::{Fault, Kind};
 use super::world::{Sim, What, member, spec_of};
+
+/// What `pgherd switchover` gives its request when nobody says otherwise.
+const REQUEST_TTL_S: u64 = 120;
 
 /// What an order of the machine is, as far as a strike can be aimed at it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,14 +199,9 @@ impl Sim {
     }
 
     fn request_switchover(&mut self, to: usize) {
-        self.requests += 1;
-        let id = format!("{}", self.requests);
         let ask = Ask::Switchover { to: member(to) };
         let record = RequestRecord { ask, by: "operator".to_owned(), at: String::new(), progress: RequestProgress::Created };
-        let mod_revision = Revision(self.etcd.view.revision.0 + 1);
-        self.etcd.by_hand(|keys| {
-            keys.requests.insert(id, RequestKey { record, mod_revision });
-        });
+        self.etcd.create_request(self.now, secs(REQUEST_TTL_S), record);
         self.etcd_changed();
     }
 
@@ -223,11 +220,11 @@ impl Sim {
                 let takes = ms(800 + fault.choice % 1_700);
                 self.etcd.serving = Serving::Electing { until: now.after(takes) };
             }
-            Kind::EtcdDown => self.etcd.serving = Serving::No { refuses: fault.choice % 2 == 0 },
+            Kind::EtcdDown => self.etcd.serving = Serving::No { refuses: fault.choice.is_multiple_of(2) },
             Kind::EtcdFull => self.etcd.no_space = true,
             Kind::LockDeleted => {
                 self.early_loss();
-                self.etcd.by_hand(|keys| keys.leader = None);
+                self.etcd.delete_by_hand(|keys| keys.leader = None);
                 self.etcd_changed();
             }
             Kind::LeaseRevoked | Kind::RenewsTheDead => {
@@ -246,7 +243,7 @@ impl Sim {
             }
             Kind::MemberKeyDeleted => {
                 let name = self.hosts[host].name.clone();
-                self.etcd.by_hand(|keys| {
+                self.etcd.delete_by_hand(|keys| {
                     keys.members.remove(&name);
                 });
                 self.etcd_changed();
@@ -261,7 +258,8 @@ impl Sim {
                 self.etcd_changed();
             }
             Kind::Switchover => self.request_switchover(((fault.choice >> 8) % self.hosts.len() as u64) as usize),
-            Kind::SpecEdited => self.edit_spec(fault.choice),
+            Kind::SpecEdited => self.edit_spec(fault.choice, None),
+            Kind::MemberRemoved => self.remove_member(&fault, host),
             Kind::Strike => {
                 let effects = [
                     Effect::KillDaemon,
@@ -275,7 +273,7 @@ impl Sim {
                 ];
                 let hook = Hook::AIMS[(fault.choice % Hook::AIMS.len() as u64) as usize];
                 let effect = effects[(fault.choice / 64 % effects.len() as u64) as usize];
-                self.armed.push(Armed { hook, before: fault.choice / 1024 % 2 == 0, effect, lasts: fault.lasts.min(secs(8)) });
+                self.armed.push(Armed { hook, before: (fault.choice / 1024).is_multiple_of(2), effect, lasts: fault.lasts.min(secs(8)) });
             }
             _ => {}
         }
@@ -338,6 +336,7 @@ impl Sim {
             Kind::CopiesBreak => self.hosts[host].server.ail.breaks_copies = true,
             Kind::DataLost => {
                 self.power_off(host);
+                self.checks.data_was_lost = true;
                 self.hosts[host].server.data = None;
                 self.hosts[host].disk = super::host::Disk::default();
             }
@@ -346,6 +345,14 @@ impl Sim {
                 if let Some(standby) = standby {
                     self.promote_by_hand(standby);
                 }
+            }
+            Kind::DataMoved => {
+                self.kill_postmaster(host);
+                self.hosts[host].server.orphans.clear();
+                let data = self.hosts[host].server.data.take();
+                self.checks.data_was_lost = true;
+                self.hosts[host].moved_away = data.or(self.hosts[host].moved_away.take());
+                self.guard_turn(host);
             }
             Kind::PowerOff => self.power_off(host),
             Kind::AllPowerOff => (0..self.hosts.len()).for_each(|host| self.power_off(host)),
@@ -419,11 +426,23 @@ impl Sim {
         true
     }
 
-    fn edit_spec(&mut self, choice: u64) {
+    /// The leader is not removed: apply refuses that (row 73).
+    fn remove_member(&mut self, fault: &Fault, host: usize) {
+        let leads = |host: usize| self.etcd.view.leader.as_ref().is_some_and(|leader| leader.holder == self.hosts[host].name.as_str());
+        // Nor is one that is not there: what it has is not known.
+        let is_there = |host: usize| self.etcd.view.members.contains_key(&self.hosts[host].name);
+        let victim = (0..self.hosts.len()).map(|step| (host + step) % self.hosts.len()).find(|host| !leads(*host) && is_there(*host));
+        if victim.is_some() {
+            self.edit_spec(fault.choice, victim);
+        }
+    }
+
+    fn edit_spec(&mut self, choice: u64, without: Option<usize>) {
         let ttl = [3, 4, 5, 6, 8, 10][(choice % 6) as usize];
         let loop_wait = [1, 2, 3, 5][(choice / 8 % 4) as usize];
-        let members: Vec<String> = self.hosts.iter().map(|host| host.name.to_string()).collect();
-        let spec = spec_of(&members, &spec_lines(ttl, loop_wait, choice / 64 % 4 != 0));
+        let members = self.hosts.iter().enumerate().filter(|(index, _)| Some(*index) != without);
+        let members: Vec<String> = members.map(|(_, host)| host.name.to_string()).collect();
+        let spec = spec_of(&members, &spec_lines(ttl, loop_wait, !(choice / 64).is_multiple_of(4)));
         self.apply(spec);
     }
 
@@ -464,6 +483,8 @@ impl Sim {
             Kind::DiskFull => self.hosts[host].server.ail.disk_full = false,
             Kind::CopiesBreak => self.hosts[host].server.ail.breaks_copies = false,
             Kind::PowerOff | Kind::DataLost => self.power_on(host),
+            Kind::MemberRemoved => self.edit_spec(fault.choice, None),
+            Kind::DataMoved => self.data_comes_back(host),
             Kind::AllPowerOff => (0..self.hosts.len()).for_each(|host| self.power_on(host)),
             Kind::Suspend | Kind::HypervisorPause => self.goes_on(host),
             Kind::CutEtcd | Kind::CutAnswers | Kind::FlappingEtcd | Kind::LossyEtcd | Kind::SlowEtcd | Kind::DuplicatedRequests => {
@@ -501,11 +522,23 @@ impl Sim {
         }
     }
 
-    /// The operator applies the spec that is missing.
+    /// Somebody moves the data directory back, if its place is still empty.
+    fn data_comes_back(&mut self, host: usize) {
+        let this = &mut self.hosts[host];
+        let busy = this.daemon.as_ref().is_some_and(|daemon| daemon.job.is_some());
+        if this.server.data.is_none() && this.server.is_empty() && !busy {
+            this.server.data = this.moved_away.take();
+        }
+    }
+
+    /// The operator applies the spec that is missing, and the one that names everybody.
     fn apply_again(&mut self) {
-        if self.etcd.view.spec.is_none()
-            && let Some(spec) = self.specs.values().next_back().cloned()
-        {
+        let present = self.etcd.view.spec.as_ref().and_then(|spec| self.specs.get(&spec.generation)).cloned();
+        let newest = present.or_else(|| self.specs.values().next_back().cloned());
+        let everybody = newest.as_ref().is_some_and(|spec| spec.members.len() == self.hosts.len());
+        if !everybody {
+            self.edit_spec(0, None);
+        } else if let (None, Some(spec)) = (&self.etcd.view.spec, newest) {
             self.apply(spec);
         }
     }

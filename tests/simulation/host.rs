@@ -115,6 +115,8 @@ pub struct Host {
     pub stands: bool,
     pub disk: Disk,
     pub server: Server,
+    /// A data directory that somebody took away.
+    pub moved_away: Option<Data>,
     pub guard: Option<Guard>,
     pub daemon: Option<Daemon>,
     /// The code that the daemon left with last.
@@ -147,6 +149,7 @@ impl Host {
             stands: false,
             disk: Disk::default(),
             server: Server::default(),
+            moved_away: None,
             guard: None,
             daemon: None,
             exit: None,

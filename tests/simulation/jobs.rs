@@ -39,7 +39,7 @@ impl Sim {
             _ => (1, 12),
         };
         let run = daemon.run;
-        let takes = self.random.between(ms(least), ms(most)) * (1 + self.hosts[host].server.ail.slowness.min(20));
+        let takes = self.random.between(ms(least), ms(most)) * (1 + self.hosts[host].server.ail.slowness.min(4));
         self.later(takes, What::Daemon { host, run, due: DaemonDue::Job { id, step } });
     }
 
@@ -80,7 +80,7 @@ impl Sim {
                 self.job_ends(host, Finished::Configured { generation, upstream, result: Ok(Configured::Taken) });
             }
             Operation::Initdb { .. } => self.initdb(host),
-            Operation::Clone { from, lost, replaceable, .. } => self.clone_step(host, id, step, &from, lost.is_some(), replaceable),
+            Operation::Clone { from, found_empty, .. } => self.clone_step(host, id, step, &from, found_empty),
             Operation::PlanRejoin { leader, history, .. } => match self.plan(host, &leader, &history) {
                 Ok(plan) => self.job_ends(host, Finished::RejoinPlanned(Ok(plan))),
                 Err(why) => self.job_fails(host, why),
@@ -151,7 +151,7 @@ impl Sim {
         if answers && !self.cut(host, other) { Ok(other) } else { Err("the leader does not answer") }
     }
 
-    fn clone_step(&mut self, host: usize, id: u64, step: u32, from: &Upstream, lost: bool, replaceable: bool) {
+    fn clone_step(&mut self, host: usize, id: u64, step: u32, from: &Upstream, found_empty: bool) {
         let source = match self.ask_leader(host, from) {
             Ok(source) if !self.hosts[host].server.ail.breaks_copies => source,
             Ok(_) => return self.job_fails(host, "the copy broke off"),
@@ -160,14 +160,16 @@ impl Sim {
         if step < 3 {
             return self.job_later(host, id, step + 1);
         }
+        if found_empty && self.hosts[host].server.data.is_some() {
+            return self.job_fails(host, "somebody has put data into the data directory");
+        }
         let Some(source_data) = &mut self.hosts[source].server.data else { return self.job_fails(host, "the leader has no data") };
         let copy = source_data.base_backup();
         self.wal_flows(source);
-        let keep = lost || !replaceable;
         let epoch = self.etcd.view.leader.as_ref().map(|leader| leader.holder.clone());
-        self.checks.swapped(host, &self.hosts, keep, epoch.as_deref());
+        self.checks.swapped(host, &self.hosts, !mutant(Mutant::DivergedNotKept), epoch.as_deref());
         let this = &mut self.hosts[host];
-        if let Some(old) = this.server.data.replace(copy).filter(|_| keep && !mutant(Mutant::DivergedNotKept)) {
+        if let Some(old) = this.server.data.replace(copy).filter(|_| !mutant(Mutant::DivergedNotKept)) {
             this.disk.kept.push(old);
         }
         this.disk.promotion = None;
@@ -179,10 +181,18 @@ impl Sim {
         let own_promotion = self.hosts[host].disk.promotion.clone();
         let local = data.control(own_promotion.as_ref());
         let wal = data.local_wal();
+        let reserved = history.iter().any(|entry| entry.timeline == wal.timeline);
         let promoted_under = history.iter().rev().find(|entry| entry.timeline == wal.timeline).and_then(|entry| entry.epoch);
         let other = self.ask_leader(host, leader)?;
         let lineage = self.hosts[other].server.lineage().ok_or("the leader has no data")?;
-        Ok(rejoin::decide(Inputs { local: &local, wal: &wal, own_promotion: own_promotion.as_ref(), promoted_under, leader: &lineage }))
+        Ok(rejoin::decide(Inputs {
+            local: &local,
+            wal: &wal,
+            own_promotion: own_promotion.as_ref(),
+            promoted_under,
+            reserved,
+            leader: &lineage,
+        }))
     }
 
     /// What has to be on disk first, then the guard's word, then promote.

@@ -20,6 +20,7 @@ mod plan;
 mod postgres;
 mod promises;
 mod random;
+mod reality_etcd;
 mod reality_postgres;
 mod records;
 mod replication;
@@ -35,6 +36,7 @@ fn main() -> std::process::ExitCode {
     match arguments.split_first() {
         Some((word, rest)) if word == "storm" => command::storm(rest),
         Some((word, rest)) if word == "mutants" => command::mutants(rest),
+        Some((word, rest)) if word == reality_postgres::PLAY => reality_postgres::play(rest),
         _ => promises::main(),
     }
 }

@@ -59,6 +59,10 @@ pub enum Kind {
     EtcdWiped,
     Switchover,
     SpecEdited,
+    /// A member that does not lead is not in the spec for a while.
+    MemberRemoved,
+    /// The data directory of a living daemon is taken away, and brought back if nothing has taken its place.
+    DataMoved,
     /// Aimed at the moment before or after an order of the machine.
     Strike,
 }
@@ -115,6 +119,8 @@ impl Kind {
         Kind::EtcdWiped,
         Kind::Switchover,
         Kind::SpecEdited,
+        Kind::MemberRemoved,
+        Kind::DataMoved,
         Kind::Strike,
     ];
 
@@ -175,8 +181,12 @@ pub fn plan(seed: u64, profile: Profile) -> Vec<Fault> {
     let kinds: Vec<Kind> = Kind::ALL.iter().copied().filter(|_| random.percent(profile.kinds_percent)).collect();
     let total: u64 = kinds.iter().map(|kind| kind.weight()).sum();
     let mut faults = Vec::new();
-    let mut at = profile.from;
-    while total > 0 {
+    // Some runs begin while the cluster is still coming up.
+    let mut at = if random.percent(25) { Real(100_000_000) } else { profile.from };
+    if total == 0 {
+        return faults;
+    }
+    loop {
         at = at.after(random.between(ms(150), profile.mean_gap * 2 - ms(150)));
         if at >= profile.until {
             break;

@@ -351,6 +351,9 @@ impl Server {
                 postmaster.phase = Phase::Accepting;
                 postmaster.checkpoint_at = Some(now.after(slow_checkpoint));
                 let data = self.data.as_mut()?;
+                if let Some(at) = &mut postmaster.promoted_by_hand {
+                    *at = now;
+                }
                 let timeline = data.next_timeline();
                 data.promote(timeline, *token);
                 Some(Change::Promoted(timeline))

@@ -3,7 +3,6 @@
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use super::plan::{Profile, plan};
-use super::reality_postgres;
 use super::runner::{Outcome, run};
 use super::seeds::REGRESSIONS;
 
@@ -18,7 +17,8 @@ pub fn main() -> std::process::ExitCode {
         Trial::test("i15_the_same_seed_is_the_same_run", same_hash),
         Trial::test("the_default_faults_are_hard", hard),
     ];
-    trials.extend(reality_postgres::trials());
+    trials.extend(super::reality_etcd::trials());
+    trials.extend(super::reality_postgres::trials());
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 

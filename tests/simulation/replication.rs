@@ -39,10 +39,15 @@ impl Sim {
                             self.later(ms(1), What::Receiver { host, pid });
                         }
                     } else {
-                        self.checks.opened(host, now, &self.hosts);
+                        if !self.excused(host) {
+                            self.checks.opened(host, &self.hosts);
+                        }
                     }
                 }
-                Change::Promoted(timeline) => self.checks.promoted(host, timeline, by_hand, &self.hosts),
+                Change::Promoted(timeline) => {
+                    let excused = self.excused(host);
+                    self.checks.promoted(host, timeline, by_hand, excused, &self.hosts);
+                }
                 Change::ShutDown => self.wal_flows(host),
                 Change::Ended => self.receivers_notice(host, pid_before),
             }

@@ -175,12 +175,15 @@ impl Sim {
         })
     }
 
-    /// Somebody was promoted by hand, nobody leads, and every member says why it may not: only an operator can choose what is lost (row 66).
+    /// The data that was ahead is lost, or is a promotion's by hand; nobody leads, and every member says why it may not. Only an operator
+    /// can choose what is given up (P2 in async, rows 66 and 69).
     fn operator_has_to_decide(&self) -> bool {
         let says_why = |host: &super::host::Host| {
-            host.daemon.as_ref().is_some_and(|daemon| daemon.machine.world().conditions.contains_key("waiting_to_lead"))
+            let conditions = host.daemon.as_ref().map(|daemon| &daemon.machine.world().conditions);
+            conditions
+                .is_some_and(|conditions| conditions.contains_key("waiting_to_lead") || conditions.contains_key("waiting_to_initialize"))
         };
-        self.checks.somebody_was_promoted_by_hand() && self.leader().is_none() && self.hosts.iter().all(says_why)
+        self.checks.data_was_lost && self.leader().is_none() && self.hosts.iter().all(says_why)
     }
 
     /// I5, I8 and I9 at the end: what standbys have is, record for record, in the primary's past.

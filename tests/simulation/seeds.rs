@@ -4,4 +4,10 @@
 pub const REGRESSIONS: &[(u64, &str)] = &[
     (28, "a guard that knows a later leadership than a restored etcd refused every proof, and the member took and lost the lock for ever"),
     (160, "a standby that was promoted by hand followed a leader whose timeline has the number of its own"),
+    (376, "the same, promoted by hand while the other was running for the lock"),
+    (347, "a daemon took its former run's key, kept alive by etcd's leader change, for a living namesake and stayed down"),
+    (1_088, "the same, after a change of the ttl"),
+    (106, "a copy took the place of a data directory that somebody had brought back"),
+    (157, "a member that waited for data to come back never looked whether it had"),
+    (534, "a ttl was changed between a promotion and its record, and the leadership could not be recognised afterwards"),
 ];

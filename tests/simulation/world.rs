@@ -215,7 +215,6 @@ pub struct Sim {
     pub trace: Trace,
     pub checks: Checks,
     pub coverage: Coverage,
-    pub requests: u64,
     /// Calls of failsafe that a machine has not answered: who asked, in which run and round, and who was asked.
     pub promise_calls: BTreeMap<u64, (usize, u64, u64, MemberName)>,
     /// Everything was put right: what the plan still has is over.
@@ -276,7 +275,6 @@ impl Sim {
             trace: Trace::new(traced),
             checks: Checks::new(),
             coverage: Coverage::default(),
-            requests: 0,
             promise_calls: BTreeMap::new(),
             healed: false,
             load: true,
@@ -292,7 +290,7 @@ impl Sim {
         let generation = self.specs.len() as u64 + 1;
         self.specs.insert(generation, spec);
         let record = SpecRecord { generation, document: format!("generation {generation}"), by: "operator".to_owned(), at: String::new() };
-        self.etcd.by_hand(|keys| keys.spec = Some(record));
+        self.etcd.by_hand(|keys, _| keys.spec = Some(record));
         self.etcd_changed();
     }
 

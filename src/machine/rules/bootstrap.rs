@@ -14,6 +14,7 @@ use crate::machine::node::Context;
 use crate::machine::rules::standby;
 use crate::machine::state::{Promotion, State, Way};
 use crate::machine::world::Lock;
+use crate::mutants::{Mutant, mutant};
 use crate::types::{MemberName, TimelineId};
 
 /// How much longer each further member in the spec waits before it claims initialization.
@@ -47,6 +48,8 @@ pub(crate) fn awaiting_leader(context: &mut Context<'_>) -> Outcome<State> {
         }
         Err(why) => {
             context.world.set_info("waiting_to_initialize", why);
+            // Somebody may bring the data back that is waited for.
+            standby::look_again(context);
             Handled
         }
     }
@@ -94,6 +97,7 @@ fn may_initialize(context: &Context<'_>) -> Result<(), String> {
     }
     for member in &spec.members {
         match view.members.get(&member.name).map(|key| key.record.data_directory) {
+            _ if mutant(Mutant::InitdbBesideData) => {}
             Some(DataDirectoryReport::Empty) => {}
             Some(DataDirectoryReport::Full) => {
                 return Err(format!("the data directory of `{}` is not empty: it has to lead, or be emptied by hand", member.name));
@@ -179,7 +183,8 @@ pub(crate) fn initializing(context: &mut Context<'_>) -> Outcome<State> {
         }
         DataDirectory::Unusable(_) => Transition(State::Following),
         DataDirectory::Empty if claimed_by_us => {
-            let full = view.members.values().any(|key| key.record.data_directory == DataDirectoryReport::Full);
+            let full = view.members.values().any(|key| key.record.data_directory == DataDirectoryReport::Full)
+                && !mutant(Mutant::InitdbBesideData);
             if full || context.world.backs_off(context.now, OperationKind::Initdb) {
                 context.start(Operation::GiveUpInitialize);
                 return Transition(State::AwaitingLeader);
@@ -224,7 +229,7 @@ pub(crate) fn cloning(context: &mut Context<'_>) -> Outcome<State> {
     let (Some(from), Some(spec)) = (leader_to_copy(context), context.world.spec().cloned()) else {
         return Transition(State::AwaitingLeader);
     };
-    if context.world.proved_empty() && context.start(Operation::Clone { from, spec, lost: None, replaceable: true }) {
+    if context.world.proved_empty() && context.start(Operation::Clone { from, spec, lost: None, found_empty: true }) {
         context.world.data = DataDirectory::Unknown;
     }
     Handled

@@ -12,13 +12,15 @@ use crate::machine::node::{Context, after_leading};
 use crate::machine::rules::{promoting, standby};
 use crate::machine::state::{Demotion, Promotion, State, Then, Way};
 use crate::machine::world::{Etcd, Lock};
+use crate::mutants::{Mutant, mutant};
 use crate::types::LockIdentity;
 
 /// How long a member whose leadership came to nothing leaves the lock to others, if there are any (SAFETY rows 9 and 51).
 const ABSTAIN_S: u64 = 20;
 
 pub(crate) fn rule(demotion: &mut Demotion, context: &mut Context<'_>) -> Outcome<State> {
-    if !ended(context, StopMode::Kill) {
+    let released_alive = mutant(Mutant::ReleasedBeforeDeath) && matches!(demotion.then, Then::Release(_));
+    if !ended(context, StopMode::Kill) && !released_alive {
         return Handled;
     }
     if context.world.lock == Lock::None {

@@ -13,6 +13,7 @@ use crate::machine::node::Context;
 use crate::machine::rules::{primary, standby};
 use crate::machine::state::{Demotion, Promotion, State, Then, Way};
 use crate::machine::world::{CRASH_LIMIT, Etcd, Lock};
+use crate::mutants::{Mutant, mutant};
 use crate::types::{LockIdentity, TimelineId};
 
 /// primary_start_timeout of zero means that another leads at once when a primary ends; a promotion has to end all the same.
@@ -36,12 +37,14 @@ pub(crate) fn rule(promotion: &mut Promotion, context: &mut Context<'_>) -> Outc
         return Transition(State::Demoting { demotion: Demotion { why, then: Then::Release(lock) } });
     }
     let proved = matches!(context.world.lock, Lock::Proved { identity, announce_at, .. } if identity == lock && context.now < announce_at);
-    if !proved {
+    if !proved && !mutant(Mutant::PromoteUnproved) {
         // No proof is to be had for now: readers are better served by a standby than by nothing.
         let read_only = promotion.way == Way::StartInPlace && context.world.etcd != Etcd::Reachable && context.world.proved_empty();
         return if read_only { Transition(State::Following) } else { Handled };
     }
     match promotion.way {
+        // A new timeline is begun on etcd's word only; promises are for what runs already.
+        Way::Promote { .. } if !context.world.is_proved_by_etcd() => Handled,
         Way::Promote { timeline } => promote(promotion, timeline, context),
         Way::StartInPlace => start_in_place(promotion, context),
     }

@@ -56,7 +56,8 @@ fn record(world: &World, state: &State) -> Option<MemberRecord> {
     let sql = world.sql();
     let role = role(world);
     let system_id = sql.map(|sql| sql.system_id).or_else(|| world.control().map(|control| control.system_id));
-    let timeline = sql.map(|sql| sql.timeline).or_else(|| world.control().map(|control| control.timeline));
+    // Of a stopped server the timeline that its WAL ends on, not the one of its last checkpoint: others must not use the id again.
+    let timeline = world.own_timeline();
     let last = world.written.as_ref().map(|(record, _)| record);
     Some(bounded(MemberRecord {
         incarnation: world.me.incarnation.clone(),

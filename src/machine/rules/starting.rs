@@ -10,6 +10,8 @@ use crate::machine::action::{Action, LeaseOrder, Operation};
 use crate::machine::node::Context;
 use crate::machine::state::{Demotion, State, Then};
 use crate::machine::world::{Lock, UNCLAIMED};
+use crate::mutants::{Mutant, mutant};
+use crate::types::{LeaseIdentity, LockIdentity};
 
 pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
     let Some(guard) = context.world.guard.clone() else { return Handled };
@@ -32,8 +34,9 @@ fn adopt_or_ask_for_a_lease(context: &mut Context<'_>) {
     if context.world.lease.is_some() || context.world.lease_asked || context.world.spec().is_none() {
         return;
     }
-    let kept = context.world.guard.as_ref().and_then(|guard| guard.lease);
-    let lock = context.world.guard.as_ref().and_then(|guard| guard.lock).map(|lock| lock.identity);
+    let by_name = named_like_us(context);
+    let kept = context.world.guard.as_ref().and_then(|guard| guard.lease).or(by_name.map(|lock| lock.lease));
+    let lock = context.world.guard.as_ref().and_then(|guard| guard.lock).map(|lock| lock.identity).or(by_name);
     context.world.lease_asked_at = context.now;
     if let Some(identity) = kept {
         if let Some(lock) = lock {
@@ -47,6 +50,14 @@ fn adopt_or_ask_for_a_lease(context: &mut Context<'_>) {
         context.world.lease_asked = true;
         context.actions.push(Action::Lease(LeaseOrder::Grant));
     }
+}
+
+/// Never: a matching name is nothing. What a deliberate bug would take for ours.
+fn named_like_us(context: &Context<'_>) -> Option<LockIdentity> {
+    let world = &context.world;
+    let leader = world.view.as_ref()?.leader.as_ref().filter(|leader| leader.holder == world.me.name.as_str())?;
+    let lease = LeaseIdentity { cluster: world.view.as_ref()?.etcd_cluster?, lease: leader.lease };
+    mutant(Mutant::AdoptedByName).then_some(LockIdentity { lease, epoch: leader.epoch })
 }
 
 fn adopt_primary(context: &mut Context<'_>) -> Outcome<State> {

@@ -3,8 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::clock::BootTime;
 use crate::machine::action::OperationKind;
 use crate::machine::tests::fixtures::{ms, name, spec_with};
+use crate::machine::world::Lock;
 use crate::spec::cluster::ClusterSpec;
 use crate::types::{Epoch, TimelineId};
 
@@ -43,7 +45,27 @@ fn writes_throughout(toy: &mut Toy, member: &str, span: Duration) {
     while toy.now < until {
         toy.run(ms(5));
         assert_eq!(toy.primary(), Some(member), "{}", toy.story());
+        assert!(announce_at(toy, member).is_some_and(|at| toy.now < at), "its leader paths answer 503\n{}", toy.story());
     }
+}
+
+/// A, as this member's leader paths go by it.
+fn announce_at(toy: &Toy, member: &str) -> Option<BootTime> {
+    match toy.daemon(member).checked.world().lock {
+        Lock::Proved { announce_at, .. } => Some(announce_at),
+        Lock::None | Lock::Unproved(_) => None,
+    }
+}
+
+/// `a`, alone cut from etcd for long, is back, and cannot take the lock anew.
+fn lapsed() -> Toy {
+    let mut toy = failsafe();
+    toy.host("a").failing.insert(OperationKind::Acquire);
+    toy.host("a").connected = false;
+    writes_throughout(&mut toy, "a", s(25));
+    toy.host("a").connected = true;
+    toy.until("it knows of the lapse", s(3), |toy| toy.daemon("a").checked.world().failsafe.lapsed);
+    toy
 }
 
 #[test]
@@ -275,15 +297,23 @@ fn a_lost_answer_of_the_acquisition_in_a_lapse_costs_nothing() {
 
 #[test]
 fn a_lapse_that_cannot_be_bridged_by_a_ends_the_leadership_at_once() {
-    let mut toy = failsafe();
-    toy.host("a").failing.insert(OperationKind::Acquire);
-    toy.host("a").connected = false;
-    writes_throughout(&mut toy, "a", s(25));
-    toy.host("a").connected = true;
-    toy.until("nobody writes", s(7), |toy| toy.primary().is_none());
+    let mut toy = lapsed();
+    let announce_at = announce_at(&toy, "a").unwrap();
+    toy.until("A", s(5), |toy| toy.now >= announce_at);
+    toy.run(ms(50));
+    assert_eq!(toy.primary(), None, "{}", toy.story());
     toy.until("another primary", s(15), |toy| toy.primary().is_some_and(|leader| leader != "a"));
     toy.host("a").failing.clear();
     toy.converges(s(60));
+}
+
+#[test]
+fn a_lapse_ends_the_leadership_of_a_primary_that_is_on_its_way_out() {
+    let mut toy = lapsed();
+    toy.stop_daemon("a");
+    toy.run(ms(50));
+    assert_eq!((toy.primary(), toy.hosts[&name("a")].exit), (None, Some(0)), "neither waits for anybody\n{}", toy.story());
+    toy.until("another primary", s(15), |toy| toy.primary().is_some());
 }
 
 #[test]

@@ -29,6 +29,7 @@ impl Case {
             wal: &self.wal,
             own_promotion: self.own.as_ref(),
             promoted_under: self.promoted_under,
+            reserved: self.promoted_under.is_some(),
             leader: &self.leader,
         })
     }

@@ -337,6 +337,7 @@ fn judged(
 ) -> Judged {
     // Both majors are the leader's: what is compared is the WAL.
     let control = ControlFacts { major_version: leader.major_version, ..control.clone() };
-    let decided: Rejoin = decide(Inputs { local: &control, wal, own_promotion: own, promoted_under, leader });
+    let decided: Rejoin =
+        decide(Inputs { local: &control, wal, own_promotion: own, promoted_under, reserved: promoted_under.is_some(), leader });
     Judged::of(&decided, wal, leader)
 }
