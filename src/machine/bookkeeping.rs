@@ -20,7 +20,15 @@ const BACKOFF_FIRST_MS: u64 = 250;
 /// An order to end PostgreSQL is given again after so long if nothing was seen of it.
 const STOP_AGAIN_MS: u64 = 1_000;
 
+/// Window in which starts of the primary count as a crash loop (SAFETY row 9).
+pub const CRASH_WINDOW_S: u64 = 60;
+
 impl World {
+    /// Primaries started within the crash window.
+    pub fn recent_primary_starts(&self, now: BootTime) -> usize {
+        self.primary_starts.iter().filter(|at| now.since(**at) < Duration::from_secs(CRASH_WINDOW_S)).count()
+    }
+
     /// Whether a server that was started is any good is seen later: its condition stays until it takes connections.
     pub(super) fn judge_start(&mut self, now: BootTime, result: Result<StartId, String>) {
         self.ended(now, OperationKind::Start, result.is_ok());

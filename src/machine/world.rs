@@ -21,8 +21,6 @@ use super::failsafe::Failsafe;
 
 /// How long a standby that was asked to promote is left before it is asked again.
 const PROMOTE_AGAIN_MS: u64 = 2_000;
-/// Window in which starts of the primary count as a crash loop (SAFETY row 9).
-pub const CRASH_WINDOW_S: u64 = 60;
 /// So many starts within the window and another member has to lead.
 pub const CRASH_LIMIT: usize = 3;
 
@@ -461,8 +459,8 @@ impl World {
     pub fn key_to_move(&self) -> Option<&MemberRecord> {
         let recorded = self.lock.identity().is_none_or(|lock| self.recorded == Some(lock.epoch));
         // A lock that is being taken hangs on the lease that the member key hangs on.
-        let recorded = recorded && !self.in_flight.contains(&OperationKind::Acquire);
-        self.written.as_ref().map(|(record, _)| record).filter(|_| recorded)
+        let taking = self.in_flight.contains(&OperationKind::Acquire);
+        self.written.as_ref().map(|(record, _)| record).filter(|_| recorded && !taking)
     }
 
     /// The timeline that PostgreSQL is on, running or stopped.
@@ -497,10 +495,5 @@ impl World {
     pub(super) fn unprove(&mut self, identity: LockIdentity) {
         self.lock = Lock::Unproved(identity);
         self.failsafe.sustained = None;
-    }
-
-    /// Primaries started within the crash window.
-    pub fn recent_primary_starts(&self, now: BootTime) -> usize {
-        self.primary_starts.iter().filter(|at| now.since(**at) < Duration::from_secs(CRASH_WINDOW_S)).count()
     }
 }

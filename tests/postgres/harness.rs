@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Once;
 use std::time::Duration;
 
@@ -294,24 +294,36 @@ impl Server {
         self.until("it is out of recovery", |facts| !facts.in_recovery).await
     }
 
-    pub fn stop(&mut self) {
-        self.end(Signal::SIGINT);
+    pub fn stop(&mut self) -> Option<ExitStatus> {
+        self.end(Signal::SIGINT)
     }
 
     /// As a crash: nothing is written at the end.
-    pub fn crash(&mut self) {
-        self.end(Signal::SIGQUIT);
+    pub fn crash(&mut self) -> Option<ExitStatus> {
+        self.end(Signal::SIGQUIT)
     }
 
-    fn end(&mut self, signal: Signal) {
-        let Some(mut child) = self.postmaster.take() else { return };
-        let pid = Pid::from_raw(child.id().cast_signed());
-        let _ = kill(pid, signal);
-        if !holds_within(PATIENCE, || child.try_wait().unwrap().is_some()) {
+    /// Ends the postmaster by this signal. None = it did not run.
+    pub fn end(&mut self, signal: Signal) -> Option<ExitStatus> {
+        if let Some(postmaster) = &self.postmaster {
+            let _ = kill(Pid::from_raw(postmaster.id().cast_signed()), signal);
+        }
+        self.wait()
+    }
+
+    /// Waits until the postmaster has ended. None = it did not run.
+    pub fn wait(&mut self) -> Option<ExitStatus> {
+        let mut child = self.postmaster.take()?;
+        let mut ended = None;
+        if !holds_within(PATIENCE, || {
+            ended = child.try_wait().unwrap();
+            ended.is_some()
+        }) {
             let _ = child.kill();
             let _ = child.wait();
             assert!(std::thread::panicking(), "{} did not stop\n{}", self.name, self.log());
         }
+        ended
     }
 
     pub async fn look(&self) -> DataDirectory {
@@ -366,6 +378,16 @@ pub async fn eventually(mut condition: impl FnMut() -> bool) {
     let deadline = std::time::Instant::now() + PATIENCE;
     let mut looks = tokio::time::interval(Duration::from_millis(5));
     while !condition() {
+        looks.tick().await;
+        assert!(std::time::Instant::now() < deadline, "it did not come to pass");
+    }
+}
+
+/// The same for what has to be asked for.
+pub async fn eventually_async(mut condition: impl AsyncFnMut() -> bool) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    let mut looks = tokio::time::interval(Duration::from_millis(50));
+    while !condition().await {
         looks.tick().await;
         assert!(std::time::Instant::now() < deadline, "it did not come to pass");
     }

@@ -7,7 +7,7 @@ use pgherd::policy::rejoin::{Inputs, LastRecord, OwnPromotion, Rejoin, decide, p
 use pgherd::postgres::{Installation, Keep, clone_from, history_files, set_standby, wal};
 use pgherd::types::{Epoch, Lsn, TimelineId};
 
-use super::harness::{LIMIT, PATIENCE, Server, installations, place};
+use super::harness::{LIMIT, Server, eventually_async, installations, place};
 
 /// The decision for a stopped member, as the daemon reaches it.
 async fn judge(member: &Server, leader: &Server, promoted_under: Option<Epoch>) -> Rejoin {
@@ -263,13 +263,4 @@ async fn standby_is_stuck(standby: &mut Server) -> bool {
         return true;
     }
     matches!(standby.probe().await.outcome, ProbeOutcome::Accepting(facts) if facts.replay_paused)
-}
-
-async fn eventually_async(mut condition: impl AsyncFnMut() -> bool) {
-    let deadline = std::time::Instant::now() + PATIENCE;
-    let mut looks = tokio::time::interval(std::time::Duration::from_millis(50));
-    while !condition().await {
-        looks.tick().await;
-        assert!(std::time::Instant::now() < deadline, "it did not come to pass");
-    }
 }

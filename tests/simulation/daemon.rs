@@ -14,16 +14,16 @@ use pgherd::machine::edges;
 use pgherd::machine::event::{Event, Finished};
 use pgherd::machine::world::Me;
 use pgherd::policy::deadlines::LeaseTimes;
-use pgherd::types::{Incarnation, LockIdentity, Lsn, Revision};
+use pgherd::types::{Incarnation, LockIdentity, Revision};
 
 use super::check::Checks;
 use super::clock::{ms, us};
-use super::faults::Hook;
 use super::guard::{AskedBy, GuardAsk, ORDER_TIMEOUT_MS};
 use super::host::{Daemon, Watch};
 use super::lease::{Command, LeaseThread};
 use super::network::{Caller, EtcdAsk, REQUEST_TIMEOUT_MS};
 use super::postgres::Receiver;
+use super::strikes::Hook;
 use super::world::{DaemonDue, Sim, What};
 
 /// How long a silent guard is waited for at the daemon's start.
@@ -388,12 +388,13 @@ impl Sim {
         self.fact(host, Event::Probed(probe));
     }
 
-    fn ask_server(&self, host: usize, begun: pgherd::clock::BootTime) -> Probe {
+    pub fn ask_server(&self, host: usize, begun: pgherd::clock::BootTime) -> Probe {
         let server = &self.hosts[host].server;
         let outcome = match (&server.postmaster, &server.data) {
             (Some(postmaster), Some(data)) if server.accepting() => {
-                let walreceiver = postmaster.recovering.then(|| WalReceiverFacts {
-                    status: if matches!(postmaster.receiver, Receiver::Streaming { .. }) { "streaming" } else { "waiting" }.to_owned(),
+                // Between two attempts there is no walreceiver.
+                let walreceiver = server.streaming().then(|| WalReceiverFacts {
+                    status: "streaming".to_owned(),
                     sender_host: None,
                     sender_port: None,
                     latest_end_lsn: None,
@@ -401,8 +402,8 @@ impl Sim {
                 ProbeOutcome::Accepting(Box::new(SqlFacts {
                     in_recovery: postmaster.recovering,
                     timeline: data.wal.timeline(),
-                    receive_lsn: data.wal.end,
-                    replay_lsn: if postmaster.recovering { data.wal.end } else { Lsn(0) },
+                    receive_lsn: if postmaster.recovering { postmaster.received } else { data.wal.end },
+                    replay_lsn: data.wal.end,
                     replay_paused: false,
                     walreceiver,
                     replicas: self.replicas_of(host, postmaster.pid),

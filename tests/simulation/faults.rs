@@ -1,86 +1,18 @@
-//! How each fault begins and ends, and the strikes that wait for the moment before or after an order.
+//! How each fault begins. How it ends is in `heal`, and what waits for the moment before or after an order is in `strikes`.
 
 use std::time::Duration;
 
 use pgherd::facts::cluster::{Ask, RequestProgress, RequestRecord};
-use pgherd::machine::action::{Action, LeaseOrder, OperationKind};
 use pgherd::machine::event::Event;
 
 use super::check::AWAKE_MS;
 use super::clock::{ms, secs};
 use super::etcd::Serving;
-use super::network::Link;
 use super::plan::{Fault, Kind};
 use super::world::{Sim, What, member, spec_of};
 
 /// What `pgherd switchover` gives its request when nobody says otherwise.
 const REQUEST_TTL_S: u64 = 120;
-
-/// What an order of the machine is, as far as a strike can be aimed at it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Hook {
-    Do(OperationKind),
-    Hold,
-    LetGo,
-    Stop,
-    ForgetLock,
-    Other,
-}
-
-impl Hook {
-    pub fn of(action: &Action) -> Hook {
-        match action {
-            Action::Do(operation) => Hook::Do(operation.kind()),
-            Action::Lease(LeaseOrder::Hold(_)) => Hook::Hold,
-            Action::Lease(LeaseOrder::LetGo) => Hook::LetGo,
-            Action::Stop(_) => Hook::Stop,
-            Action::ForgetLock(_) => Hook::ForgetLock,
-            _ => Hook::Other,
-        }
-    }
-
-    /// The orders on which everything hangs.
-    const AIMS: [Hook; 18] = [
-        Hook::Do(OperationKind::Acquire),
-        Hook::Do(OperationKind::Promote),
-        Hook::Do(OperationKind::Release),
-        Hook::Do(OperationKind::RecordPromotion),
-        Hook::Do(OperationKind::Start),
-        Hook::Do(OperationKind::Clone),
-        Hook::Do(OperationKind::PlanRejoin),
-        Hook::Do(OperationKind::Checkpoint),
-        Hook::Do(OperationKind::PutMember),
-        Hook::Do(OperationKind::AskPeers),
-        Hook::Do(OperationKind::FenceByScan),
-        Hook::Do(OperationKind::WriteStatus),
-        Hook::Do(OperationKind::Look),
-        Hook::Hold,
-        Hook::LetGo,
-        Hook::Stop,
-        Hook::ForgetLock,
-        Hook::Do(OperationKind::Configure),
-    ];
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Effect {
-    KillDaemon,
-    FreezeDaemon,
-    KillGuard,
-    KillPostmaster,
-    PowerOff,
-    CutEtcd,
-    LoseAnswers,
-}
-
-/// A strike that waits for its moment, on any host.
-#[derive(Debug, Clone, Copy)]
-pub struct Armed {
-    hook: Hook,
-    before: bool,
-    effect: Effect,
-    lasts: Duration,
-}
 
 impl Sim {
     pub fn lay_out(&mut self, plan: Vec<Fault>) {
@@ -88,60 +20,6 @@ impl Sim {
         for index in 0..self.plan.len() {
             self.at(self.plan[index].at, What::Fault { index });
         }
-    }
-
-    /// True = the daemon was struck down, and what it was about to do waits or is gone.
-    pub fn strike(&mut self, host: usize, hook: Hook, before: bool) -> bool {
-        let Some(at) = self.armed.iter().position(|armed| armed.hook == hook && armed.before == before) else { return false };
-        let armed = self.armed.remove(at);
-        self.say(Some(host), || format!("!! strike {} {hook:?}: {:?}", if before { "before" } else { "after" }, armed.effect));
-        self.coverage.strike(format!("{} {hook:?} {:?}", if before { "before" } else { "after" }, armed.effect));
-        match armed.effect {
-            Effect::KillDaemon => self.daemon_ends(host, None),
-            Effect::FreezeDaemon => self.freeze_daemon_for(host, armed.lasts),
-            Effect::KillGuard => {
-                self.kill_guard(host);
-                return false;
-            }
-            Effect::KillPostmaster => {
-                self.kill_postmaster(host);
-                return false;
-            }
-            Effect::PowerOff => self.power_off_for(host, armed.lasts),
-            Effect::CutEtcd => {
-                self.cut_etcd_for(host, armed.lasts, true);
-                return false;
-            }
-            Effect::LoseAnswers => {
-                self.cut_etcd_for(host, armed.lasts, false);
-                return false;
-            }
-        }
-        true
-    }
-
-    fn freeze_daemon_for(&mut self, host: usize, lasts: Duration) {
-        let Some(daemon) = &mut self.hosts[host].daemon else { return };
-        daemon.frozen = true;
-        self.ends_after(host, Kind::FreezeDaemon, lasts);
-    }
-
-    fn power_off_for(&mut self, host: usize, lasts: Duration) {
-        self.power_off(host);
-        self.ends_after(host, Kind::PowerOff, lasts);
-    }
-
-    fn cut_etcd_for(&mut self, host: usize, lasts: Duration, both: bool) {
-        self.links[host].0.cut |= both;
-        self.links[host].1.cut = true;
-        self.ends_after(host, Kind::CutEtcd, lasts);
-    }
-
-    /// A fault that a strike began ends like one of the plan.
-    fn ends_after(&mut self, host: usize, kind: Kind, lasts: Duration) {
-        let index = self.plan.len();
-        self.plan.push(Fault { at: self.now, kind, victim: host as u64 * 2 + 1, lasts, choice: 0 });
-        self.later(lasts, What::FaultEnds { index });
     }
 
     fn victim(&self, fault: &Fault) -> usize {
@@ -189,7 +67,7 @@ impl Sim {
     }
 
     /// The lock goes before its time: its holder knows only when it is told.
-    fn early_loss(&mut self) {
+    pub fn early_loss(&mut self) {
         let now = self.now;
         if let Some((host, _)) = self.lock_runs_until() {
             let this = &mut self.hosts[host];
@@ -262,21 +140,7 @@ impl Sim {
             Kind::OldEtcdLeader => self.etcd_leader_is_deposed(host),
             Kind::SpecEdited => self.edit_spec(fault.choice, None),
             Kind::MemberRemoved => self.remove_member(&fault, host),
-            Kind::Strike => {
-                let effects = [
-                    Effect::KillDaemon,
-                    Effect::KillDaemon,
-                    Effect::FreezeDaemon,
-                    Effect::KillGuard,
-                    Effect::KillPostmaster,
-                    Effect::PowerOff,
-                    Effect::CutEtcd,
-                    Effect::LoseAnswers,
-                ];
-                let hook = Hook::AIMS[(fault.choice % Hook::AIMS.len() as u64) as usize];
-                let effect = effects[(fault.choice / 64 % effects.len() as u64) as usize];
-                self.armed.push(Armed { hook, before: (fault.choice / 1024).is_multiple_of(2), effect, lasts: fault.lasts.min(secs(8)) });
-            }
+            Kind::Strike => self.arm(&fault),
             _ => {}
         }
     }
@@ -373,7 +237,7 @@ impl Sim {
         true
     }
 
-    fn freeze_daemon(&mut self, host: usize, frozen: bool) {
+    pub fn freeze_daemon(&mut self, host: usize, frozen: bool) {
         if let Some(daemon) = &mut self.hosts[host].daemon {
             daemon.frozen = frozen;
         }
@@ -465,189 +329,13 @@ impl Sim {
         }
     }
 
-    fn edit_spec(&mut self, choice: u64, without: Option<usize>) {
+    pub fn edit_spec(&mut self, choice: u64, without: Option<usize>) {
         let ttl = [3, 4, 5, 6, 8, 10][(choice % 6) as usize];
         let loop_wait = [1, 2, 3, 5][(choice / 8 % 4) as usize];
         let members = self.hosts.iter().enumerate().filter(|(index, _)| Some(*index) != without);
         let members: Vec<String> = members.map(|(_, host)| host.name.to_string()).collect();
         let spec = spec_of(&members, &spec_lines(ttl, loop_wait, !(choice / 64).is_multiple_of(4)));
         self.apply(spec);
-    }
-
-    pub fn fault_ends(&mut self, index: usize) {
-        if self.healed {
-            return;
-        }
-        let fault = self.plan[index].clone();
-        let host = ((fault.victim / 2) % self.hosts.len() as u64) as usize;
-        self.say(Some(host), || format!("!! end of {:?}", fault.kind));
-        match fault.kind {
-            Kind::DaemonStaysDown | Kind::StopDaemon => {
-                self.hosts[host].supervised = true;
-                self.start_daemon(host);
-            }
-            Kind::CrashLoopOfDaemon => self.clear_crashes(host),
-            Kind::FreezeDaemon => self.freeze_daemon(host, false),
-            Kind::StarveDaemon => {
-                if let Some(daemon) = &mut self.hosts[host].daemon {
-                    daemon.starved = false;
-                }
-                self.pump(host);
-            }
-            Kind::FreezeGuard => self.thaw_guard(host),
-            Kind::FreezeGuardAndDaemon => {
-                self.thaw_guard(host);
-                self.freeze_daemon(host, false);
-            }
-            Kind::CrashLoopOfPostgres => self.hosts[host].server.ail.crashes = false,
-            Kind::StartRefused => self.hosts[host].server.ail.refuses_start = false,
-            Kind::PromotionRefused => self.hosts[host].server.ail.refuses_promotion = false,
-            Kind::SlowPostgres => self.hosts[host].server.ail.slowness = 0,
-            Kind::StuckBackend => {
-                self.hosts[host].server.ail.stuck = false;
-                self.hosts[host].server.orphans.retain(|orphan| !orphan.stuck);
-                self.guard_turn(host);
-            }
-            Kind::DiskFull => self.hosts[host].server.ail.disk_full = false,
-            Kind::CopiesBreak => self.hosts[host].server.ail.breaks_copies = false,
-            Kind::PowerOff | Kind::DataLost => self.power_on(host),
-            Kind::MemberRemoved => self.edit_spec(fault.choice, None),
-            Kind::DataMoved => self.data_comes_back(host),
-            Kind::AllPowerOff => (0..self.hosts.len()).for_each(|host| self.power_on(host)),
-            Kind::Suspend | Kind::HypervisorPause => self.goes_on(host),
-            Kind::CutEtcd | Kind::CutAnswers | Kind::FlappingEtcd | Kind::LossyEtcd | Kind::SlowEtcd | Kind::DuplicatedRequests => {
-                self.links[host] = (Link::default(), Link::default());
-            }
-            Kind::CutPeers => {
-                let other = (host + 1 + (fault.choice % (self.hosts.len() as u64 - 1)) as usize) % self.hosts.len();
-                self.peers_cut.remove(&(host.min(other), host.max(other)));
-            }
-            Kind::Isolate => {
-                self.links[host] = (Link::default(), Link::default());
-                self.peers_cut.retain(|(one, two), _| *one != host && *two != host);
-            }
-            Kind::WatchStalls => {
-                if let Some(daemon) = &mut self.hosts[host].daemon {
-                    daemon.watch.stalled = false;
-                }
-            }
-            Kind::EtcdDown => {
-                let takes = self.random.between(ms(300), ms(1_800));
-                self.etcd.serving = Serving::Electing { until: self.now.after(takes) };
-            }
-            Kind::EtcdFull => self.etcd.no_space = false,
-            Kind::RenewsTheDead => self.etcd.bugs.renews_the_dead = false,
-            Kind::LosesDeletions => self.etcd.bugs.loses_deletions = false,
-            Kind::EtcdRestored => {
-                self.early_loss();
-                let now = self.now;
-                if self.etcd.restore(now) {
-                    self.checks.etcd_restored();
-                }
-            }
-            Kind::EtcdWiped => self.apply_again(),
-            _ => {}
-        }
-    }
-
-    /// Somebody moves the data directory back, if its place is still empty.
-    fn data_comes_back(&mut self, host: usize) {
-        let this = &mut self.hosts[host];
-        let busy = this.daemon.as_ref().is_some_and(|daemon| daemon.job.is_some());
-        if this.server.data.is_none() && this.server.is_empty() && !busy {
-            this.server.data = this.moved_away.take();
-        }
-    }
-
-    /// The operator applies the spec that is missing, and the one that names everybody.
-    fn apply_again(&mut self) {
-        let present = self.etcd.view.spec.as_ref().and_then(|spec| self.specs.get(&spec.generation)).cloned();
-        let newest = present.or_else(|| self.specs.values().next_back().cloned());
-        let everybody = newest.as_ref().is_some_and(|spec| spec.members.len() == self.hosts.len());
-        if !everybody {
-            self.edit_spec(0, None);
-        } else if let (None, Some(spec)) = (&self.etcd.view.spec, newest) {
-            self.apply(spec);
-        }
-    }
-
-    fn clear_crashes(&mut self, host: usize) {
-        if let Some(guard) = &mut self.hosts[host].guard {
-            guard.state.clear_crashes();
-        }
-        self.start_daemon(host);
-    }
-
-    /// A machine goes on after standing still; with its clock, if that stood too.
-    fn goes_on(&mut self, host: usize) {
-        let now = self.now;
-        let this = &mut self.hosts[host];
-        if !this.stands {
-            return;
-        }
-        this.stands = false;
-        if this.clock.go_on(now) {
-            // No mechanism inside a guest covers this (P1's limits).
-            let until = this.clock.real(now, this.proved_until).after(ms(AWAKE_MS));
-            this.excused_until = this.excused_until.max(until);
-        }
-        this.excused_until = this.excused_until.max(now.after(ms(AWAKE_MS)));
-        let takes = self.random.between(ms(0), ms(5));
-        if let Some(guard) = &self.hosts[host].guard {
-            let (pid, token) = (guard.pid, guard.wake);
-            self.later(takes, What::GuardWake { host, pid, token });
-        }
-        self.server_changed(host);
-        self.unpark(host);
-        self.pump(host);
-        self.supervise(host);
-    }
-
-    pub fn flap(&mut self, host: usize) {
-        if self.healed {
-            return;
-        }
-        let cut = !self.links[host].0.cut;
-        self.links[host].0.cut = cut;
-        self.links[host].1.cut = cut;
-    }
-
-    /// Everything that is wrong is put right, as operators and hardware would.
-    pub fn heal(&mut self) {
-        self.say(None, || "!! everything is healed".to_owned());
-        self.healed = true;
-        self.armed.clear();
-        self.peers_cut.clear();
-        self.links.fill((Link::default(), Link::default()));
-        if self.etcd.serving != Serving::Yes {
-            self.etcd.serving = Serving::Electing { until: self.now.after(ms(500)) };
-        }
-        self.etcd.no_space = false;
-        self.etcd.bugs = super::etcd::Bugs::default();
-        self.apply_again();
-        for host in 0..self.hosts.len() {
-            self.hosts[host].supervised = true;
-            self.hosts[host].freezes_in_renewal = false;
-            self.hosts[host].old_etcd_leader = None;
-            self.hosts[host].server.ail = super::postgres::Ailments::default();
-            self.hosts[host].server.orphans.retain(|orphan| !orphan.stuck);
-            self.power_on(host);
-            self.goes_on(host);
-            self.thaw_guard(host);
-            if let Some(daemon) = &mut self.hosts[host].daemon {
-                daemon.starved = false;
-                daemon.watch.stalled = false;
-            }
-            self.freeze_daemon(host, false);
-            if self.checks.restored {
-                // What an operator does who has confirmed that etcd: stopped and started, for the guard, too, knows of leaderships that
-                // it has forgotten.
-                self.kill_guard(host);
-                self.daemon_ends(host, None);
-            }
-            self.clear_crashes(host);
-            self.guard_turn(host);
-        }
     }
 }
 

@@ -5,7 +5,7 @@ use pgherd::facts::guard::{GuardFacts, PostmasterFacts, Word};
 use pgherd::facts::postgres::DataDirectory;
 use pgherd::machine::action::{Operation, OperationKind, StartAs, Upstream};
 use pgherd::machine::event::{Configured, Finished};
-use pgherd::policy::rejoin::{self, Inputs, LeaderLineage, OwnPromotion, Rejoin};
+use pgherd::policy::rejoin::{self, Inputs, OwnPromotion, Rejoin};
 use pgherd::types::{Epoch, SystemId, TimelineId};
 
 use super::clock::ms;
@@ -112,15 +112,12 @@ impl Sim {
         let server_is_there = !this.server.is_empty();
         let Some(data) = &mut this.server.data else { return self.job_fails(host, "there is no data directory") };
         if !server_is_there {
-            data.standby_signal = matches!(role, StartAs::Standby(_));
-            if data.standby_signal {
-                // Laid files above our own timeline would keep recovery from following.
-                let own = data.wal.timeline();
-                data.laid.retain(|id| *id <= own);
-                if let Some(timeline) = rejoin::promoted_by_hand(&data.control(this.disk.promotion.as_ref())) {
-                    let parent = TimelineId(timeline.0 - 1);
-                    this.disk.promotion = Some(OwnPromotion { timeline, epoch: Epoch::BY_HAND, parent, switch_lsn: None });
-                }
+            data.set_standby(matches!(role, StartAs::Standby(_)));
+            if data.standby_signal
+                && let Some(timeline) = rejoin::promoted_by_hand(&data.control(this.disk.promotion.as_ref()))
+            {
+                let parent = TimelineId(timeline.0 - 1);
+                this.disk.promotion = Some(OwnPromotion { timeline, epoch: Epoch::BY_HAND, parent, switch_lsn: None });
             }
         }
         let (word, upstream) = match role {
@@ -163,11 +160,12 @@ impl Sim {
         if step < 3 {
             return self.job_later(host, id, step + 1);
         }
-        let Some(source_data) = self.hosts[source].server.data.clone() else { return self.job_fails(host, "the leader has no data") };
-        let copy = Data { checkpoint: source_data.wal.last_record, standby_signal: true, backup_label: true, ..source_data };
         if found_empty && self.hosts[host].server.data.is_some() {
             return self.job_fails(host, "somebody has put data into the data directory");
         }
+        let Some(source_data) = &mut self.hosts[source].server.data else { return self.job_fails(host, "the leader has no data") };
+        let copy = source_data.base_backup();
+        self.wal_flows(source);
         let epoch = self.etcd.view.leader.as_ref().map(|leader| leader.holder.clone());
         self.checks.swapped(host, &self.hosts, !mutant(Mutant::DivergedNotKept), epoch.as_deref());
         let this = &mut self.hosts[host];
@@ -186,15 +184,7 @@ impl Sim {
         let reserved = history.iter().any(|entry| entry.timeline == wal.timeline);
         let promoted_under = history.iter().rev().find(|entry| entry.timeline == wal.timeline).and_then(|entry| entry.epoch);
         let other = self.ask_leader(host, leader)?;
-        let theirs = self.hosts[other].server.data.as_ref().ok_or("the leader has no data")?;
-        let lineage = LeaderLineage {
-            system_id: theirs.system_id,
-            major_version: 15,
-            in_recovery: self.hosts[other].server.recovering(),
-            timeline: theirs.wal.timeline(),
-            history: theirs.wal.history(),
-            lsn: theirs.wal.end,
-        };
+        let lineage = self.hosts[other].server.lineage().ok_or("the leader has no data")?;
         Ok(rejoin::decide(Inputs {
             local: &local,
             wal: &wal,

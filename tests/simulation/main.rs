@@ -11,6 +11,7 @@ mod daemon;
 mod etcd;
 mod faults;
 mod guard;
+mod heal;
 mod host;
 mod jobs;
 mod lease;
@@ -21,10 +22,12 @@ mod postgres;
 mod promises;
 mod random;
 mod reality_etcd;
+mod reality_postgres;
 mod records;
 mod replication;
 mod runner;
 mod seeds;
+mod strikes;
 mod trace;
 mod wal;
 mod watch;
@@ -35,6 +38,7 @@ fn main() -> std::process::ExitCode {
     match arguments.split_first() {
         Some((word, rest)) if word == "storm" => command::storm(rest),
         Some((word, rest)) if word == "mutants" => command::mutants(rest),
+        Some((word, rest)) if word == reality_postgres::PLAY => reality_postgres::play(rest),
         _ => promises::main(),
     }
 }

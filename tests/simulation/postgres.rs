@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use pgherd::facts::postgres::DatabaseState;
+use pgherd::policy::rejoin::LeaderLineage;
 use pgherd::types::{Lsn, TimelineId};
 
 use super::clock::{Real, ms, us};
@@ -35,9 +35,10 @@ pub enum Phase {
     Draining {
         until: Real,
     },
-    /// SIGQUIT.
+    /// SIGQUIT, or a panic.
     Quitting {
         until: Real,
+        exit_status: i32,
     },
 }
 
@@ -60,6 +61,8 @@ pub struct Postmaster {
     pub recovering: bool,
     pub upstream: Option<usize>,
     pub receiver: Receiver,
+    /// Up to where since the start; zero = nothing was asked for yet.
+    pub received: Lsn,
     pub checkpoint_at: Option<Real>,
     /// Its guard is its parent and reaps it.
     pub promoted_by_hand: Option<Real>,
@@ -134,9 +137,9 @@ impl Server {
         let pid = 1_000 + self.next_pid;
         let standby = self.data.as_ref().is_some_and(|data| data.standby_signal);
         let takes = self.slow(random.between(ms(30), ms(150)));
-        if let Some(data) = &mut self.data {
-            data.backup_label = false;
-            data.state = if standby { DatabaseState::InArchiveRecovery } else { DatabaseState::InCrashRecovery };
+        // Beside what holds the shared memory of its predecessor it gives up before it reads anything.
+        if let Some(data) = self.data.as_mut().filter(|_| self.orphans.is_empty()) {
+            data.begin_recovery();
         }
         self.postmaster = Some(Postmaster {
             pid,
@@ -144,6 +147,7 @@ impl Server {
             recovering: standby,
             upstream,
             receiver: Receiver::Waiting,
+            received: Lsn(0),
             checkpoint_at: None,
             promoted_by_hand: None,
             since: now,
@@ -174,11 +178,24 @@ impl Server {
             !postmaster.recovering
                 && match postmaster.phase {
                     Phase::Accepting => true,
-                    Phase::Stopping { backends_until, .. } | Phase::Quitting { until: backends_until } => now < backends_until,
+                    Phase::Stopping { backends_until, .. } | Phase::Quitting { until: backends_until, .. } => now < backends_until,
                     Phase::Starting { .. } | Phase::Promoting { .. } | Phase::Draining { .. } => false,
                 }
         });
         by_postmaster || self.orphans.iter().any(|orphan| orphan.writable && !orphan.stuck && now < orphan.until)
+    }
+
+    /// What a running server says to a member that asks it before it rejoins.
+    pub fn lineage(&self) -> Option<LeaderLineage> {
+        let data = self.data.as_ref()?;
+        Some(LeaderLineage {
+            system_id: data.system_id,
+            major_version: 15,
+            in_recovery: self.recovering(),
+            timeline: data.wal.timeline(),
+            history: data.wal.history(),
+            lsn: data.wal.end,
+        })
     }
 
     pub fn streaming(&self) -> bool {
@@ -212,13 +229,22 @@ impl Server {
         }
     }
 
-    /// SIGQUIT to the postmaster.
+    /// SIGQUIT to the postmaster, which ends with status 0 as after a stop in good order: only the control file tells them apart.
     pub fn immediate_stop(&mut self, now: Real, random: &mut Random) {
+        self.quit(now, random, 0);
+    }
+
+    /// A panic from which it does not come back by itself.
+    pub fn panic(&mut self, now: Real, random: &mut Random) {
+        self.quit(now, random, 1);
+    }
+
+    fn quit(&mut self, now: Real, random: &mut Random, exit_status: i32) {
         let takes = random.between(us(500), ms(10));
         if let Some(postmaster) = &mut self.postmaster
             && !matches!(postmaster.phase, Phase::Quitting { .. })
         {
-            postmaster.phase = Phase::Quitting { until: now.after(takes) };
+            postmaster.phase = Phase::Quitting { until: now.after(takes), exit_status };
         }
     }
 
@@ -279,7 +305,7 @@ impl Server {
             | Phase::Promoting { until }
             | Phase::Stopping { until, .. }
             | Phase::Draining { until }
-            | Phase::Quitting { until } => Some(until),
+            | Phase::Quitting { until, .. } => Some(until),
         });
         let by_orphans = self.orphans.iter().map(|orphan| orphan.until).min();
         [by_phase, by_orphans].into_iter().flatten().min()
@@ -293,13 +319,16 @@ impl Server {
         match postmaster.phase {
             Phase::Starting { until } if until <= now => {
                 let primary = !postmaster.recovering;
-                if self.ail.refuses_start || (primary && self.ail.disk_full) {
+                if self.ail.refuses_start
+                    || (primary && self.ail.disk_full)
+                    || !self.orphans.is_empty()
+                    || !self.data.as_ref().is_some_and(Data::recovers)
+                {
                     return self.end(Some(1));
                 }
                 postmaster.phase = Phase::Accepting;
                 if let Some(data) = self.data.as_mut().filter(|_| primary) {
-                    data.state = DatabaseState::InProduction;
-                    data.make_checkpoint();
+                    data.open();
                 }
                 if primary && self.ail.crashes {
                     postmaster.checkpoint_at = Some(now.after(ms(200)));
@@ -336,13 +365,10 @@ impl Server {
                     return None;
                 }
                 let data = self.data.as_mut()?;
+                data.shut_down();
                 if postmaster.recovering {
-                    data.make_checkpoint();
-                    data.state = DatabaseState::ShutDownInRecovery;
                     return self.end(Some(0));
                 }
-                data.make_checkpoint();
-                data.state = DatabaseState::ShutDown;
                 postmaster.phase = Phase::Draining { until: now.after(ms(1)) };
                 postmaster.since = now;
                 Some(Change::ShutDown)
@@ -357,13 +383,13 @@ impl Server {
                 }
                 None
             }
-            Phase::Quitting { until } if until <= now => {
+            Phase::Quitting { until, exit_status } if until <= now => {
                 if self.ail.stuck {
                     // The postmaster waits 5 s and then kills; what is stuck stays.
                     self.kill_postmaster(now, us(100));
                     return Some(Change::Ended);
                 }
-                self.end(Some(1))
+                self.end(Some(exit_status))
             }
             _ => None,
         }

@@ -18,6 +18,7 @@ pub fn main() -> std::process::ExitCode {
         Trial::test("the_default_faults_are_hard", hard),
     ];
     trials.extend(super::reality_etcd::trials());
+    trials.extend(super::reality_postgres::trials());
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 

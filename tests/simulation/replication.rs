@@ -1,7 +1,10 @@
 //! What goes on between servers, and between servers and clients: streaming, commits, the ends of processes.
 
+use pgherd::types::Lsn;
+
 use super::clock::{Real, ms, us};
 use super::postgres::{Change, Phase, RECEIVER_RETRY_MS, Receiver, WAL_TIMEOUT_MS};
+use super::wal::segment_start;
 use super::world::{Sim, What};
 
 impl Sim {
@@ -43,7 +46,9 @@ impl Sim {
                 }
                 Change::Promoted(timeline) => {
                     let excused = self.excused(host);
-                    self.checks.promoted(host, timeline, by_hand, excused, &self.hosts);
+                    let name = self.hosts[host].name.as_str();
+                    let reserved = self.etcd.view.history.iter().any(|entry| entry.timeline == timeline && entry.member.as_str() == name);
+                    self.checks.promoted(host, timeline, reserved, by_hand, excused, &self.hosts);
                 }
                 Change::ShutDown => self.wal_flows(host),
                 Change::Ended => self.receivers_notice(host, pid_before),
@@ -116,8 +121,12 @@ impl Sim {
             Receiver::Waiting => upstream.and_then(|from| self.connect(host, from)).unwrap_or(Receiver::Waiting),
         };
         let began = receiver == Receiver::Waiting && next != Receiver::Waiting;
-        if let Some(postmaster) = &mut self.hosts[host].server.postmaster {
+        let this = &mut self.hosts[host].server;
+        if let (Some(data), Some(postmaster)) = (&this.data, &mut this.postmaster) {
             postmaster.receiver = next;
+            if began && postmaster.received == Lsn(0) {
+                postmaster.received = segment_start(data.wal.end);
+            }
         }
         self.later(ms(RECEIVER_RETRY_MS), What::Receiver { host, pid });
         if began {
@@ -132,7 +141,14 @@ impl Sim {
         let source = &self.hosts[from].server;
         let sender = source.postmaster.as_ref().filter(|_| source.sends() && source.accepting())?;
         let (ours, theirs) = (self.hosts[host].server.data.as_ref()?, source.data.as_ref()?);
-        if ours.system_id != theirs.system_id || !ours.wal.looks_like_the_past_of(&theirs.wal) {
+        if ours.system_id != theirs.system_id {
+            return None;
+        }
+        if !ours.wal.looks_like_the_past_of(&theirs.wal) {
+            let history = theirs.wal.history();
+            if let Some(data) = &mut self.hosts[host].server.data {
+                data.fetched = history;
+            }
             return None;
         }
         if !ours.wal.is_in_the_past_of(&theirs.wal) {
@@ -171,8 +187,13 @@ impl Sim {
         let Some(postmaster) = self.hosts[host].server.postmaster.as_ref().filter(|postmaster| postmaster.pid == pid) else { return };
         let Receiver::Streaming { from, pid: theirs, .. } = postmaster.receiver else { return };
         let gone = self.hosts[from].server.postmaster.as_ref().is_none_or(|postmaster| postmaster.pid != theirs);
-        if self.cut(host, from) || gone || self.hosts[host].stands || !self.hosts[from].powered || self.hosts[from].stands {
+        if self.cut(host, from) || gone || !self.hosts[from].powered {
             return;
+        }
+        if self.hosts[host].stands || self.hosts[from].stands {
+            // What was sent waits where the connection has it.
+            self.hosts[host].stream_due = true;
+            return self.later(ms(20), What::Stream { host, pid });
         }
         let Some(source) = self.hosts[from].server.data.as_ref().map(|data| data.wal.clone()) else { return };
         let this = &mut self.hosts[host].server;
@@ -182,6 +203,7 @@ impl Sim {
                 return;
             }
             data.wal.receive(&source);
+            postmaster.received = data.wal.end;
             postmaster.receiver = Receiver::Streaming { from, pid: theirs, heard: now };
         }
     }
@@ -213,7 +235,7 @@ impl Sim {
     /// A full disk: PostgreSQL panics (SAFETY row 28).
     fn panics(&mut self, host: usize) {
         let now = self.now;
-        self.hosts[host].server.immediate_stop(now, &mut self.random);
+        self.hosts[host].server.panic(now, &mut self.random);
         self.server_changed(host);
     }
 

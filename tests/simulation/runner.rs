@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use pgherd::facts::cluster::RequestProgress;
+use pgherd::facts::cluster::{RequestProgress, Severity};
 
 use super::check::Violation;
 use super::clock::{Real, secs};
@@ -180,8 +180,8 @@ impl Sim {
     fn operator_has_to_decide(&self) -> bool {
         let says_why = |host: &super::host::Host| {
             let conditions = host.daemon.as_ref().map(|daemon| &daemon.machine.world().conditions);
-            conditions
-                .is_some_and(|conditions| conditions.contains_key("waiting_to_lead") || conditions.contains_key("waiting_to_initialize"))
+            let warns = |kind| conditions.and_then(|conditions| conditions.get(kind)).is_some_and(|one| one.severity == Severity::Warning);
+            warns("waiting_to_lead") || warns("waiting_to_initialize")
         };
         self.checks.data_was_lost && self.leader().is_none() && self.hosts.iter().all(says_why)
     }

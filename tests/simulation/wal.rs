@@ -12,6 +12,13 @@ pub const RECORD_BYTES: u64 = 96;
 /// A checkpoint's record.
 pub const CHECKPOINT_BYTES: u64 = 120;
 
+/// Streaming begins where a segment does.
+const SEGMENT_BYTES: u64 = 16 << 20;
+
+pub fn segment_start(at: Lsn) -> Lsn {
+    Lsn(at.0 - at.0 % SEGMENT_BYTES)
+}
+
 /// WAL that one promotion (or initdb) began.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Segment {
@@ -27,6 +34,8 @@ pub struct Wal {
     pub end: Lsn,
     /// Where the last record begins.
     pub last_record: Lsn,
+    /// Where the last checkpoint's record begins.
+    pub last_checkpoint: Lsn,
 }
 
 impl Wal {
@@ -66,7 +75,8 @@ impl Wal {
         self.goes_into(other, |mine, theirs| mine == theirs)
     }
 
-    /// As PostgreSQL sees it, which knows timelines and positions only.
+    /// As PostgreSQL sees it, which knows timelines and positions only. A walsender looks no closer than where the segment begins: who is
+    /// past by less is let in, and then gets nowhere at a record that does not fit, where here it is not let in.
     pub fn looks_like_the_past_of(&self, other: &Wal) -> bool {
         self.goes_into(other, |mine, theirs| (mine.timeline, mine.start) == (theirs.timeline, theirs.start))
     }
@@ -83,6 +93,7 @@ impl Wal {
         self.segments.clone_from(&source.segments);
         self.end = source.end;
         self.last_record = source.last_record;
+        self.last_checkpoint = source.last_checkpoint;
     }
 }
 
@@ -93,10 +104,15 @@ pub struct Data {
     pub wal: Wal,
     pub state: DatabaseState,
     pub checkpoint: Lsn,
+    /// What recovery must reach, as the control file has it. A standby moves it when pages reach the disk, which is taken to be at
+    /// restartpoints and at its stop only: whoever crashes in between has replayed more than it names.
+    pub min_recovery: Option<(Lsn, TimelineId)>,
     pub standby_signal: bool,
     pub backup_label: bool,
     /// Ids for which a history file was laid, so that PostgreSQL does not take them.
     pub laid: BTreeSet<TimelineId>,
+    /// The newest history that a walreceiver fetched without being able to go over to it.
+    pub fetched: TimelineHistory,
 }
 
 impl Data {
@@ -108,12 +124,32 @@ impl Data {
                 segments: vec![Segment { timeline: TimelineId(1), start: Lsn(0), token }],
                 end,
                 last_record: Lsn(end.0 - CHECKPOINT_BYTES),
+                last_checkpoint: Lsn(end.0 - CHECKPOINT_BYTES),
             },
             state: DatabaseState::ShutDown,
             checkpoint: Lsn(end.0 - CHECKPOINT_BYTES),
+            min_recovery: None,
             standby_signal: false,
             backup_label: false,
             laid: BTreeSet::new(),
+            fetched: TimelineHistory::default(),
+        }
+    }
+
+    /// pg_basebackup of a running primary: begins with a checkpoint and ends with a record of its own.
+    pub fn base_backup(&mut self) -> Data {
+        self.make_checkpoint();
+        let checkpoint = self.checkpoint;
+        self.wal.append(RECORD_BYTES);
+        Data { checkpoint, standby_signal: true, backup_label: true, ..self.clone() }
+    }
+
+    /// Before a start. Laid files above the own timeline would keep a standby's recovery from following.
+    pub fn set_standby(&mut self, standby: bool) {
+        self.standby_signal = standby;
+        if standby {
+            let own = self.wal.timeline();
+            self.laid.retain(|id| *id <= own);
         }
     }
 
@@ -124,16 +160,15 @@ impl Data {
     /// pg_controldata. A timeline that was promoted to is in the checkpoint only after the first one on it; before that recovery's end
     /// names it.
     pub fn control(&self, promotion: Option<&OwnPromotion>) -> ControlFacts {
-        let timeline = self.wal.timeline_at(self.checkpoint);
-        let newer = self.was_standby() || timeline != self.wal.timeline();
+        let (min_recovery_end, min_recovery_timeline) = self.min_recovery.unwrap_or_default();
         ControlFacts {
             system_id: self.system_id,
             major_version: 15,
             state: self.state,
             checkpoint: self.checkpoint,
-            timeline,
-            min_recovery_end: if self.was_standby() { self.wal.end } else { Lsn(0) },
-            min_recovery_timeline: if newer { self.wal.timeline() } else { TimelineId(0) },
+            timeline: self.wal.timeline_at(self.checkpoint),
+            min_recovery_end,
+            min_recovery_timeline,
             data_checksums: true,
             wal_log_hints: false,
             floor: StandbyFloor::default(),
@@ -162,17 +197,63 @@ impl Data {
         self.wal.segments.push(Segment { timeline, start: self.wal.end, token });
         // The end-of-recovery record is the first on the new timeline.
         self.wal.append(RECORD_BYTES);
+        self.min_recovery = Some((self.wal.end, timeline));
         self.state = DatabaseState::InProduction;
         self.standby_signal = false;
+    }
+
+    /// The postmaster starts on it.
+    pub fn begin_recovery(&mut self) {
+        if !self.standby_signal {
+            // What was shut down as a primary needs no recovery, and its control file stays as it is.
+            if self.state != DatabaseState::ShutDown {
+                self.state = DatabaseState::InCrashRecovery;
+            }
+            return;
+        }
+        // Consistent is what a copy ends with; all there is of a primary that was not shut down; or else what the checkpoint needs.
+        let copied = std::mem::take(&mut self.backup_label);
+        let crashed = self.min_recovery.is_none() && self.state != DatabaseState::ShutDown;
+        let least = if copied || crashed { self.wal.end } else { self.checkpoint };
+        self.min_recovery = self.min_recovery.max(Some((least, self.wal.timeline_at(least))));
+        self.state = DatabaseState::InArchiveRecovery;
+    }
+
+    /// Recovery goes to the newest history that is there, and refuses if that has left the timeline of what must be recovered before.
+    pub fn recovers(&self) -> bool {
+        let past = |(end, timeline)| self.fetched.left_at(timeline).is_some_and(|left| left < end);
+        !self.standby_signal || !self.min_recovery.is_some_and(past)
+    }
+
+    /// A primary takes writes from now on.
+    pub fn open(&mut self) {
+        if self.state == DatabaseState::InCrashRecovery {
+            self.make_checkpoint();
+        }
+        self.state = DatabaseState::InProduction;
+    }
+
+    /// The last that a stop in good order does.
+    pub fn shut_down(&mut self) {
+        let standby = self.was_standby();
+        self.make_checkpoint();
+        if standby {
+            self.min_recovery = Some((self.wal.end, self.wal.timeline()));
+        }
+        self.state = if standby { DatabaseState::ShutDownInRecovery } else { DatabaseState::ShutDown };
     }
 
     /// A checkpoint of a primary, or a restartpoint of a standby.
     pub fn make_checkpoint(&mut self) {
         if self.was_standby() {
-            self.checkpoint = self.wal.last_record;
+            self.checkpoint = self.wal.last_checkpoint;
+            let end = Lsn(self.checkpoint.0 + CHECKPOINT_BYTES);
+            self.min_recovery = self.min_recovery.max(Some((end, self.wal.timeline_at(self.checkpoint))));
         } else {
             self.checkpoint = self.wal.end;
+            self.wal.last_checkpoint = self.wal.end;
             self.wal.append(CHECKPOINT_BYTES);
+            self.min_recovery = None;
         }
     }
 }

@@ -19,12 +19,12 @@ use super::check::Checks;
 use super::clock::{Real, ms};
 use super::coverage::Coverage;
 use super::etcd::Etcd;
-use super::faults::Armed;
 use super::guard::AskedBy;
 use super::host::Host;
 use super::network::{EtcdAnswer, EtcdAsk, Link};
 use super::plan::Fault;
 use super::random::Random;
+use super::strikes::Armed;
 use super::trace::Trace;
 
 /// How often clients try every server.
@@ -249,6 +249,17 @@ pub fn spec_of(members: &[String], rest: &str) -> Arc<ClusterSpec> {
 impl Sim {
     /// Hosts with empty data directories and a daemon on each; no spec is applied yet.
     pub fn new(seed: u64, hosts: usize, traced: bool) -> Self {
+        let mut sim = Sim::of_hosts(seed, hosts, traced);
+        sim.later(ms(1), What::EtcdTick);
+        sim.later(ms(CLIENT_EVERY_MS), What::Client);
+        for host in 0..hosts {
+            sim.start_daemon(host);
+        }
+        sim
+    }
+
+    /// Hosts with empty data directories on which nothing runs.
+    pub fn of_hosts(seed: u64, hosts: usize, traced: bool) -> Self {
         let mut sim = Sim {
             now: Real(0),
             queue: BinaryHeap::new(),
@@ -275,11 +286,6 @@ impl Sim {
         for index in 0..hosts {
             let booted = BootTime((BOOTED_BEFORE_S + sim.random.below(100_000)) * 1_000_000_000);
             sim.hosts.push(Host::new(member(index), booted));
-        }
-        sim.later(ms(1), What::EtcdTick);
-        sim.later(ms(CLIENT_EVERY_MS), What::Client);
-        for host in 0..hosts {
-            sim.start_daemon(host);
         }
         sim
     }

@@ -10,10 +10,11 @@ use statig::prelude::*;
 use crate::facts::cluster::{HistoryEntry, MemberRole, StatusRecord};
 use crate::facts::guard::{Rung, Word};
 use crate::machine::action::Operation;
+use crate::machine::bookkeeping::CRASH_WINDOW_S;
 use crate::machine::node::Context;
 use crate::machine::rules::requests;
 use crate::machine::state::{Demotion, HandOver, HandOverStage, Promotion, State, Then, Way};
-use crate::machine::world::{CRASH_LIMIT, CRASH_WINDOW_S, Lock};
+use crate::machine::world::{CRASH_LIMIT, Lock};
 use crate::types::{LockIdentity, Lsn, MemberName, TimelineId};
 
 pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {

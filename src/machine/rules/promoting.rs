@@ -106,7 +106,7 @@ fn became_primary(context: &mut Context<'_>) -> Outcome<State> {
     context.world.promote_asked = None;
     context.world.primary_starts.push(context.now);
     let now = context.now;
-    context.world.primary_starts.retain(|at| now.since(*at) < Duration::from_secs(crate::machine::world::CRASH_WINDOW_S));
+    context.world.primary_starts.retain(|at| now.since(*at) < Duration::from_secs(crate::machine::bookkeeping::CRASH_WINDOW_S));
     Transition(State::Primary)
 }
 
@@ -133,7 +133,8 @@ fn start_in_place(promotion: &Promotion, context: &mut Context<'_>) -> Outcome<S
         return Handled;
     }
     if context.world.recent_primary_starts(context.now) >= CRASH_LIMIT {
-        let why = format!("PostgreSQL was started {CRASH_LIMIT} times as a primary within {} s", crate::machine::world::CRASH_WINDOW_S);
+        let why =
+            format!("PostgreSQL was started {CRASH_LIMIT} times as a primary within {} s", crate::machine::bookkeeping::CRASH_WINDOW_S);
         return Transition(State::Demoting { demotion: Demotion { why, then: Then::Release(promotion.lock) } });
     }
     match &context.world.data {

@@ -214,6 +214,17 @@ fn row_53_who_promoted_a_number_that_history_gives_to_another_follows_nobody_unj
 }
 
 #[test]
+fn row_53_also_for_a_promotion_without_a_record_that_ended_before_its_first_checkpoint() {
+    let mut case = of_timeline_2();
+    case.local.state = DatabaseState::InProduction;
+    (case.local.timeline, case.local.checkpoint) = (TimelineId(1), Lsn(SWITCH.0 - 0x80));
+    (case.local.min_recovery_timeline, case.local.min_recovery_end) = (TimelineId(2), Lsn(SWITCH.0 + 0x60));
+    assert_eq!(case.lost().unwrap().from, SWITCH);
+    case.local.state = DatabaseState::InArchiveRecovery;
+    assert_eq!(case.decide(), Rejoin::Follow, "a standby did not promote it");
+}
+
+#[test]
 fn timeline_1_needs_no_record_of_a_promotion_since_initdb_made_it() {
     let mut case = old_primary();
     case.promoted_under = Some(Epoch(3));
