@@ -10,7 +10,6 @@ use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, DataDirectoryReport, HistoryEntry, Initialize, MemberRecord, Vote};
 use crate::mutants::{Mutant, mutant};
 use crate::policy::failsafe::{self, HeldBack, Promise};
-use crate::policy::rejoin;
 use crate::spec::cluster::{ClusterSpec, Member};
 use crate::types::{Epoch, Lsn, MemberName, SystemId, TimelineId};
 
@@ -180,6 +179,18 @@ fn silent_voters<'a>(inputs: &'a Inputs<'_>) -> impl Iterator<Item = &'a MemberN
     })
 }
 
+/// Whether etcd's history says that the timeline we promoted to is another leadership's. An id that history does not have is nobody else's:
+/// etcd was lost. One that we reserved and that nobody recorded is ours, if a leadership promoted us.
+fn is_of_another_promotion(inputs: &Inputs<'_>) -> bool {
+    let Some((own, epoch)) = inputs.promoted.filter(|(timeline, _)| *timeline == inputs.own.timeline) else { return false };
+    let is_ours = |entry: &HistoryEntry| match entry.epoch {
+        Some(recorded) => recorded == epoch,
+        None => entry.member == *inputs.me && epoch != Epoch::BY_HAND,
+    };
+    let mut of_the_id = inputs.view.history.iter().filter(|entry| entry.timeline == own).peekable();
+    of_the_id.peek().is_some() && !of_the_id.any(is_ours)
+}
+
 fn not_eligible(inputs: &Inputs<'_>) -> Option<String> {
     let Some(member) = inputs.spec.member(inputs.me) else {
         return Some("this member is not in spec.members".to_owned());
@@ -190,7 +201,7 @@ fn not_eligible(inputs: &Inputs<'_>) -> Option<String> {
     if inputs.view.spec.is_none() {
         return Some("there is no spec in etcd: nobody leads until one is applied".to_owned());
     }
-    if rejoin::may_be_of_another_promotion(inputs.own.timeline, inputs.promoted, &inputs.view.history) {
+    if is_of_another_promotion(inputs) {
         let why = format!("timeline {} was promoted here, and not by the leadership that took its number", inputs.own.timeline);
         return Some(why);
     }

@@ -344,6 +344,12 @@ fn i9_a_server_that_was_promoted_outside_the_leadership_of_its_timeline_does_not
     assert!(vacant(None).runs_after(0), "it streamed timeline 2");
     assert!(vacant(Some((TimelineId(2), Epoch(20)))).runs_after(0), "it led timeline 2");
     assert!(vacant(Some((TimelineId(1), Epoch::BY_HAND))).runs_after(0), "it was promoted once, and has left that timeline");
+    let unrecorded = |who, promoted| vacant(Some(promoted)).history(vec![recorded(1, "a", 1, 10, 0, 0), entry(2, who, 8)]);
+    assert!(unrecorded("b", (TimelineId(2), Epoch(20))).runs_after(0), "its leadership ended before it was recorded");
+    unrecorded("b", (TimelineId(2), Epoch::BY_HAND)).not_eligible_because("timeline 2 was promoted here");
+    unrecorded("a", (TimelineId(2), Epoch(20))).not_eligible_because("timeline 2 was promoted here");
+    let forgotten = vacant(Some((TimelineId(2), Epoch(20)))).history(Vec::new());
+    assert!(matches!(forgotten.judge_after(60_000), Verdict::Run { .. }), "etcd was lost, and nobody else has that number");
     vacant(Some((TimelineId(2), Epoch::BY_HAND))).not_eligible_because("timeline 2 was promoted here");
     vacant(Some((TimelineId(2), Epoch(15)))).not_eligible_because("timeline 2 was promoted here");
 }
