@@ -39,7 +39,7 @@ pub async fn orphan(mut twins: Twins) {
     twins.primary(0).await;
     // Busy until a file is there, and not in any wait that a postmaster's death would end.
     let sql = twins.servers[0].sql.clone();
-    let busy = "do $$ begin while (pg_stat_file('go_on', true)).size is null loop end loop; insert into public.t values (2); end $$";
+    let busy = "do $$ declare until timestamptz := clock_timestamp() + interval '60 s'; begin while (pg_stat_file('go_on', true)).size is null and clock_timestamp() < until loop end loop; insert into public.t values (2); end $$";
     let backend = tokio::spawn(async move { sql.with(LIMIT, async |connection| connection.execute(busy).await).await });
     let pid = "select coalesce(max(pid), 0)::text from pg_stat_activity where state = 'active' and query like 'do %'";
     eventually_async(async || twins.servers[0].ask(pid).await != "0").await;
