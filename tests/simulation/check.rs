@@ -62,6 +62,8 @@ pub struct Checks {
     pub mixed_by_hand: bool,
     /// A disk was lost, or somebody promoted by hand.
     pub data_was_lost: bool,
+    /// etcd was wiped or went back.
+    pub etcd_forgot: bool,
 }
 
 impl Checks {
@@ -171,6 +173,7 @@ impl Checks {
     pub fn etcd_restored(&mut self) {
         (self.last_epoch, self.last_fenced) = (Epoch(0), Epoch(0));
         self.restored = true;
+        self.etcd_forgot = true;
     }
 
     /// I4: accepted writes of leaders never carry an epoch older than one already accepted.

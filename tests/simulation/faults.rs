@@ -130,6 +130,7 @@ impl Sim {
             Kind::Compaction => self.compact(),
             Kind::EtcdRestored => self.etcd.back_up(),
             Kind::EtcdWiped => {
+                self.checks.etcd_forgot = true;
                 self.early_loss();
                 self.etcd.wipe();
                 self.checks.etcd_wiped();

@@ -175,15 +175,23 @@ impl Sim {
         })
     }
 
-    /// The data that was ahead is lost, or is a promotion's by hand; nobody leads, and every member says why it may not. Only an operator
-    /// can choose what is given up (P2 in async, rows 66 and 69).
+    /// The data that was ahead is lost, or is a promotion's by hand, or etcd forgot who led; nobody leads, and every member says why it may
+    /// not. Only an operator can choose what is given up (P2 in async, rows 43, 66, 69 and 72).
     fn operator_has_to_decide(&self) -> bool {
-        let says_why = |host: &super::host::Host| {
-            let conditions = host.daemon.as_ref().map(|daemon| &daemon.machine.world().conditions);
-            let warns = |kind| conditions.and_then(|conditions| conditions.get(kind)).is_some_and(|one| one.severity == Severity::Warning);
-            warns("waiting_to_lead") || warns("waiting_to_initialize")
+        let conditions = |host: &super::host::Host| host.daemon.as_ref().map(|daemon| daemon.machine.world().conditions.clone());
+        let says = |host: &super::host::Host, kind: &str, least: Severity| {
+            conditions(host).is_some_and(|conditions| conditions.get(kind).is_some_and(|one| one.severity == least))
         };
-        self.checks.data_was_lost && self.leader().is_none() && self.hosts.iter().all(says_why)
+        let one_does_not_start = self.hosts.iter().any(|host| says(host, "start_failed", Severity::Warning));
+        let says_why = |host: &super::host::Host| {
+            let warns = |kind| says(host, kind, Severity::Warning);
+            // Who waits for the one that does not start says so, and that one warns.
+            let waits = one_does_not_start && says(host, "waiting_to_lead", Severity::Info);
+            let has_nothing = host.server.data.is_none() && says(host, "waiting_to_initialize", Severity::Info);
+            warns("waiting_to_lead") || warns("waiting_to_initialize") || warns("start_failed") || waits || has_nothing
+        };
+        let possible = self.checks.data_was_lost || self.checks.etcd_forgot;
+        possible && self.leader().is_none() && self.hosts.iter().all(says_why)
     }
 
     /// I5, I8 and I9 at the end: what standbys have is, record for record, in the primary's past.
