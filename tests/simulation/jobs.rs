@@ -113,11 +113,11 @@ impl Sim {
         let Some(data) = &mut this.server.data else { return self.job_fails(host, "there is no data directory") };
         if !server_is_there {
             data.set_standby(matches!(role, StartAs::Standby(_)));
-            if data.standby_signal {
-                if let Some(timeline) = rejoin::promoted_by_hand(&data.control(this.disk.promotion.as_ref())) {
-                    let parent = TimelineId(timeline.0 - 1);
-                    this.disk.promotion = Some(OwnPromotion { timeline, epoch: Epoch::BY_HAND, parent, switch_lsn: None });
-                }
+            if data.standby_signal
+                && let Some(timeline) = rejoin::promoted_by_hand(&data.control(this.disk.promotion.as_ref()))
+            {
+                let parent = TimelineId(timeline.0 - 1);
+                this.disk.promotion = Some(OwnPromotion { timeline, epoch: Epoch::BY_HAND, parent, switch_lsn: None });
             }
         }
         let (word, upstream) = match role {

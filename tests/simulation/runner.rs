@@ -175,13 +175,14 @@ impl Sim {
         })
     }
 
-    /// The data that was ahead is lost, or is a promotion's by hand; nobody leads, and every member says why it may not. Only an operator
-    /// can choose what is given up (P2 in async, rows 66 and 69).
+    /// The data that was ahead is lost, or is a promotion's by hand; nobody leads, and every member says why it may not, or does not
+    /// start: it is past what was lost and has the history of that. Only an operator can choose what is given up (P2 in async, rows 66, 69).
     fn operator_has_to_decide(&self) -> bool {
         let says_why = |host: &super::host::Host| {
             let conditions = host.daemon.as_ref().map(|daemon| &daemon.machine.world().conditions);
             conditions
                 .is_some_and(|conditions| conditions.contains_key("waiting_to_lead") || conditions.contains_key("waiting_to_initialize"))
+                || host.server.data.as_ref().is_some_and(|data| !data.recovers())
         };
         self.checks.data_was_lost && self.leader().is_none() && self.hosts.iter().all(says_why)
     }

@@ -237,7 +237,7 @@ impl Twins {
         (control, wal)
     }
 
-    fn model_rest(&self, host: usize) -> (ControlFacts, LocalWal) {
+    pub fn model_rest(&self, host: usize) -> (ControlFacts, LocalWal) {
         let this = &self.sim.hosts[host];
         let data = this.server.data.as_ref().unwrap();
         (data.control(this.disk.promotion.as_ref()), data.local_wal())
