@@ -287,6 +287,10 @@ impl World {
         match finished {
             Finished::Looked(data) => {
                 self.ended(now, Kind::Look, data != DataDirectory::Unknown);
+                // Of a server that was found running nothing was looked at before.
+                if let (true, None, DataDirectory::Full(control)) = (self.running().is_some(), self.promoted, &data) {
+                    self.promoted = Some(control.promoted);
+                }
                 // A postmaster that started meanwhile has made this look old.
                 if self.proved_empty() {
                     self.promoted = match &data {

@@ -114,7 +114,10 @@ impl Machine {
         let ran_out = self.proof_ran_out(now);
         let stop = matches!(event, Event::StopRequested);
         let asked = if let Event::PromiseAsked { id, ask, received } = &event { Some((*id, ask.clone(), *received)) } else { None };
-        let gone = self.world.absorb(now, event).or(ran_out).or_else(|| self.proof_ran_out(now)).or_else(|| self.lapse_ended(now));
+        let lost = self.world.absorb(now, event);
+        // The event itself may be a proof that comes too late.
+        let came_late = self.proof_ran_out(now);
+        let gone = lost.or(ran_out).or(came_late).or_else(|| self.lapse_ended(now));
         self.world.notice_idle_guard(now);
         if let Some(why) = gone {
             self.dispatch(now, &mut actions, Input::LockGone(why));
@@ -155,7 +158,7 @@ impl Machine {
         publish::standing_conditions(context.world, &state);
         replace_guard(&mut context, &state);
         keep_lease(&mut context, &state);
-        forget_lock(&mut context);
+        forget_lock(&mut context, &state);
         release_orphan(&mut context, &state);
         release_useless(&mut context, &state);
         without_etcd::keep(&mut context, &state);
@@ -266,7 +269,11 @@ fn replace_guard(context: &mut Context<'_>, state: &State) {
 }
 
 /// The guard is told that the lock is not ours as soon as that is safe.
-fn forget_lock(context: &mut Context<'_>) {
+fn forget_lock(context: &mut Context<'_>, state: &State) {
+    // What the guard kept for this daemon has not been taken over yet.
+    if *state == State::Starting {
+        return;
+    }
     let known = context.world.guard.as_ref().and_then(|guard| guard.lock).map(|lock| lock.identity.epoch);
     if let (Some(epoch), Lock::None, true) = (known, context.world.lock, context.world.cannot_write(context.now)) {
         context.actions.push(Action::ForgetLock(epoch));

@@ -97,8 +97,9 @@ pub fn reaction(state: StateKind, event: EventKind) -> Reaction {
         // The answer goes out at once; it holds back who would run for the lock, and nobody else.
         E::PromiseAsked => match state {
             Candidate => TakenIn,
-            Starting | Undeclared | AwaitingLeader | Initializing | Cloning | Following | Rejoining | Promoting | Primary | HandingOver
-            | Demoting | Stopping => Noted,
+            Starting | Undeclared | AwaitingLeader | Initializing | Cloning | Following | Rejoining | Stopping => Noted,
+            // Whoever leads, or did until a moment ago, promises nothing.
+            Promoting | Primary | HandingOver | Demoting => NothingNew,
         },
         E::StopRequested => match state {
             Starting | Undeclared | AwaitingLeader | Initializing | Cloning | Following | Candidate | Rejoining => Leaves,

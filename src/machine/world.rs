@@ -460,6 +460,8 @@ impl World {
     /// our leadership by its epoch it names it by the lease that the lock was taken on.
     pub fn key_to_move(&self) -> Option<&MemberRecord> {
         let recorded = self.lock.identity().is_none_or(|lock| self.recorded == Some(lock.epoch));
+        // A lock that is being taken hangs on the lease that the member key hangs on.
+        let recorded = recorded && !self.in_flight.contains(&OperationKind::Acquire);
         self.written.as_ref().map(|(record, _)| record).filter(|_| recorded)
     }
 

@@ -10,8 +10,9 @@ use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, DataDirectoryReport, HistoryEntry, Initialize, MemberRecord, Vote};
 use crate::mutants::{Mutant, mutant};
 use crate::policy::failsafe::{self, HeldBack, Promise};
+use crate::policy::rejoin;
 use crate::spec::cluster::{ClusterSpec, Member};
-use crate::types::{Lsn, MemberName, SystemId, TimelineId};
+use crate::types::{Epoch, Lsn, MemberName, SystemId, TimelineId};
 
 /// How long voters that have not published their final position are waited for.
 pub const VOTERS_GRACE_MS: u64 = 1_000;
@@ -45,6 +46,8 @@ pub struct Inputs<'a> {
     pub promise: Option<&'a Promise>,
     /// When this run of the daemon began.
     pub started: BootTime,
+    /// Our data directory's own promotion, if there is one on record.
+    pub promoted: Option<(TimelineId, Epoch)>,
 }
 
 /// The judgement.
@@ -186,6 +189,10 @@ fn not_eligible(inputs: &Inputs<'_>) -> Option<String> {
     }
     if inputs.view.spec.is_none() {
         return Some("there is no spec in etcd: nobody leads until one is applied".to_owned());
+    }
+    if rejoin::may_be_of_another_promotion(inputs.own.timeline, inputs.promoted, &inputs.view.history) {
+        let why = format!("timeline {} was promoted here, and not by the leadership that took its number", inputs.own.timeline);
+        return Some(why);
     }
     if inputs.own.lsn == Lsn(0) {
         return Some("how far this member's WAL reaches is not known, which is not the same as not behind".to_owned());

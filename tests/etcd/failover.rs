@@ -17,6 +17,7 @@ against_both! { 3, &[];
     an_endpoint_that_hangs_costs_a_part_of_the_budget_only,
     the_lease_goes_on_when_the_member_it_was_renewed_through_hangs,
     the_lease_outlives_the_leader_of_etcd,
+    another_leader_of_etcd_is_another_term_of_the_same_lease,
     without_a_majority_nothing_is_written_and_everything_comes_back,
 }
 
@@ -87,6 +88,18 @@ async fn the_lease_outlives_the_leader_of_etcd(server: EtcdServer) {
     let events = keeper.until(|event| matches!(event, LeaseEvent::Proved { .. })).await;
     assert!(!events.iter().any(|event| matches!(event, LeaseEvent::Lost { .. })), "{events:?}");
     keeper.proved(lock).await;
+}
+
+/// With it the lease begins anew: whoever waits for its end has to know.
+async fn another_leader_of_etcd_is_another_term_of_the_same_lease(server: EtcdServer) {
+    let etcd = server.etcd();
+    let lease = lease_of_a_minute(&server).await;
+    let (ttl, before) = etcd.granted_ttl(lease).await.unwrap().unwrap();
+    server.kill(server.leader().await);
+    server.wait_ready().await;
+    let (same, after) = etcd.granted_ttl(lease).await.unwrap().unwrap();
+    assert_eq!(same, ttl);
+    assert!(after > before, "{before} and then {after}");
 }
 
 async fn without_a_majority_nothing_is_written_and_everything_comes_back(server: EtcdServer) {

@@ -14,8 +14,8 @@ use pgherd::policy::deadlines::LeaseTimes;
 use pgherd::types::{LeaseIdentity, LockIdentity};
 
 use crate::proxy::{Network, Proxy};
-use crate::support::etcd_server::{EtcdServer, settings};
-use crate::support::{Keeper, lease_is_gone, name, record};
+use crate::support::etcd_server::{EtcdServer, PATIENCE, settings};
+use crate::support::{Keeper, lease_is_gone, lease_of_a_minute, name, record};
 
 against_both! { 1, &[];
     a_lock_is_proved_with_each_renewal_and_the_guard_knows_first,
@@ -32,6 +32,7 @@ against_both! { 1, &[];
     a_changed_ttl_takes_the_lock_along_under_the_same_epoch,
     a_lock_is_let_go_before_it_is_released,
     revoking_ends_the_lease_at_once,
+    a_lease_is_told_as_it_was_granted_however_much_of_it_is_left,
     an_etcd_that_was_rebuilt_neither_renews_the_lease_nor_takes_it_away,
 }
 
@@ -227,6 +228,31 @@ async fn revoking_ends_the_lease_at_once(server: EtcdServer) {
     keeper.handle.revoke();
     lease_is_gone(&server, lease).await;
     assert_eq!(etcd.read_view().await.unwrap().leader, None);
+}
+
+/// A member key of a former run is waited for by this.
+async fn a_lease_is_told_as_it_was_granted_however_much_of_it_is_left(server: EtcdServer) {
+    let etcd = server.etcd();
+    let mut stranger = server.stranger().await;
+    let term = stranger.status().await.unwrap().raft_term();
+    assert!(term > 0);
+    let as_granted = Some((Duration::from_secs(60), term));
+    let lease = lease_of_a_minute(&server).await;
+    assert_eq!(etcd.granted_ttl(lease).await, Ok(as_granted));
+    let less = async {
+        let mut again = tokio::time::interval(Duration::from_millis(100));
+        while stranger.lease_time_to_live(lease.0, None).await.unwrap().ttl() > 58 {
+            again.tick().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, less).await.expect("nothing of the lease is used up");
+    assert_eq!(etcd.granted_ttl(lease).await, Ok(as_granted));
+    let (mut renewal, mut answers) = stranger.lease_keep_alive(lease.0).await.unwrap();
+    renewal.keep_alive().await.unwrap();
+    assert_eq!(answers.message().await.unwrap().unwrap().ttl(), 60);
+    assert_eq!(etcd.granted_ttl(lease).await, Ok(as_granted));
+    etcd.revoke(lease).await.unwrap();
+    assert_eq!(etcd.granted_ttl(lease).await, Ok(None), "it is gone");
 }
 
 async fn an_etcd_that_was_rebuilt_neither_renews_the_lease_nor_takes_it_away(mut server: EtcdServer) {

@@ -1,8 +1,10 @@
 //! Timelines: ids, history files, where WAL ends, and who may follow whom.
 
-use pgherd::facts::postgres::ProbeOutcome;
-use pgherd::policy::rejoin::{Inputs, LastRecord, OwnPromotion, Rejoin, decide};
-use pgherd::postgres::{Keep, clone_from, history_files, set_standby, wal};
+use std::path::Path;
+
+use pgherd::facts::postgres::{DatabaseState, ProbeOutcome};
+use pgherd::policy::rejoin::{Inputs, LastRecord, OwnPromotion, Rejoin, decide, promoted_by_hand};
+use pgherd::postgres::{Installation, Keep, clone_from, history_files, set_standby, wal};
 use pgherd::types::{Epoch, Lsn, TimelineId};
 
 use super::harness::{LIMIT, Server, eventually_async, installations, place};
@@ -26,6 +28,18 @@ async fn judge(member: &Server, leader: &Server, promoted_under: Option<Epoch>) 
 fn note_promotion(server: &Server, timeline: u32, epoch: i64) {
     let record = OwnPromotion { timeline: TimelineId(timeline), epoch: Epoch(epoch), parent: TimelineId(1), switch_lsn: None };
     server.layout.promotion_file().write(&record).unwrap();
+}
+
+/// Two standbys that have everything of a primary that was stopped in good order.
+async fn two_heirs(installation: &Installation, root: &Path) -> (Server, Server) {
+    let mut origin = Server::primary(installation, root, "a").await;
+    let heirs = (Server::standby_of(&origin, "b").await, Server::standby_of(&origin, "c").await);
+    origin.stop();
+    let shutdown = origin.control().await.checkpoint;
+    for one in [&heirs.0, &heirs.1] {
+        one.until("it has the shutdown checkpoint", |facts| facts.end_of_wal() > shutdown).await;
+    }
+    heirs
 }
 
 #[tokio::test]
@@ -76,14 +90,7 @@ async fn a_primary_that_wrote_on_has_diverged_and_the_loss_is_named() {
 async fn row_53_two_promotions_to_one_id_are_told_apart_by_their_epochs() {
     for installation in installations().await {
         let root = place();
-        let mut origin = Server::primary(&installation, root.path(), "a").await;
-        let mut first = Server::standby_of(&origin, "b").await;
-        let second = Server::standby_of(&origin, "c").await;
-        origin.stop();
-        let shutdown = origin.control().await.checkpoint;
-        for one in [&first, &second] {
-            one.until("it has the shutdown checkpoint", |facts| facts.end_of_wal() > shutdown).await;
-        }
+        let (mut first, second) = two_heirs(&installation, root.path()).await;
         note_promotion(&first, 2, 5);
         first.promote().await;
         first.stop();
@@ -91,6 +98,35 @@ async fn row_53_two_promotions_to_one_id_are_told_apart_by_their_epochs() {
         let both = [&first, &second].map(|one| history_files::read(one.data_dir(), TimelineId(2)).unwrap().unwrap());
         assert_eq!(both[0], both[1], "the history files are the same: only the epoch tells them apart");
         assert!(matches!(judge(&first, &second, Some(Epoch(6))).await, Rejoin::Clone { .. }));
+    }
+}
+
+#[tokio::test]
+async fn row_53_a_standby_promoted_by_hand_and_started_again_is_known_by_its_record_and_by_nothing_else() {
+    for installation in installations().await {
+        let root = place();
+        let (mut by_hand, leader) = two_heirs(&installation, root.path()).await;
+        by_hand.promote().await;
+        by_hand.crash();
+        let was_primary = by_hand.control().await;
+        assert_eq!((promoted_by_hand(&was_primary), was_primary.promoted), (Some(TimelineId(2)), None));
+        note_promotion(&by_hand, 2, Epoch::BY_HAND.0);
+        assert_eq!(promoted_by_hand(&by_hand.control().await), None, "it is on record");
+
+        set_standby(by_hand.data_dir(), true).unwrap();
+        by_hand.inputs.primary_conninfo = None;
+        by_hand.install().await;
+        by_hand.start().await;
+        by_hand.stop();
+        let was_standby = by_hand.control().await;
+        assert_eq!(was_standby.promoted, Some((TimelineId(2), Epoch::BY_HAND)));
+        leader.promote().await;
+        assert!(matches!(judge(&by_hand, &leader, Some(Epoch(6))).await, Rejoin::Clone { .. }));
+
+        by_hand.layout.promotion_file().remove().unwrap();
+        let without = by_hand.control().await;
+        assert_eq!((without.state, without.promoted), (DatabaseState::ShutDownInRecovery, None));
+        assert_eq!(judge(&by_hand, &leader, Some(Epoch(6))).await, Rejoin::Follow, "nothing on disk tells the two apart");
     }
 }
 

@@ -105,6 +105,23 @@ impl Checks {
         }
     }
 
+    /// A proof that has run out counts as none, before anything else is looked at (SAFETY 5).
+    pub fn after_event(&mut self, now: BootTime, daemon: &Daemon) {
+        if let Lock::Proved { until, .. } = daemon.machine.world().lock
+            && now >= until
+        {
+            self.fail("I2", "a proof of the lock that has run out still counts".to_owned());
+        }
+    }
+
+    /// The lock is not given up while a process of PostgreSQL is left that may write (row 8).
+    pub fn released(&mut self, this: &Host) {
+        let standby = this.guard.as_ref().is_none_or(|guard| !guard.state.may_write()) && this.server.recovering();
+        if !this.server.is_empty() && !standby {
+            self.fail("I2", format!("{} gives the lock up while processes that may write are left", this.name));
+        }
+    }
+
     fn judge_operation(&mut self, daemon: &Daemon, now: BootTime, operation: &Operation) {
         let world = daemon.machine.world();
         let proved = |wanted: Option<LockIdentity>| match world.lock {

@@ -223,6 +223,7 @@ impl Sim {
         let to = daemon.machine.state().name();
         self.trace.actions(now, host, from, to, &actions);
         self.checks.judge_actions(local, daemon, &actions);
+        self.checks.after_event(local, daemon);
         for decision in transitions(&actions) {
             match edges::find(&decision.0, &decision.1) {
                 Some(edge) => self.coverage.edge(edge.number),

@@ -253,6 +253,10 @@ impl Etcd {
         self.view.leader.as_ref().is_some_and(|leader| leader.epoch == lock.epoch && leader.lease == lock.lease.lease)
     }
 
+    pub fn proves_epoch(&self, epoch: Epoch) -> bool {
+        self.is_epoch(epoch)
+    }
+
     fn is_epoch(&self, epoch: Epoch) -> bool {
         self.view.leader.as_ref().is_some_and(|leader| leader.epoch == epoch)
     }

@@ -258,6 +258,8 @@ impl Sim {
                 self.etcd_changed();
             }
             Kind::Switchover => self.request_switchover(((fault.choice >> 8) % self.hosts.len() as u64) as usize),
+            Kind::FrozenInRenewal => self.hosts[host].freezes_in_renewal = true,
+            Kind::OldEtcdLeader => self.etcd_leader_is_deposed(host),
             Kind::SpecEdited => self.edit_spec(fault.choice, None),
             Kind::MemberRemoved => self.remove_member(&fault, host),
             Kind::Strike => {
@@ -424,6 +426,32 @@ impl Sim {
             _ => return false,
         }
         true
+    }
+
+    /// The old one does not know yet, and answers whoever talks to it, for as long as it takes to miss its majority.
+    fn etcd_leader_is_deposed(&mut self, host: usize) {
+        let (now, old) = (self.now, self.etcd.term);
+        let until = now.after(self.random.between(ms(900), ms(1_900)));
+        self.etcd.elected(now);
+        self.hosts[host].old_etcd_leader = Some((until, old));
+        self.later(until.since(now), What::CutEtcd { host });
+    }
+
+    /// Freezes the daemon with a keepalive under way, for less time than its guard takes to begin the ladder.
+    pub fn freeze_in_renewal(&mut self, host: usize, ttl: Duration) {
+        if !std::mem::take(&mut self.hosts[host].freezes_in_renewal) {
+            return;
+        }
+        let lasts = self.random.between(ttl / 5, ttl * 11 / 25);
+        self.say(Some(host), || "!! stands still between a keepalive and its answer".to_owned());
+        self.freeze_daemon_for(host, lasts);
+        self.later(lasts + ms(8), What::CutEtcd { host });
+    }
+
+    pub fn cut_off_from_etcd(&mut self, host: usize) {
+        if !self.healed {
+            self.cut_etcd_for(host, secs(14), true);
+        }
     }
 
     /// The leader is not removed: apply refuses that (row 73).
@@ -599,6 +627,8 @@ impl Sim {
         self.apply_again();
         for host in 0..self.hosts.len() {
             self.hosts[host].supervised = true;
+            self.hosts[host].freezes_in_renewal = false;
+            self.hosts[host].old_etcd_leader = None;
             self.hosts[host].server.ail = super::postgres::Ailments::default();
             self.hosts[host].server.orphans.retain(|orphan| !orphan.stuck);
             self.power_on(host);

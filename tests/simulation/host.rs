@@ -58,6 +58,8 @@ pub struct Job {
 #[derive(Default)]
 pub struct Watch {
     pub token: u64,
+    /// A deliberate bug: what was known, and what etcd had, when changes were missed.
+    pub missed: Option<(Arc<ClusterView>, Arc<ClusterView>)>,
     /// The view as the watch has it; None = it has to list first.
     pub known: Option<Arc<ClusterView>>,
     pub as_of: BootTime,
@@ -115,6 +117,10 @@ pub struct Host {
     pub stands: bool,
     pub disk: Disk,
     pub server: Server,
+    /// The next renewal is the one in which its daemon stands still.
+    pub freezes_in_renewal: bool,
+    /// Until then a deposed leader of etcd answers its keepalives, in this raft term.
+    pub old_etcd_leader: Option<(Real, u64)>,
     /// A data directory that somebody took away.
     pub moved_away: Option<Data>,
     pub guard: Option<Guard>,
@@ -149,6 +155,8 @@ impl Host {
             stands: false,
             disk: Disk::default(),
             server: Server::default(),
+            freezes_in_renewal: false,
+            old_etcd_leader: None,
             moved_away: None,
             guard: None,
             daemon: None,

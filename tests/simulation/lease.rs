@@ -163,6 +163,9 @@ impl Sim {
             thread.doing = Doing::Renewing { call, stage, lease, lock, sent: now };
         }
         self.daemon_at_local(host, now + budget, DaemonDue::LeaseBudget { token });
+        if lock.is_some() {
+            self.freeze_in_renewal(host, budget * 10);
+        }
     }
 
     pub fn lease_wake(&mut self, host: usize, token: u64) {
@@ -351,7 +354,7 @@ impl Sim {
         let Some(thread) = self.lease_thread(host) else { return };
         let Doing::Acknowledging { lock, sent, by_promises } = thread.doing else { return };
         thread.doing = Doing::Nothing;
-        let taken = matches!(answer, Ok(()) | Err(AskError::Refused(Refusal::LadderRuns))) || mutant(Mutant::SilentGuardTrusted);
+        let taken = matches!(answer, Ok(()) | Err(AskError::Refused(Refusal::LadderRuns)));
         let said = if taken && by_promises {
             thread.book.sustained(sent).map(|until| LeaseEvent::Sustained { lock, sent, until })
         } else if taken {

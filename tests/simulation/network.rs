@@ -226,6 +226,11 @@ impl Sim {
         let now = self.now;
         match ask {
             EtcdAsk::Grant { ttl } => EtcdAnswer::Granted(self.etcd.grant(now, ttl)),
+            // It renews nothing: the leader that counts knows nothing of it.
+            EtcdAsk::KeepAlive { lease, .. } if self.hosts[host].old_etcd_leader.is_some_and(|(until, _)| now < until) => {
+                let term = self.hosts[host].old_etcd_leader.map_or(0, |(_, term)| term);
+                self.etcd.granted_ttl(lease).map_or(EtcdAnswer::NoSuchLease, |ttl| EtcdAnswer::Renewed { term, ttl })
+            }
             EtcdAsk::KeepAlive { lease, sent } => match self.etcd.keep_alive(now, lease) {
                 Some(ttl) => {
                     self.lock_was_renewed(host, lease, sent, ttl);
@@ -247,7 +252,12 @@ impl Sim {
                 self.lock_was_taken(host, &won);
                 EtcdAnswer::Acquired(won)
             }
-            EtcdAsk::Release { epoch, record } => EtcdAnswer::Done(self.etcd.release(epoch, record.as_ref())),
+            EtcdAsk::Release { epoch, record } => {
+                if self.etcd.proves_epoch(epoch) {
+                    self.checks.released(&self.hosts[host]);
+                }
+                EtcdAnswer::Done(self.etcd.release(epoch, record.as_ref()))
+            }
             EtcdAsk::WriteStatus(status) => {
                 let lsn = status.lsn;
                 let written = self.etcd.write_status(*status);

@@ -63,6 +63,10 @@ pub enum Kind {
     MemberRemoved,
     /// The data directory of a living daemon is taken away, and brought back if nothing has taken its place.
     DataMoved,
+    /// The leader's daemon stands still between a keepalive and its answer, and is cut off from etcd when it goes on.
+    FrozenInRenewal,
+    /// A deposed leader of etcd goes on to answer keepalives for a moment; then etcd is out of reach.
+    OldEtcdLeader,
     /// Aimed at the moment before or after an order of the machine.
     Strike,
 }
@@ -121,6 +125,8 @@ impl Kind {
         Kind::SpecEdited,
         Kind::MemberRemoved,
         Kind::DataMoved,
+        Kind::FrozenInRenewal,
+        Kind::OldEtcdLeader,
         Kind::Strike,
     ];
 
@@ -128,6 +134,7 @@ impl Kind {
     fn weight(self) -> u64 {
         match self {
             Kind::Strike => 14,
+            Kind::FrozenInRenewal | Kind::OldEtcdLeader => 4,
             Kind::KillDaemon | Kind::KillPostmaster | Kind::PowerOff | Kind::CutEtcd | Kind::FreezeDaemon | Kind::Switchover => 5,
             Kind::Isolate | Kind::CutPeers | Kind::SlowEtcd | Kind::EtcdLeaderLost | Kind::KillGuard | Kind::StopDaemon => 4,
             Kind::EtcdRestored | Kind::EtcdWiped | Kind::AllPowerOff | Kind::HypervisorPause | Kind::DataLost => 1,

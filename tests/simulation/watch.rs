@@ -97,11 +97,11 @@ impl Sim {
             if well && !watch.stalled && !went_back {
                 watch.silent_since = None;
                 watch.as_of = local;
-                list = local >= watch.next_list;
+                list = local >= watch.next_list && !mutant(Mutant::WatchGapIgnored);
             } else {
                 let since = *watch.silent_since.get_or_insert(local);
                 let over = refused || went_back || local.since(since) >= ms(SILENCE_MS);
-                if over && !mutant(Mutant::SilentWatchTrusted) {
+                if over {
                     watch.known = None;
                     watch.stalled = false;
                     watch.token += 1;
@@ -153,6 +153,7 @@ impl Sim {
             let run = daemon.run;
             return self.later(ms(RESENT_AFTER_MS), What::Daemon { host, run, due: DaemonDue::View { token, view } });
         }
+        let view = watch.missed.as_ref().map_or(view.clone(), |missed| Arc::new(with_gap(missed, &view)));
         watch.known = Some(Arc::clone(&view));
         daemon.witness = daemon.witness.max(view.revision);
         let as_of = watch.as_of;
@@ -169,12 +170,27 @@ impl Sim {
             }
             daemon.watch.token += 1;
             if mutant(Mutant::WatchGapIgnored) {
+                let known = daemon.watch.known.clone().map(|known| (known, Arc::clone(&self.etcd.view)));
+                daemon.watch.missed = daemon.watch.missed.take().or(known);
                 continue;
             }
             daemon.watch.known = None;
             self.watch_lists(host);
         }
     }
+}
+
+/// A view in which what did not change since the gap is as it was known before it.
+fn with_gap((known, at_gap): &(Arc<ClusterView>, Arc<ClusterView>), view: &ClusterView) -> ClusterView {
+    let mut seen = view.clone();
+    if view.leader == at_gap.leader {
+        seen.leader.clone_from(&known.leader);
+    }
+    if view.history_revision == at_gap.history_revision {
+        seen.history.clone_from(&known.history);
+        seen.history_revision = known.history_revision;
+    }
+    seen
 }
 
 fn same(watched: &ClusterView, listed: &ClusterView) -> bool {

@@ -151,6 +151,10 @@ pub enum What {
         to: MemberName,
         ask: Box<PromiseAsk>,
     },
+    /// The end of etcd for one host.
+    CutEtcd {
+        host: usize,
+    },
     Supervisor {
         host: usize,
     },
@@ -355,6 +359,7 @@ impl Sim {
             What::Receiver { host, pid } => self.receiver_due(host, pid),
             What::Stream { host, pid } => self.wal_arrives(host, pid),
             What::PromiseCall { host, run, round, to, ask } => self.peer_is_called(host, run, round, to, *ask),
+            What::CutEtcd { host } => self.cut_off_from_etcd(host),
             What::Supervisor { host } => self.supervise(host),
             What::KillDaemon { host } => self.daemon_ends(host, None),
             What::Flap { host } => self.flap(host),

@@ -77,7 +77,8 @@ fn may_initialize(context: &Context<'_>) -> Result<(), String> {
     }
     match &view.initialize {
         None => {}
-        Some(Initialize::Claimed { by, .. }) if by == context.world.me.name.as_str() && context.world.claimed => {}
+        // Also one that the run before this left on the lease that was taken over.
+        Some(Initialize::Claimed { lease: on, .. }) if context.world.lease.is_some_and(|lease| lease.lease == *on) => {}
         Some(Initialize::Claimed { by, .. }) => return Err(format!("`{by}` is initializing the cluster")),
         Some(Initialize::Done(id)) => {
             return Err(format!(

@@ -152,8 +152,12 @@ pub(crate) fn upstream(context: &Context<'_>) -> Option<Upstream> {
 }
 
 fn follow_running(context: &mut Context<'_>) -> Outcome<State> {
-    let doubtful = is_of_another_promotion(context);
-    if has_diverged(context) || is_stuck(context) || (doubtful && context.world.leader_writes()) {
+    // Found running by this daemon: before it is told to follow anybody, its files are looked at.
+    if context.world.promoted.is_none() {
+        context.start(Operation::Look);
+    }
+    let doubtful = context.world.promoted.is_none() || is_of_another_promotion(context);
+    if has_diverged(context) || is_stuck(context) || (is_of_another_promotion(context) && context.world.leader_writes()) {
         context.decide("rejoin", "PostgreSQL cannot follow the leader as it is: it is stopped and the way back is judged");
         context.stop(StopMode::Fast { patience: Duration::from_secs(STANDBY_STOP_S) });
         return Transition(State::Rejoining);
@@ -173,17 +177,7 @@ fn is_of_another_promotion(context: &Context<'_>) -> bool {
         return false;
     }
     let (Some(view), Some(own)) = (world.fresh_view(), world.own_timeline()) else { return false };
-    match world.promoted {
-        Some(promoted) => rejoin::may_be_of_another_promotion(own, promoted, &view.history),
-        // Found running by this daemon: its files were not looked at. One that has a leader to follow is left alone.
-        None => running && !follows_the_leader(context) && own > TimelineId(1),
-    }
-}
-
-/// The files are known to say whom to follow, and it is the leader.
-fn follows_the_leader(context: &Context<'_>) -> bool {
-    let upstream = upstream(context);
-    upstream.is_some() && context.world.in_force.as_ref().is_some_and(|files| files.upstream == upstream)
+    world.promoted.is_some_and(|promoted| rejoin::may_be_of_another_promotion(own, promoted, &view.history))
 }
 
 /// Our WAL goes past the point where the leader's timeline left ours, as etcd's history tells. The files have the last word: once they
@@ -300,6 +294,7 @@ fn verdict(context: &Context<'_>) -> Option<Verdict> {
         view,
         vacant_since: vacancy.seen,
         own: own_vote(world)?,
+        promoted: world.promoted?,
         system_id: world.sql()?.system_id,
         peers,
         ladder: deadlines.fenced_by.since(deadlines.announce_at),

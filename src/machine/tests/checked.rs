@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::clock::BootTime;
 use crate::facts::cluster::{DataDirectoryReport, Initialize};
 use crate::facts::guard::Word;
+use crate::facts::postgres::DataDirectory;
 use crate::machine::Machine;
 use crate::machine::action::{Action, LeaseOrder, Operation, OperationKind, StartAs};
 use crate::machine::edges;
@@ -143,7 +144,9 @@ fn judge_operation(world: &World, now: BootTime, operation: &Operation, context:
         _ => {}
     }
     match operation {
-        Operation::Clone { .. } => {
+        Operation::Clone { found_empty, .. } => {
+            // One that was found empty is unknown from the order on.
+            assert_eq!(*found_empty, world.data == DataDirectory::Unknown, "P5: says wrongly whether there is data to keep, {context}");
             let leads = world.lock != Lock::None;
             assert!(!leads && world.other_leader().is_some(), "I10: replaces its data directory without another leader, {context}");
         }

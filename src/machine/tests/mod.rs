@@ -9,6 +9,7 @@ mod toy;
 
 mod chaos;
 mod cluster;
+mod found;
 mod reactions;
 mod recovery;
 mod without_etcd;

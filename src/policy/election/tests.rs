@@ -24,6 +24,7 @@ struct Vacant {
     peers: Option<Vec<MemberName>>,
     system_id: SystemId,
     promise: Option<Promise>,
+    promoted: Option<(TimelineId, Epoch)>,
 }
 
 fn vote(timeline: u32, lsn: u64) -> Vote {
@@ -44,6 +45,7 @@ impl Vacant {
             peers: Some(Vec::new()),
             system_id: SYSTEM,
             promise: None,
+            promoted: None,
         };
         vacant.voted("b", vote(1, LSN)).voted("c", vote(1, LSN))
     }
@@ -114,6 +116,7 @@ impl Vacant {
             ladder: LADDER,
             promise: self.promise.as_ref(),
             started: T0.before(ms(1_000)),
+            promoted: self.promoted,
         })
     }
 
@@ -321,6 +324,28 @@ fn wiped() -> Vacant {
         (view.initialize, view.status) = (None, None);
         view.history.clear();
     })
+}
+
+#[test]
+fn i9_without_etcds_records_nobody_with_data_is_passed_over_before_it_said_how_far_it_is() {
+    assert!(matches!(wiped().silent("c").judge_after(60_000), Verdict::Wait { why, .. } if why.contains("`c`")));
+    let with_c_that_never_leads = || wiped().silent("c").members(&["a", "b", "c, failover_priority: 0"]);
+    assert!(matches!(with_c_that_never_leads().judge_after(60_000), Verdict::Run { .. }), "it never votes, and says where it is");
+    let unread = with_c_that_never_leads().with(|view| view.members.get_mut(&name("c")).unwrap().record.receive_lsn = None);
+    assert!(matches!(unread.judge_after(60_000), Verdict::Wait { why, .. } if why.contains("`c`")));
+}
+
+#[test]
+fn i9_a_server_that_was_promoted_outside_the_leadership_of_its_timeline_does_not_stand_for_election() {
+    let vacant = |promoted| {
+        let history = vec![recorded(1, "a", 1, 10, 0, 0), recorded(2, "a", 1, 20, 1, LSN)];
+        Vacant { promoted, ..Vacant::new().voted("b", vote(2, LSN + 8)).voted("c", vote(2, LSN)).history(history) }
+    };
+    assert!(vacant(None).runs_after(0), "it streamed timeline 2");
+    assert!(vacant(Some((TimelineId(2), Epoch(20)))).runs_after(0), "it led timeline 2");
+    assert!(vacant(Some((TimelineId(1), Epoch::BY_HAND))).runs_after(0), "it was promoted once, and has left that timeline");
+    vacant(Some((TimelineId(2), Epoch::BY_HAND))).not_eligible_because("timeline 2 was promoted here");
+    vacant(Some((TimelineId(2), Epoch(15)))).not_eligible_because("timeline 2 was promoted here");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::facts::postgres::StandbyFloor;
+use crate::machine::tests::fixtures::{control, entry, recorded};
 
 const SWITCH: Lsn = Lsn(0x500_0000);
 
@@ -19,6 +20,8 @@ struct Case {
     wal: LocalWal,
     own: Option<OwnPromotion>,
     promoted_under: Option<Epoch>,
+    /// A leadership reserved the member's timeline, and ended before it recorded that.
+    unrecorded: bool,
     leader: LeaderLineage,
 }
 
@@ -29,7 +32,7 @@ impl Case {
             wal: &self.wal,
             own_promotion: self.own.as_ref(),
             promoted_under: self.promoted_under,
-            reserved: self.promoted_under.is_some(),
+            reserved: self.unrecorded || self.promoted_under.is_some(),
             leader: &self.leader,
         })
     }
@@ -76,6 +79,7 @@ fn old_primary() -> Case {
         wal: LocalWal { timeline: TimelineId(1), history: None, last_record: LastRecord::Known(Lsn(SWITCH.0 - 0x80)) },
         own: None,
         promoted_under: Some(Epoch(10)),
+        unrecorded: false,
         leader: LeaderLineage {
             system_id: SystemId(7),
             major_version: 17,
@@ -163,6 +167,64 @@ fn row_53_also_for_a_promotion_without_a_record_that_ended_before_its_first_chec
 }
 
 #[test]
+fn row_53_a_timeline_made_by_hand_has_diverged_from_every_leaderships_and_from_nobody_elses() {
+    let noted = || {
+        let mut case = of_timeline_2().promoted(Epoch::BY_HAND.0);
+        // Started again as a standby: only the record tells.
+        case.local.state = DatabaseState::ShutDownInRecovery;
+        case.promoted_under = None;
+        case
+    };
+    assert_eq!(noted().decide(), Rejoin::Follow, "no leadership used that number: it was there before pgherd");
+    let recorded = Case { promoted_under: Some(Epoch(6)), ..noted() };
+    assert_eq!(recorded.lost().unwrap().from, SWITCH);
+    let mut reserved = Case { unrecorded: true, ..noted() };
+    assert_eq!(reserved.lost().unwrap().from, SWITCH, "its leadership ended before it was recorded");
+    (reserved.leader.timeline, reserved.leader.history) = (TimelineId(2), history(&[(1, SWITCH.0)]));
+    assert_eq!(reserved.lost().unwrap().from, SWITCH, "the leader writes on that number now");
+}
+
+#[test]
+fn a_promotion_that_is_on_nobodys_record_was_made_by_hand() {
+    use DatabaseState::{InArchiveRecovery, InProduction, ShutDown, ShutDownInRecovery};
+    let by_hand = |state, timeline, promoted| promoted_by_hand(&ControlFacts { promoted, ..control(state, timeline, 1_000) });
+    let of = |timeline, epoch| Some((TimelineId(timeline), epoch));
+    for state in [InProduction, ShutDown] {
+        assert_eq!(by_hand(state, 2, None), Some(TimelineId(2)));
+        assert_eq!(by_hand(state, 3, of(2, Epoch(5))), Some(TimelineId(3)), "the record is of an earlier one");
+        assert_eq!(by_hand(state, 2, of(2, Epoch(5))), None, "a leadership ordered it");
+        assert_eq!(by_hand(state, 2, of(2, Epoch::BY_HAND)), None, "it is on record as what it is");
+        assert_eq!(by_hand(state, 1, None), None, "initdb made timeline 1");
+    }
+    for state in [ShutDownInRecovery, InArchiveRecovery] {
+        assert_eq!(by_hand(state, 2, None), None, "a standby got its timeline by streaming");
+    }
+    let copy = ControlFacts { backup_label: true, ..control(InProduction, 2, 1_000) };
+    assert_eq!(promoted_by_hand(&copy), None, "a copy has the control file of whom it was made from");
+}
+
+#[test]
+fn row_53_who_promoted_a_number_that_history_gives_to_another_follows_nobody_unjudged() {
+    let by = |epoch| Some((TimelineId(2), Epoch(epoch)));
+    let hand = Some((TimelineId(2), Epoch::BY_HAND));
+    let (known, unrecorded) = ([recorded(2, "b", 8, 5, 1, 500)], [entry(2, "b", 8)]);
+    let table: [(_, &[HistoryEntry], bool, &str); 9] = [
+        (None, &known, false, "it promoted nothing"),
+        (Some((TimelineId(1), Epoch(6))), &known, false, "it promoted another timeline, long ago"),
+        (by(5), &known, false, "it is the one that history names"),
+        (by(6), &known, true, "another leadership made it"),
+        (by(5), &unrecorded, true, "whose it is was never recorded"),
+        (by(5), &[], true, "the history is gone, and it came from a leadership"),
+        (hand, &known, true, "a leadership made the number too"),
+        (hand, &unrecorded, true, "a leadership may have made the number too"),
+        (hand, &[], false, "no leadership used the number"),
+    ];
+    for (promoted, history, doubtful, why) in table {
+        assert_eq!(may_be_of_another_promotion(TimelineId(2), promoted, history), doubtful, "{why}");
+    }
+}
+
+#[test]
 fn timeline_1_needs_no_record_of_a_promotion_since_initdb_made_it() {
     let mut case = old_primary();
     case.promoted_under = Some(Epoch(3));
@@ -178,6 +240,8 @@ fn a_primary_without_a_record_of_its_promotion_has_diverged_if_another_is_on_rec
     case.promoted_under = Some(Epoch(10));
     case.local.state = DatabaseState::ShutDownInRecovery;
     assert_eq!(case.decide(), Rejoin::Follow, "a standby never promoted anything");
+    let unrecorded = Case { promoted_under: None, unrecorded: true, ..of_timeline_2() };
+    assert!(matches!(unrecorded.decide(), Rejoin::Clone { .. }), "the leadership of that number ended before it was recorded");
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::{Ask, ClusterView, Initialize, MemberRole, RequestKey, RequestProgress, RequestRecord};
+use crate::facts::failsafe::PromiseAsk;
 use crate::facts::guard::{GuardFacts, LastEnd, PostmasterFacts, Rung, StartId, Word};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{DataDirectory, DatabaseState, Probe, ProbeOutcome};
@@ -32,6 +33,7 @@ pub(super) fn happenings(world: &World) -> Vec<(World, Event)> {
     all.extend(of_the_guard(world));
     all.extend(probes());
     let mut all: Vec<_> = all.into_iter().map(|event| (world.clone(), event)).collect();
+    all.extend(calls(world));
     all.extend(answers().into_iter().filter_map(|finished| Some((asked(world, &finished)?, Event::Finished(finished)))));
     all
 }
@@ -82,8 +84,26 @@ fn of_the_lease(world: &World) -> Vec<LeaseEvent> {
     }
     // Of the lock, or of one that was let go while the proof was on its way.
     let lock = world.lock.identity().or(world.lease.map(|lease| LockIdentity { lease, ..lock(0, 200) }));
-    events.extend(lock.map(|lock| LeaseEvent::Proved { lock, sent: T0 + ms(100), until: until + ms(100) }));
+    let (sent, until) = (T0 + ms(100), until + ms(100));
     events
+        .extend(lock.into_iter().flat_map(|lock| [LeaseEvent::Proved { lock, sent, until }, LeaseEvent::Sustained { lock, sent, until }]));
+    events
+}
+
+/// A leader without etcd calls: one that this member saw lead last, and one that it knows nothing of.
+fn calls(world: &World) -> Vec<(World, Event)> {
+    let caller = leader("c", 9, 200);
+    let ask = PromiseAsk {
+        cluster: "main".parse().unwrap(),
+        to: world.me.name.clone(),
+        member: name("c"),
+        epoch: caller.epoch,
+        lease: caller.lease,
+        ttl_s: times().ttl.as_secs(),
+    };
+    let mut known = world.clone();
+    known.failsafe.leader_seen = Some(caller);
+    [known, world.clone()].map(|world| (world, Event::PromiseAsked { id: 1, ask: ask.clone(), received: T0 })).into()
 }
 
 fn of_the_guard(world: &World) -> Vec<Event> {

@@ -68,9 +68,13 @@ impl Healed {
             now: T0 + ms(ROUND_MS),
             spec,
             view,
+            // One that is unusable has been put right by hand, and a server runs in one that is there.
+            data: match world.data.clone() {
+                DataDirectory::Empty if matches!(known.postmaster, PostmasterFacts::ProvedEmpty { .. }) => DataDirectory::Empty,
+                DataDirectory::Full(control) => DataDirectory::Full(control),
+                DataDirectory::Empty | DataDirectory::Unknown | DataDirectory::Unusable(_) => full,
+            },
             guard: GuardFacts { sequence: known.sequence + 1, ..known },
-            // One that is unusable has been put right by hand.
-            data: if matches!(world.data, DataDirectory::Unknown | DataDirectory::Unusable(_)) { full } else { world.data.clone() },
             in_recovery: world.sql().map_or(!matches!(world.running(), Some((_, Word::Writable))), |sql| sql.in_recovery),
             timeline: world.sql().map_or(TimelineId(2), |sql| sql.timeline),
             lease: world.lease.or(world.adopting),

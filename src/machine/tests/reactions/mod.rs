@@ -5,7 +5,7 @@
 
 mod happenings;
 mod healed;
-mod worlds;
+pub(crate) mod worlds;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -108,6 +108,11 @@ impl Seen {
         self.after.went.is_empty()
     }
 
+    /// A promise is booked as it is given, after what the event says was taken in.
+    fn promises(&self) -> bool {
+        self.after.world.failsafe.promise != self.before.failsafe.promise
+    }
+
     fn ordered(&self, order: &str) -> bool {
         self.after.orders.iter().any(|given| given == order)
     }
@@ -129,6 +134,7 @@ impl Seen {
             _ if told_to_stop && self.after.world.stop_requested && self.after.state != State::Stopping => Reaction::Deferred,
             _ if told_to_stop => panic!("the stop is forgotten: {self}"),
             _ if !self.stays() || self.after.orders != self.nothing.orders => Reaction::TakenIn,
+            _ if self.promises() => Reaction::Noted,
             _ if format!("{:?}", self.absorbed) != format!("{:?}", self.before) => Reaction::Noted,
             _ => Reaction::NothingNew,
         }

@@ -19,26 +19,26 @@ use crate::spec::cluster::ClusterSpec;
 use crate::types::{Epoch, LeaseId, LockIdentity, Revision, TimelineId};
 
 /// A member in a state.
-pub(super) struct Case {
-    pub(super) what: &'static str,
-    pub(super) state: State,
-    pub(super) world: World,
+pub(crate) struct Case {
+    pub(crate) what: &'static str,
+    pub(crate) state: State,
+    pub(crate) world: World,
 }
 
 fn case(what: &'static str, state: State, world: World) -> Case {
     Case { what, state, world }
 }
 
-pub(super) fn declared() -> Arc<ClusterSpec> {
+pub(crate) fn declared() -> Arc<ClusterSpec> {
     spec(&["a", "b", "c"])
 }
 
-pub(super) fn without_us() -> Arc<ClusterSpec> {
+pub(crate) fn without_us() -> Arc<ClusterSpec> {
     spec(&["b", "c"])
 }
 
 /// The lock, whenever it is ours.
-pub(super) fn ours() -> LockIdentity {
+pub(crate) fn ours() -> LockIdentity {
     lock(7, 300)
 }
 
@@ -47,7 +47,7 @@ fn upstream() -> Option<Upstream> {
 }
 
 /// `b` leads on timeline 2.
-pub(super) fn led_by_b() -> ClusterView {
+pub(crate) fn led_by_b() -> ClusterView {
     let mut view = vacant();
     view.leader = Some(leader("b", 8, 350));
     view.members.insert(name("b"), key(record(MemberRole::Primary, 2, 1_000), 8));
@@ -55,7 +55,7 @@ pub(super) fn led_by_b() -> ClusterView {
 }
 
 /// `a` leads, on timeline 2 and under [`ours`].
-pub(super) fn led_by_us() -> ClusterView {
+pub(crate) fn led_by_us() -> ClusterView {
     let mut view = vacant();
     view.leader = Some(leader("a", 7, 300));
     view.history = vec![recorded(2, "a", 7, 300, 1, 500)];
@@ -64,7 +64,7 @@ pub(super) fn led_by_us() -> ClusterView {
 }
 
 /// Nobody leads; all three are replicas.
-pub(super) fn vacant() -> ClusterView {
+pub(crate) fn vacant() -> ClusterView {
     let mut view = view(400);
     view.history_revision = Revision(350);
     view.history = vec![recorded(2, "b", 8, 350, 1, 500)];
@@ -75,7 +75,7 @@ pub(super) fn vacant() -> ClusterView {
 }
 
 /// Nothing of PostgreSQL runs and everything else is as it should be.
-fn idle() -> World {
+pub(crate) fn idle() -> World {
     let mut world = World::new(me("a"));
     world.spec = Some((1, declared()));
     world.view = Some(Arc::new(led_by_b()));
@@ -88,33 +88,34 @@ fn idle() -> World {
     world.written = Some((record(MemberRole::Replica, 2, 1_000), T0));
     world.looked_at = T0;
     world.in_force = Some(InForce { generation: 1, upstream: upstream() });
+    world.promoted = Some(None);
     world
 }
 
-fn busy(mut world: World, kind: OperationKind) -> World {
+pub(crate) fn busy(mut world: World, kind: OperationKind) -> World {
     world.in_flight.insert(kind);
     world
 }
 
-fn empty() -> World {
+pub(crate) fn empty() -> World {
     World { data: DataDirectory::Empty, ..idle() }
 }
 
-fn full(state: DatabaseState) -> World {
+pub(crate) fn full(state: DatabaseState) -> World {
     World { data: DataDirectory::Full(control(state, 2, 1_000)), ..idle() }
 }
 
 /// A standby runs and streams.
-fn standby() -> World {
+pub(crate) fn standby() -> World {
     World { guard: Some(guard(1, running(1, Word::Standby))), probe: Some(probe(T0, sql(true, 2, 1_000))), ..idle() }
 }
 
 /// The lock is ours, and etcd says so too.
-fn locked(world: World, lock: Lock) -> World {
+pub(crate) fn locked(world: World, lock: Lock) -> World {
     World { lock, holding: lock.identity(), view: Some(Arc::new(led_by_us())), ..world }
 }
 
-pub(super) fn proved() -> Lock {
+pub(crate) fn proved() -> Lock {
     let deadlines = times().deadlines(T0);
     Lock::Proved { identity: ours(), until: deadlines.valid_until, announce_at: deadlines.announce_at }
 }
@@ -133,7 +134,7 @@ fn useless(what: &'static str, state: State) -> Case {
 }
 
 /// All that a state is tried in.
-pub(super) fn cases(kind: StateKind) -> Vec<Case> {
+pub(crate) fn cases(kind: StateKind) -> Vec<Case> {
     match kind {
         StateKind::Starting => starting(),
         StateKind::Undeclared => undeclared(),
@@ -277,7 +278,7 @@ fn promoting() -> Vec<Case> {
 }
 
 /// A primary at work, with a standby.
-fn leads() -> World {
+pub(crate) fn leads() -> World {
     World { roles_for: Some(StartId(1)), in_force: Some(InForce { generation: 1, upstream: None }), ..writes() }
 }
 

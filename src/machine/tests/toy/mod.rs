@@ -319,7 +319,7 @@ impl Toy {
         }
     }
 
-    /// WAL grows on the primary and flows to standbys whose own is in its past.
+    /// WAL grows on the primary and flows to standbys whose own seems to be in its past. That it only seems so must not happen.
     fn stream(&mut self) {
         let now = self.now;
         let mut primaries = BTreeMap::new();
@@ -334,16 +334,21 @@ impl Toy {
                 }
             }
         }
-        for host in self.hosts.values_mut() {
+        let mut mixed = None;
+        for (name, host) in &mut self.hosts {
             let server = &mut host.server;
             let source = server.upstream.as_ref().and_then(|upstream| primaries.get(upstream));
             let receives = server.accepting(now) && server.in_recovery();
-            let flows = source.filter(|source| receives && server.data.as_ref().is_some_and(|data| data.is_in_the_past_of(source)));
+            let flows = source.filter(|source| receives && server.data.as_ref().is_some_and(|data| data.seems_in_the_past_of(source)));
             server.streaming = flows.is_some();
             if let (Some(source), Some(data)) = (flows, &mut server.data) {
+                mixed = mixed.or(Some(name.clone()).filter(|_| !data.is_in_the_past_of(source)));
                 data.wal = source.wal.clone();
                 data.end = source.end;
             }
+        }
+        if let Some(name) = mixed {
+            panic!("row 53: `{name}` streams over WAL of its own\n{}", self.story());
         }
     }
 

@@ -10,7 +10,7 @@ use crate::machine::action::{Action, LeaseOrder, Operation, StartAs, Upstream};
 use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, ForeignKey, PutOutcome};
 use crate::machine::tests::fixtures::{SYSTEM, failed, lease as some_lease, ms, name, times};
 use crate::policy::rejoin::{LostRange, Rejoin};
-use crate::types::{Lsn, MemberName, TimelineId};
+use crate::types::{Epoch, Lsn, MemberName, TimelineId};
 
 use super::Toy;
 use super::server::{Data, Process, Segment};
@@ -153,14 +153,23 @@ impl Toy {
                 let wal = vec![Segment { timeline: TimelineId(1), start: Lsn(0), token: self.tokens }];
                 let state = DatabaseState::ShutDown;
                 let end = Lsn(0x0100_0000);
-                let made = Data { system_id: SYSTEM, wal, end, checkpoint: end, state, standby_signal: false, backup_label: false };
+                let made = Data {
+                    system_id: SYSTEM,
+                    wal,
+                    end,
+                    checkpoint: end,
+                    state,
+                    standby_signal: false,
+                    backup_label: false,
+                    promoted: None,
+                };
                 let data = &mut self.host(member.as_str()).server.data;
                 assert!(data.replace(made).is_none(), "initdb over data");
                 Finished::Initialized(Ok(()))
             }
-            Operation::Clone { from, .. } => Finished::Cloned(self.clone_from(member, &from)),
+            Operation::Clone { from, found_empty, .. } => Finished::Cloned(self.clone_from(member, &from, found_empty)),
             Operation::PlanRejoin { leader, .. } => Finished::RejoinPlanned(self.plan(member, &leader)),
-            Operation::Promote { timeline, .. } => Finished::PromotionAsked(self.promote(member, timeline)),
+            Operation::Promote { lock, timeline, .. } => Finished::PromotionAsked(self.promote(member, lock.epoch, timeline)),
             Operation::EnsureRoles { .. } => Finished::RolesEnsured(Ok(())),
             Operation::Checkpoint => Finished::Checkpointed(Ok(())),
             Operation::AskPeers { vacancy, peers } => {
@@ -221,10 +230,10 @@ impl Toy {
         }
     }
 
-    fn promote(&mut self, member: &MemberName, timeline: TimelineId) -> Result<(), String> {
+    fn promote(&mut self, member: &MemberName, epoch: Epoch, timeline: TimelineId) -> Result<(), String> {
         self.tokens += 1;
         let (now, token) = (self.now, self.tokens);
-        self.host(member.as_str()).server.promote(now, timeline, token)?;
+        self.host(member.as_str()).server.promote(now, epoch, timeline, token)?;
         let earlier = self.promoted.insert(timeline, member.clone());
         assert_eq!(earlier, None, "I9: timeline {timeline} is promoted to a second time\n{}", self.story());
         Ok(())
@@ -246,11 +255,14 @@ impl Toy {
         host.server.data.clone().filter(|_| answers).ok_or_else(|| "the leader does not answer".to_owned())
     }
 
-    fn clone_from(&mut self, member: &MemberName, from: &Upstream) -> Result<(), String> {
+    fn clone_from(&mut self, member: &MemberName, from: &Upstream, found_empty: bool) -> Result<(), String> {
         let source = self.leaders_data(from)?;
         let server = &mut self.host(member.as_str()).server;
+        if found_empty && server.data.is_some() {
+            return Err("somebody has put data there".to_owned());
+        }
         assert_eq!(server.process, Process::None, "a copy is swapped in under a live server");
-        server.data = Some(Data { checkpoint: source.end, standby_signal: true, backup_label: true, ..source });
+        server.data = Some(Data { checkpoint: source.end, standby_signal: true, backup_label: true, promoted: None, ..source });
         Ok(())
     }
 

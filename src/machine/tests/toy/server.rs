@@ -9,6 +9,7 @@ use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState, Probe, 
 use crate::machine::action::StopMode;
 use crate::machine::tests::fixtures::{control, ms, sql};
 use crate::policy::deadlines::{Deadlines, LeaseTimes};
+use crate::policy::rejoin::promoted_by_hand;
 use crate::types::{Epoch, LeaseIdentity, LockIdentity, Lsn, MemberName, SystemId, TimelineId};
 
 /// From the start of a postmaster to its first connection.
@@ -36,11 +37,20 @@ pub(crate) struct Data {
     pub(crate) state: DatabaseState,
     pub(crate) standby_signal: bool,
     pub(crate) backup_label: bool,
+    /// The member's own record of its last promotion.
+    pub(crate) promoted: Option<(TimelineId, Epoch)>,
 }
 
 impl Data {
     pub(crate) fn timeline(&self) -> TimelineId {
         self.wal.last().map_or(TimelineId(0), |segment| segment.timeline)
+    }
+
+    /// PostgreSQL would go on with the other's WAL: it compares numbers and positions, and knows nothing of who promoted.
+    pub(crate) fn seems_in_the_past_of(&self, other: &Data) -> bool {
+        let anybodys =
+            |data: &Data| Data { wal: data.wal.iter().map(|segment| Segment { token: 0, ..segment.clone() }).collect(), ..data.clone() };
+        anybodys(self).is_in_the_past_of(&anybodys(other))
     }
 
     /// All of this WAL is in the other's past.
@@ -179,8 +189,14 @@ impl Server {
         if word == Word::Writable && !self.lock_allows_writing(now) {
             return Err("no lock allows it".to_owned());
         }
+        let found = self.look();
         let Some(data) = &mut self.data else { return Err("no data directory".to_owned()) };
         let in_recovery = word == Word::Standby;
+        if let DataDirectory::Full(control) = found
+            && let Some(timeline) = promoted_by_hand(&control).filter(|_| in_recovery)
+        {
+            data.promoted = Some((timeline, Epoch::BY_HAND));
+        }
         data.standby_signal = in_recovery;
         data.backup_label = false;
         data.state = if in_recovery { DatabaseState::InArchiveRecovery } else { DatabaseState::InProduction };
@@ -193,7 +209,7 @@ impl Server {
     }
 
     /// Asks for promotion; the guard has to agree first.
-    pub(crate) fn promote(&mut self, now: BootTime, timeline: TimelineId, token: u64) -> Result<(), String> {
+    pub(crate) fn promote(&mut self, now: BootTime, epoch: Epoch, timeline: TimelineId, token: u64) -> Result<(), String> {
         let allowed = self.lock_allows_writing(now);
         let Process::Running { in_recovery: true, word, .. } = &mut self.process else { return Err("not in recovery".to_owned()) };
         if !allowed {
@@ -201,6 +217,9 @@ impl Server {
         }
         *word = Word::Writable;
         self.sequence += 1;
+        if let Some(data) = &mut self.data {
+            data.promoted = Some((timeline, epoch));
+        }
         self.leave_recovery(timeline, token);
         Ok(())
     }
@@ -289,6 +308,7 @@ impl Server {
             min_recovery_timeline: if recovering { data.timeline() } else { TimelineId(0) },
             standby_signal: data.standby_signal,
             backup_label: data.backup_label,
+            promoted: data.promoted,
             ..facts
         })
     }
