@@ -82,7 +82,12 @@ impl Sim {
             Operation::Initdb { .. } => self.initdb(host),
             Operation::Clone { from, found_empty, .. } => self.clone_step(host, id, step, &from, found_empty),
             Operation::PlanRejoin { leader, history, .. } => match self.plan(host, &leader, &history) {
-                Ok(plan) => self.job_ends(host, Finished::RejoinPlanned(Ok(plan))),
+                Ok(plan) => {
+                    if let Some(other) = self.host_of(&leader.member).filter(|_| plan == Rejoin::Follow) {
+                        self.bring_histories(host, other);
+                    }
+                    self.job_ends(host, Finished::RejoinPlanned(Ok(plan)));
+                }
                 Err(why) => self.job_fails(host, why),
             },
             Operation::Promote { lock, timeline, parent } => self.promote_step(host, id, step, lock, timeline, parent),
