@@ -82,7 +82,12 @@ impl Sim {
             Operation::Initdb { .. } => self.initdb(host),
             Operation::Clone { from, found_empty, .. } => self.clone_step(host, id, step, &from, found_empty),
             Operation::PlanRejoin { leader, history, .. } => match self.plan(host, &leader, &history) {
-                Ok(plan) => self.job_ends(host, Finished::RejoinPlanned(Ok(plan))),
+                Ok(plan) => {
+                    if let Some(other) = self.host_of(&leader.member).filter(|_| plan == Rejoin::Follow) {
+                        self.bring_histories(host, other);
+                    }
+                    self.job_ends(host, Finished::RejoinPlanned(Ok(plan)));
+                }
                 Err(why) => self.job_fails(host, why),
             },
             Operation::Promote { lock, timeline, parent } => self.promote_step(host, id, step, lock, timeline, parent),
@@ -185,20 +190,14 @@ impl Sim {
         let promoted_under = history.iter().rev().find(|entry| entry.timeline == wal.timeline).and_then(|entry| entry.epoch);
         let other = self.ask_leader(host, leader)?;
         let lineage = self.hosts[other].server.lineage().ok_or("the leader has no data")?;
-        let decided = rejoin::decide(Inputs {
+        Ok(rejoin::decide(Inputs {
             local: &local,
             wal: &wal,
             own_promotion: own_promotion.as_ref(),
             promoted_under,
             reserved,
             leader: &lineage,
-        });
-        // The leader's history files are brought, so that recovery goes straight to its timeline and not to the end of another branch.
-        let leaders = self.hosts[other].server.data.as_ref().map(|data| data.wal.history());
-        if let (Rejoin::Follow, Some(data), Some(leaders)) = (&decided, &mut self.hosts[host].server.data, leaders) {
-            data.fetched = leaders;
-        }
-        Ok(decided)
+        }))
     }
 
     /// What has to be on disk first, then the guard's word, then promote.

@@ -145,16 +145,21 @@ impl Sim {
             return None;
         }
         if !ours.wal.looks_like_the_past_of(&theirs.wal) {
-            let history = theirs.wal.history();
-            if let Some(data) = &mut self.hosts[host].server.data {
-                data.fetched = history;
-            }
+            self.bring_histories(host, from);
             return None;
         }
         if !ours.wal.is_in_the_past_of(&theirs.wal) {
             self.checks.follows_another(host, from, &self.hosts);
         }
         Some(Receiver::Streaming { from, pid: sender.pid, heard: self.now })
+    }
+
+    /// What a walreceiver fetches of the server it connects to, and pgherd brings of the leader it may follow.
+    pub fn bring_histories(&mut self, host: usize, from: usize) {
+        let Some(theirs) = self.hosts[from].server.data.as_ref().map(|data| data.wal.clone()) else { return };
+        if let Some(data) = &mut self.hosts[host].server.data {
+            data.bring(&theirs);
+        }
     }
 
     /// Whoever streams from here gets what is new, a little later.

@@ -111,8 +111,8 @@ pub struct Data {
     pub backup_label: bool,
     /// Ids for which a history file was laid, so that PostgreSQL does not take them.
     pub laid: BTreeSet<TimelineId>,
-    /// The newest history that a walreceiver fetched without being able to go over to it.
-    pub fetched: TimelineHistory,
+    /// The newest timeline that a history file was brought for, by a walreceiver or before a start, and what it says.
+    pub brought: (TimelineId, TimelineHistory),
 }
 
 impl Data {
@@ -132,7 +132,7 @@ impl Data {
             standby_signal: false,
             backup_label: false,
             laid: BTreeSet::new(),
-            fetched: TimelineHistory::default(),
+            brought: (TimelineId(1), TimelineHistory::default()),
         }
     }
 
@@ -219,9 +219,16 @@ impl Data {
         self.state = DatabaseState::InArchiveRecovery;
     }
 
+    /// The history files of another server. No existing file is ever overwritten.
+    pub fn bring(&mut self, theirs: &Wal) {
+        if theirs.timeline() > self.brought.0 {
+            self.brought = (theirs.timeline(), theirs.history());
+        }
+    }
+
     /// Recovery goes to the newest history that is there, and refuses if that has left the timeline of what must be recovered before.
     pub fn recovers(&self) -> bool {
-        let past = |(end, timeline)| self.fetched.left_at(timeline).is_some_and(|left| left < end);
+        let past = |(end, timeline)| self.brought.1.left_at(timeline).is_some_and(|left| left < end);
         !self.standby_signal || !self.min_recovery.is_some_and(past)
     }
 

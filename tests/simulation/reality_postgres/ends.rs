@@ -5,7 +5,7 @@ use std::cmp::Ordering;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pgherd::facts::postgres::DatabaseState;
-use pgherd::types::TimelineId;
+use pgherd::types::{Lsn, TimelineId};
 
 use super::super::clock::secs;
 use super::super::postgres::Phase;
@@ -21,18 +21,27 @@ pub async fn primary(mut twins: Twins) {
     assert_eq!((stopped.state, stopped.timeline), (DatabaseState::ShutDown, TimelineId(1)));
     assert_eq!(stopped.checkpoint, Ordering::Equal, "the shutdown checkpoint is the last record");
 
+    let before = checkpoints(&twins).await;
     twins.start_as_primary(0).await;
+    assert_eq!(checkpoints(&twins).await, before, "nothing was to be recovered, and nothing is written");
     twins.commit(0).await;
     twins.crash(0);
     let crashed = twins.at_rest(0).await;
     assert_eq!((crashed.state, crashed.checkpoint), (DatabaseState::InProduction, Ordering::Less));
 
     twins.start_as_primary(0).await;
+    let after = checkpoints(&twins).await;
+    assert!(after.0 > before.0 && after.1 > before.1, "recovery ends with a checkpoint: {before:?} {after:?}");
     twins.running(0).await;
     twins.checkpoint(0).await;
     twins.commit(0).await;
     twins.crash(0);
     twins.at_rest(0).await;
+}
+
+/// Where the last checkpoint is, really and in the model.
+async fn checkpoints(twins: &Twins) -> (Lsn, Lsn) {
+    (twins.servers[0].control().await.checkpoint, twins.model_rest(0).0.checkpoint)
 }
 
 pub async fn orphan(mut twins: Twins) {

@@ -89,6 +89,7 @@ impl Twins {
     pub async fn follow(&mut self, host: usize, leader: usize) {
         let asked = self.servers[leader].as_leader().look(LIMIT).await.unwrap();
         history_files::bring(self.servers[host].data_dir(), &asked.history_files).unwrap();
+        self.sim.bring_histories(host, leader);
         self.start_as_standby(host, Some(leader)).await;
         let streams = |facts: &SqlFacts| facts.walreceiver.as_ref().is_some_and(|receiver| receiver.status == "streaming");
         self.servers[host].until("it streams", streams).await;
@@ -237,7 +238,7 @@ impl Twins {
         (control, wal)
     }
 
-    fn model_rest(&self, host: usize) -> (ControlFacts, LocalWal) {
+    pub fn model_rest(&self, host: usize) -> (ControlFacts, LocalWal) {
         let this = &self.sim.hosts[host];
         let data = this.server.data.as_ref().unwrap();
         (data.control(this.disk.promotion.as_ref()), data.local_wal())
