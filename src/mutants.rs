@@ -6,105 +6,70 @@
 //! The rule that would surprise: some of these live in the simulator, where it stands in for an edge (etcd's transactions, the lease's
 //! thread, jobs on PostgreSQL), and are switched on the same way.
 
-/// One deliberate bug.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Mutant {
-    /// E counts from etcd's answer and not from before the request.
-    DeadlineFromTheAnswer,
-    /// A keepalive that says OK is taken for a proof of the lock (etcd #20616).
-    ProofOmitted,
-    /// A proof of another raft term than the keepalive's counts.
-    ProofOfAnyTerm,
-    /// The guard does not perform the ladder.
-    LadderNotClimbed,
-    /// The end of the postmaster is taken for the end of all its processes (SAFETY row 6).
-    DeathOfPostmasterIsProof,
-    /// After a compaction the watch goes on as if nothing had been missed, and nothing is ever listed again.
-    WatchGapIgnored,
-    /// What peers say of themselves before an election is not heard.
-    PeersNotHeard,
-    /// A diverged data directory is not kept when a copy takes its place.
-    DivergedNotKept,
-    /// Ids that others reserved are not laid as history files before promote.
-    ReservedIdsNotLaid,
-    /// PostgreSQL is promoted before the guard has acknowledged that it may write.
-    PromoteUnvouched,
-    /// A leader's write is accepted whatever its epoch.
-    EpochNotCompared,
-    /// The transaction that takes the lock does not compare what the member judged itself on.
-    AcquireComparesNothing,
-    /// The machine does not look whether its proof has run out.
-    ProofNeverRunsOut,
-    /// The lock is given back before PostgreSQL is proved dead.
-    ReleasedBeforeDeath,
-    /// Positions are compared by number, whatever timeline they are on.
-    PositionsWithoutTimeline,
-    /// A member that lost the lock takes it back from a timeline that was left behind.
-    LineageNotLooked,
-    /// How far behind a member is does not matter.
-    LagIgnored,
-    /// The next timeline id is one more than the member's own.
-    TimelineFromOwnOnly,
-    /// initdb although another member holds data.
-    InitdbBesideData,
-    /// A daemon that starts takes a leader key with its own name for its own lock.
-    AdoptedByName,
-    /// A promotion without a proof of the lock.
-    PromoteUnproved,
-    /// The lock that vanished from the view is still believed to be held.
-    LostLockNotSeen,
-    /// PostgreSQL out of recovery without a lock is left alone (SAFETY row 66).
-    UnlawfulLeftAlone,
-    /// A timeline of the leader's number is followed whoever promoted it (SAFETY row 53).
-    ForeignPromotionFollowed,
-    /// Divergence past the switch point is not looked at.
-    DivergenceIgnored,
-    /// Failsafe: E counts from the last answer and not from before the first call.
-    PromiseFromTheAnswer,
-    /// Failsafe: the leader goes on although one member has not promised.
-    MajorityOfPromises,
-    /// Failsafe: a daemon that starts runs at once, whatever the run before it promised.
-    PromiseForgotten,
-    /// Failsafe: what was promised holds nobody back.
-    PromiseNotKept,
-    /// Failsafe: a member that is not in the record runs.
-    OutsidersRun,
-}
-
-impl Mutant {
-    /// All of them.
-    pub const ALL: [Mutant; 30] = [
-        Mutant::DeadlineFromTheAnswer,
-        Mutant::ProofOmitted,
-        Mutant::ProofOfAnyTerm,
-        Mutant::LadderNotClimbed,
-        Mutant::DeathOfPostmasterIsProof,
-        Mutant::WatchGapIgnored,
-        Mutant::PeersNotHeard,
-        Mutant::DivergedNotKept,
-        Mutant::ReservedIdsNotLaid,
-        Mutant::PromoteUnvouched,
-        Mutant::EpochNotCompared,
-        Mutant::AcquireComparesNothing,
-        Mutant::ProofNeverRunsOut,
-        Mutant::ReleasedBeforeDeath,
-        Mutant::PositionsWithoutTimeline,
-        Mutant::LineageNotLooked,
-        Mutant::LagIgnored,
-        Mutant::TimelineFromOwnOnly,
-        Mutant::InitdbBesideData,
-        Mutant::AdoptedByName,
-        Mutant::PromoteUnproved,
-        Mutant::LostLockNotSeen,
-        Mutant::UnlawfulLeftAlone,
-        Mutant::ForeignPromotionFollowed,
-        Mutant::DivergenceIgnored,
-        Mutant::PromiseFromTheAnswer,
-        Mutant::MajorityOfPromises,
-        Mutant::PromiseForgotten,
-        Mutant::PromiseNotKept,
-        Mutant::OutsidersRun,
-    ];
+enumerated! {
+    /// One deliberate bug.
+    Mutant {
+        /// E counts from etcd's answer and not from before the request.
+        DeadlineFromTheAnswer,
+        /// A keepalive that says OK is taken for a proof of the lock (etcd #20616).
+        ProofOmitted,
+        /// A proof of another raft term than the keepalive's counts.
+        ProofOfAnyTerm,
+        /// The guard does not perform the ladder.
+        LadderNotClimbed,
+        /// The end of the postmaster is taken for the end of all its processes (SAFETY row 6).
+        DeathOfPostmasterIsProof,
+        /// After a compaction the watch goes on as if nothing had been missed, and nothing is ever listed again.
+        WatchGapIgnored,
+        /// What peers say of themselves before an election is not heard.
+        PeersNotHeard,
+        /// A diverged data directory is not kept when a copy takes its place.
+        DivergedNotKept,
+        /// Ids that others reserved are not laid as history files before promote.
+        ReservedIdsNotLaid,
+        /// PostgreSQL is promoted before the guard has acknowledged that it may write.
+        PromoteUnvouched,
+        /// A leader's write is accepted whatever its epoch.
+        EpochNotCompared,
+        /// The transaction that takes the lock does not compare what the member judged itself on.
+        AcquireComparesNothing,
+        /// The machine does not look whether its proof has run out.
+        ProofNeverRunsOut,
+        /// The lock is given back before PostgreSQL is proved dead.
+        ReleasedBeforeDeath,
+        /// Positions are compared by number, whatever timeline they are on.
+        PositionsWithoutTimeline,
+        /// A member that lost the lock takes it back from a timeline that was left behind.
+        LineageNotLooked,
+        /// How far behind a member is does not matter.
+        LagIgnored,
+        /// The next timeline id is one more than the member's own.
+        TimelineFromOwnOnly,
+        /// initdb although another member holds data.
+        InitdbBesideData,
+        /// A daemon that starts takes a leader key with its own name for its own lock.
+        AdoptedByName,
+        /// A promotion without a proof of the lock.
+        PromoteUnproved,
+        /// The lock that vanished from the view is still believed to be held.
+        LostLockNotSeen,
+        /// PostgreSQL out of recovery without a lock is left alone (SAFETY row 66).
+        UnlawfulLeftAlone,
+        /// A timeline of the leader's number is followed whoever promoted it (SAFETY row 53).
+        ForeignPromotionFollowed,
+        /// Divergence past the switch point is not looked at.
+        DivergenceIgnored,
+        /// Failsafe: E counts from the last answer and not from before the first call.
+        PromiseFromTheAnswer,
+        /// Failsafe: the leader goes on although one member has not promised.
+        MajorityOfPromises,
+        /// Failsafe: a daemon that starts runs at once, whatever the run before it promised.
+        PromiseForgotten,
+        /// Failsafe: what was promised holds nobody back.
+        PromiseNotKept,
+        /// Failsafe: a member that is not in the record runs.
+        OutsidersRun,
+    }
 }
 
 #[cfg(feature = "mutants")]

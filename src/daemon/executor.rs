@@ -17,7 +17,7 @@ use crate::http::peer;
 use crate::http::promises::Promises;
 use crate::machine::Machine;
 use crate::machine::action::{Action, Decision, LeaseOrder, Operation, OperationKind};
-use crate::machine::event::{AcquireOutcome, Event, Finished, PutOutcome};
+use crate::machine::event::{AcquireOutcome, Event, Finished, PeersAnswer, PutOutcome};
 use crate::policy::deadlines::LeaseTimes;
 use crate::policy::renewal::Round;
 use crate::spec::cluster::ClusterSpec;
@@ -55,7 +55,7 @@ impl Executor {
 
     /// A new spec: the lease may have to have other times.
     pub fn spec_changed(&mut self, spec: &ClusterSpec) {
-        let times = LeaseTimes { ttl: spec.ha.ttl, safety_margin: spec.watchdog.safety_margin, watchdog: None };
+        let times = spec.lease_times();
         if self.times != Some(times) {
             self.times = Some(times);
             if let Some(lease) = &self.lease {
@@ -211,7 +211,7 @@ impl Executor {
             }
             tokio::select! {
                 event = job => event,
-                _ = cancelled => Event::Finished(jobs::failed(kind, "cancelled: something more urgent came up".to_owned())),
+                _ = cancelled => Event::Finished(Finished::failed_job(kind, "cancelled: something more urgent came up".to_owned())),
             }
         });
     }
@@ -331,5 +331,5 @@ async fn ask_peers(vacancy: crate::types::Revision, peers: Vec<(MemberName, Stri
         answer.is_ok_and(|answer| answer.writable == Some(true)).then_some(name)
     });
     let writable = futures_util::future::join_all(questions).await.into_iter().flatten().collect();
-    Event::Finished(Finished::PeersAsked { vacancy, sent, writable })
+    Event::Finished(Finished::PeersAsked(PeersAnswer { vacancy, sent, writable }))
 }

@@ -9,7 +9,7 @@ use crate::facts::cluster::HistoryEntry;
 use crate::facts::guard::{PostmasterFacts, StartId, Word};
 use crate::facts::postgres::{ControlFacts, DataDirectory};
 use crate::guard::protocol::{Request, StartOrder};
-use crate::machine::action::{Operation, OperationKind, StartAs, Upstream};
+use crate::machine::action::{Operation, StartAs, Upstream};
 use crate::machine::event::{Configured, Event, Finished};
 use crate::policy::parameters;
 use crate::policy::rejoin::{self, Inputs, LostRange, OwnPromotion, Rejoin};
@@ -18,7 +18,7 @@ use crate::postgres::{
     recover_interrupted_swap, set_standby, wal,
 };
 use crate::spec::cluster::{Checkpoint, ClusterSpec};
-use crate::types::{Epoch, LockIdentity, TimelineId};
+use crate::types::{LockIdentity, TimelineId};
 
 use super::guard_link::GuardLink;
 use super::host::Host;
@@ -56,22 +56,7 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, operation: Operation) -
         Operation::Checkpoint => checkpoint(&host).await.map(|()| Finished::Checkpointed(Ok(()))),
         other => Err(anyhow::anyhow!("{:?} is not a job", other.kind())),
     };
-    Event::Finished(finished.unwrap_or_else(|error| failed(kind, format!("{error:#}"))))
-}
-
-/// The end of a job that came to nothing. What it was about is unknown now.
-pub fn failed(kind: OperationKind, why: String) -> Finished {
-    match kind {
-        OperationKind::Start => Finished::Started(Err(why)),
-        OperationKind::Configure => Finished::Configured { generation: 0, upstream: None, result: Err(why) },
-        OperationKind::Initdb => Finished::Initialized(Err(why)),
-        OperationKind::Clone => Finished::Cloned(Err(why)),
-        OperationKind::PlanRejoin => Finished::RejoinPlanned(Err(why)),
-        OperationKind::Promote => Finished::PromotionAsked(Err(why)),
-        OperationKind::EnsureRoles => Finished::RolesEnsured(Err(why)),
-        OperationKind::Checkpoint => Finished::Checkpointed(Err(why)),
-        _ => Finished::Looked(DataDirectory::Unknown),
-    }
+    Event::Finished(finished.unwrap_or_else(|error| Finished::failed_job(kind, format!("{error:#}"))))
 }
 
 async fn look(host: &Host) -> anyhow::Result<Finished> {
@@ -109,8 +94,7 @@ async fn start(
         history_files::remove_unused_reservations(host.layout.data_dir(), control.timeline.max(control.min_recovery_timeline))?;
         // In recovery the control file does not say any more that it was a primary.
         if let Some(timeline) = rejoin::promoted_by_hand(&control) {
-            let parent = TimelineId(timeline.0 - 1);
-            host.layout.promotion_file().write(&OwnPromotion { timeline, epoch: Epoch::BY_HAND, parent, switch_lsn: None })?;
+            host.layout.promotion_file().write(&OwnPromotion::by_hand(timeline))?;
         }
     }
     let word = if role == StartAs::Primary { Word::Writable } else { Word::Standby };

@@ -52,15 +52,7 @@ pub async fn acquire(
     if let Some(entry) = history.last_mut().filter(|entry| entry.at.is_empty()) {
         entry.at = clock::wall_clock();
     }
-    let request = AcquireRequest {
-        member,
-        lease,
-        vacancy: judged_on.history_revision,
-        sync_revision: judged_on.sync_revision,
-        failsafe_revision: judged_on.failsafe_revision,
-        history,
-        initialize,
-    };
+    let request = AcquireRequest::judged_on(judged_on, member, lease, history, initialize);
     done(Finished::Acquired(match etcd.acquire(&request).await {
         Ok(Acquisition::Acquired(lock)) => AcquireOutcome::Won(lock),
         Ok(Acquisition::Beaten(_)) => AcquireOutcome::Beaten,

@@ -1,10 +1,9 @@
 //! What the HTTP API is told after each round of the machine: a copy of facts, no judgement.
 
 use crate::clock::BootTime;
-use crate::facts::guard::LockFacts;
 use crate::http::snapshot::{Counters, Snapshot};
 use crate::machine::Machine;
-use crate::machine::world::{Etcd, Lock};
+use crate::machine::world::Etcd;
 use crate::types::ClusterName;
 
 /// Facts that outlive one round.
@@ -23,10 +22,7 @@ pub fn take(now: BootTime, cluster: &ClusterName, machine: &Machine, kept: &Kept
     snapshot.machine_state = machine.state().name().to_owned();
     snapshot.role = machine.role();
     snapshot.state = machine.patroni_state().to_owned();
-    snapshot.lock = match world.lock {
-        Lock::Proved { identity, until, announce_at } => Some(LockFacts { identity, valid_until: until, announce_at }),
-        Lock::None | Lock::Unproved(_) => None,
-    };
+    snapshot.lock = world.lock.proved();
     snapshot.sustained = world.failsafe.sustained;
     snapshot.postmaster = world.guard.as_ref().map(|guard| guard.postmaster.clone());
     snapshot.probe = world.probe.clone();

@@ -10,7 +10,7 @@ use super::client::{Etcd, found, found_one, header};
 use super::error::EtcdError;
 use super::keys::Key;
 use super::view::{Kv, initialize, text};
-use crate::facts::cluster::{FailsafeRecord, HistoryEntry, Initialize, MemberRecord, ReleaseRecord, StatusRecord};
+use crate::facts::cluster::{ClusterView, FailsafeRecord, HistoryEntry, Initialize, MemberRecord, ReleaseRecord, StatusRecord};
 use crate::types::{Epoch, LeaseId, LockIdentity, MemberName, Revision, SystemId};
 
 /// How a fenced write ended.
@@ -57,6 +57,27 @@ pub struct AcquireRequest {
     pub history: Vec<HistoryEntry>,
     /// The system identifier, when this is the first lock of the cluster.
     pub initialize: Option<SystemId>,
+}
+
+impl AcquireRequest {
+    /// Names all that the member judged itself on, as that view has it.
+    pub fn judged_on(
+        view: &ClusterView,
+        member: MemberName,
+        lease: LeaseId,
+        history: Vec<HistoryEntry>,
+        initialize: Option<SystemId>,
+    ) -> Self {
+        AcquireRequest {
+            member,
+            lease,
+            vacancy: view.history_revision,
+            sync_revision: view.sync_revision,
+            failsafe_revision: view.failsafe_revision,
+            history,
+            initialize,
+        }
+    }
 }
 
 /// How taking the lock ended.

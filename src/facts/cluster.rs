@@ -48,6 +48,11 @@ pub struct ClusterView {
 }
 
 impl ClusterView {
+    /// Whether `history` names this leadership by its epoch.
+    pub fn has_recorded(&self, epoch: Epoch) -> bool {
+        self.history.iter().any(|entry| entry.is_of(epoch))
+    }
+
     /// The farthest WAL position that the leader is known to have written: from `status`, or from its member key. None = unknown.
     pub fn leader_position(&self) -> Option<Lsn> {
         let by_status = self.status.as_ref().map(|status| status.lsn);

@@ -16,7 +16,7 @@ use crate::types::{Epoch, LockIdentity};
 
 use super::action::{OperationKind, Upstream};
 use super::event::{AcquireOutcome, Configured, Event, Failure, Finished, PutOutcome};
-use super::world::{Etcd, InForce, Lock, PeersAnswer, Vacancy, World, knows_of};
+use super::world::{Etcd, InForce, Lock, Vacancy, World, knows_of};
 
 /// The same write is not tried again for so long after an answer that a newer view has to follow.
 const ANSWERED_PAUSE_MS: u64 = 250;
@@ -418,9 +418,9 @@ impl World {
                 self.ended(now, Kind::AnswerRequest, result.is_ok());
                 self.pause(now, Kind::AnswerRequest, ANSWERED_PAUSE_MS);
             }
-            Finished::PeersAsked { vacancy, sent, writable } => {
+            Finished::PeersAsked(answer) => {
                 self.ended(now, Kind::AskPeers, true);
-                self.peers = Some(PeersAnswer { vacancy, sent, writable });
+                self.peers = Some(answer);
             }
             Finished::FencedByScan(result) => {
                 self.guard_gone = self.guard_gone && result.is_err();

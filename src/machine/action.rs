@@ -77,6 +77,14 @@ pub struct Decision {
     pub facts: BTreeMap<String, String>,
 }
 
+impl Decision {
+    /// From which state to which, if that is what was decided.
+    pub fn transition(&self) -> Option<(&str, &str)> {
+        let of = |key| self.facts.get(key).map(String::as_str);
+        Some((of("from")?, of("to")?)).filter(|_| self.kind == "transition")
+    }
+}
+
 /// Whom a standby receives from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Upstream {

@@ -22,8 +22,16 @@ const STOP_AGAIN_MS: u64 = 1_000;
 
 /// Window in which starts of the primary count as a crash loop (SAFETY row 9).
 pub const CRASH_WINDOW_S: u64 = 60;
+/// So many starts within the window and another member has to lead.
+pub const CRASH_LIMIT: usize = 3;
 
 impl World {
+    /// PostgreSQL takes writes here from now on. Starts before the window are forgotten.
+    pub(super) fn note_primary_start(&mut self, now: BootTime) {
+        self.primary_starts.push(now);
+        self.primary_starts.retain(|at| now.since(*at) < Duration::from_secs(CRASH_WINDOW_S));
+    }
+
     /// Primaries started within the crash window.
     pub fn recent_primary_starts(&self, now: BootTime) -> usize {
         self.primary_starts.iter().filter(|at| now.since(**at) < Duration::from_secs(CRASH_WINDOW_S)).count()

@@ -15,7 +15,18 @@ use crate::policy::rejoin::Rejoin;
 use crate::spec::cluster::ClusterSpec;
 use crate::types::{LeaseId, LockIdentity, MemberName, Revision};
 
-use super::action::Upstream;
+use super::action::{OperationKind, Upstream};
+
+/// What the peers said about a vacancy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeersAnswer {
+    /// Which vacancy.
+    pub vacancy: Revision,
+    /// When they were asked.
+    pub sent: BootTime,
+    /// Who is, or may be, writable.
+    pub writable: Vec<MemberName>,
+}
 
 /// Something that happened.
 #[derive(Debug, Clone)]
@@ -184,16 +195,54 @@ pub enum Finished {
     /// A request's progress was written, or had changed meanwhile.
     RequestAnswered(Result<bool, Failure>),
     /// The other members were asked whether they are writable.
-    PeersAsked {
-        /// The vacancy it was asked for.
-        vacancy: Revision,
-        /// When the questions were sent.
-        sent: BootTime,
-        /// Those that say that they are, or may be.
-        writable: Vec<MemberName>,
-    },
+    PeersAsked(PeersAnswer),
     /// All PostgreSQL processes were ended by the daemon itself, and a scan found none.
     FencedByScan(Result<(), Failure>),
+}
+
+impl Finished {
+    /// Which operation ended. None: nobody asked for it, it was seen.
+    pub fn kind(&self) -> Option<OperationKind> {
+        use OperationKind as Kind;
+        Some(match self {
+            Finished::KeptSeen(_) => return None,
+            Finished::Looked(_) => Kind::Look,
+            Finished::Started(_) | Finished::StartedOnOldFiles { .. } => Kind::Start,
+            Finished::Configured { .. } => Kind::Configure,
+            Finished::Initialized(_) => Kind::Initdb,
+            Finished::Cloned(_) => Kind::Clone,
+            Finished::RejoinPlanned(_) => Kind::PlanRejoin,
+            Finished::PromotionAsked(_) => Kind::Promote,
+            Finished::RolesEnsured(_) => Kind::EnsureRoles,
+            Finished::Checkpointed(_) => Kind::Checkpoint,
+            Finished::MemberPut(_) => Kind::PutMember,
+            Finished::Acquired(_) => Kind::Acquire,
+            Finished::Released(_) => Kind::Release,
+            Finished::StatusWritten(_) => Kind::WriteStatus,
+            Finished::PromotionRecorded(_) => Kind::RecordPromotion,
+            Finished::FailsafeWritten(_) => Kind::WriteFailsafe,
+            Finished::InitializeClaimed(_) => Kind::ClaimInitialize,
+            Finished::InitializeGivenUp(_) => Kind::GiveUpInitialize,
+            Finished::RequestAnswered(_) => Kind::AnswerRequest,
+            Finished::PeersAsked(_) => Kind::AskPeers,
+            Finished::FencedByScan(_) => Kind::FenceByScan,
+        })
+    }
+
+    /// The end of a job that came to nothing. What it was about is unknown now.
+    pub fn failed_job(kind: OperationKind, why: Failure) -> Finished {
+        match kind {
+            OperationKind::Start => Finished::Started(Err(why)),
+            OperationKind::Configure => Finished::Configured { generation: 0, upstream: None, result: Err(why) },
+            OperationKind::Initdb => Finished::Initialized(Err(why)),
+            OperationKind::Clone => Finished::Cloned(Err(why)),
+            OperationKind::PlanRejoin => Finished::RejoinPlanned(Err(why)),
+            OperationKind::Promote => Finished::PromotionAsked(Err(why)),
+            OperationKind::EnsureRoles => Finished::RolesEnsured(Err(why)),
+            OperationKind::Checkpoint => Finished::Checkpointed(Err(why)),
+            _ => Finished::Looked(DataDirectory::Unknown),
+        }
+    }
 }
 
 /// A member key of another run.

@@ -6,22 +6,6 @@
 //! What must always win, before any state is asked: a proof of the lock that has run out counts as no lock (I2), and a PostgreSQL
 //! that is out of recovery without a lock is ended (SAFETY row 66).
 
-/// An enum without fields that has the list of its values: nobody can add one and forget it there.
-macro_rules! enumerated {
-    ($(#[$about:meta])* $kind:ident { $($(#[$doc:meta])* $value:ident),+ $(,)? }) => {
-        $(#[$about])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-        pub enum $kind {
-            $($(#[$doc])* $value),+
-        }
-
-        impl $kind {
-            /// All of them, in order.
-            pub const ALL: &'static [$kind] = &[$($kind::$value),+];
-        }
-    };
-}
-
 mod absorb;
 pub mod action;
 mod bookkeeping;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, Condition, HistoryEntry, MemberKey, MemberRecord, MemberRole, StatusRecord, Versions};
-use crate::facts::guard::{GuardFacts, PostmasterFacts, Rung, StartId, Word};
+use crate::facts::guard::{GuardFacts, LockFacts, PostmasterFacts, Rung, StartId, Word};
 use crate::facts::postgres::{ControlFacts, DataDirectory, Probe, ProbeOutcome, SqlFacts};
 use crate::policy::deadlines::{CLOCK_DRIFT_PER_MILLE, LeaseTimes};
 use crate::policy::rejoin::Rejoin;
@@ -16,13 +16,11 @@ use crate::spec::cluster::{ClusterSpec, Member};
 use crate::types::{Epoch, Incarnation, LeaseIdentity, LockIdentity, MemberName, Revision, TimelineId};
 
 use super::action::{Action, LeaseOrder, OperationKind, StopMode, Upstream};
-use super::event::ForeignKey;
+use super::event::{ForeignKey, PeersAnswer};
 use super::failsafe::Failsafe;
 
 /// How long a standby that was asked to promote is left before it is asked again.
 const PROMOTE_AGAIN_MS: u64 = 2_000;
-/// So many starts within the window and another member has to lead.
-pub const CRASH_LIMIT: usize = 3;
 
 /// Why processes that are there are ended.
 pub(super) const UNCLAIMED: &str = "PostgreSQL runs in the data directory, and no guard was told what it is";
@@ -64,6 +62,14 @@ impl Lock {
             Lock::Unproved(identity) | Lock::Proved { identity, .. } => Some(*identity),
         }
     }
+
+    /// The lock and its deadlines, if it is proved.
+    pub fn proved(&self) -> Option<LockFacts> {
+        match *self {
+            Lock::Proved { identity, until, announce_at } => Some(LockFacts { identity, valid_until: until, announce_at }),
+            Lock::None | Lock::Unproved(_) => None,
+        }
+    }
 }
 
 /// Whether etcd can be asked.
@@ -86,17 +92,6 @@ pub struct Vacancy {
     pub id: Revision,
     /// When this member saw it first.
     pub seen: BootTime,
-}
-
-/// What the peers said about a vacancy.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PeersAnswer {
-    /// Which vacancy.
-    pub vacancy: Revision,
-    /// When they were asked.
-    pub sent: BootTime,
-    /// Who is, or may be, writable.
-    pub writable: Vec<MemberName>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -355,7 +350,7 @@ impl World {
 
     /// The lock's times under the spec in force.
     pub fn times(&self) -> Option<LeaseTimes> {
-        self.spec().map(|spec| LeaseTimes { ttl: spec.ha.ttl, safety_margin: spec.watchdog.safety_margin, watchdog: None })
+        self.spec().map(|spec| spec.lease_times())
     }
 
     /// The postmaster that runs, and the daemon's word for it.

@@ -65,6 +65,13 @@ pub struct LeaderLineage {
     pub lsn: Lsn,
 }
 
+impl OwnPromotion {
+    /// One that no leadership ordered. What it left is not known; its number says that it was not before this.
+    pub fn by_hand(timeline: TimelineId) -> Self {
+        OwnPromotion { timeline, epoch: Epoch::BY_HAND, parent: TimelineId(timeline.0 - 1), switch_lsn: None }
+    }
+}
+
 /// All that the decision rests on.
 #[derive(Debug, Clone, Copy)]
 pub struct Inputs<'a> {

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use pgherd::clock::BootTime;
 use pgherd::facts::cluster::{ClusterView, DataDirectoryReport, Initialize};
-use pgherd::machine::action::{Action, Operation, OperationKind, StartAs};
-use pgherd::machine::event::{Event, Finished};
+use pgherd::machine::action::{Action, Operation, StartAs};
+use pgherd::machine::event::Event;
 use pgherd::machine::world::Lock;
 use pgherd::types::{Epoch, LockIdentity, Lsn, TimelineId};
 
@@ -81,7 +81,7 @@ impl Checks {
 
     pub fn before_event(daemon: &mut Daemon, event: &Event) {
         if let Event::Finished(finished) = event
-            && let Some(kind) = kind_of(finished)
+            && let Some(kind) = finished.kind()
         {
             daemon.under_way.remove(&kind);
         }
@@ -372,32 +372,4 @@ impl Sim {
         }
         now < this.excused_until
     }
-}
-
-/// Which operation ended.
-fn kind_of(finished: &Finished) -> Option<OperationKind> {
-    use OperationKind as Kind;
-    Some(match finished {
-        Finished::KeptSeen(_) => return None,
-        Finished::Looked(_) => Kind::Look,
-        Finished::Started(_) | Finished::StartedOnOldFiles { .. } => Kind::Start,
-        Finished::Configured { .. } => Kind::Configure,
-        Finished::Initialized(_) => Kind::Initdb,
-        Finished::Cloned(_) => Kind::Clone,
-        Finished::RejoinPlanned(_) => Kind::PlanRejoin,
-        Finished::PromotionAsked(_) => Kind::Promote,
-        Finished::RolesEnsured(_) => Kind::EnsureRoles,
-        Finished::Checkpointed(_) => Kind::Checkpoint,
-        Finished::MemberPut(_) => Kind::PutMember,
-        Finished::Acquired(_) => Kind::Acquire,
-        Finished::Released(_) => Kind::Release,
-        Finished::StatusWritten(_) => Kind::WriteStatus,
-        Finished::PromotionRecorded(_) => Kind::RecordPromotion,
-        Finished::FailsafeWritten(_) => Kind::WriteFailsafe,
-        Finished::InitializeClaimed(_) => Kind::ClaimInitialize,
-        Finished::InitializeGivenUp(_) => Kind::GiveUpInitialize,
-        Finished::RequestAnswered(_) => Kind::AnswerRequest,
-        Finished::PeersAsked { .. } => Kind::AskPeers,
-        Finished::FencedByScan(_) => Kind::FenceByScan,
-    })
 }

@@ -180,7 +180,7 @@ pub fn mutants(arguments: &[String]) -> ExitCode {
     let most: u64 = value(arguments, "--seeds").unwrap_or(2_000);
     let only: Option<String> = value(arguments, "--only");
     let wanted: Vec<Mutant> =
-        Mutant::ALL.into_iter().filter(|mutant| only.as_ref().is_none_or(|only| *only == format!("{mutant:?}"))).collect();
+        Mutant::ALL.iter().copied().filter(|mutant| only.as_ref().is_none_or(|only| *only == format!("{mutant:?}"))).collect();
     let (next, survived) = (AtomicU64::new(0), AtomicBool::new(false));
     let begun = Instant::now();
     std::thread::scope(|scope| {

@@ -9,7 +9,7 @@ use pgherd::facts::postgres::{Probe, ProbeOutcome, ReplicaFacts, SqlFacts, WalRe
 use pgherd::guard::protocol::StopOrder;
 use pgherd::guard::state::Postmaster;
 use pgherd::machine::Machine;
-use pgherd::machine::action::{Action, StopMode};
+use pgherd::machine::action::{Action, LeaseOrder, StopMode};
 use pgherd::machine::edges;
 use pgherd::machine::event::{Event, Finished};
 use pgherd::machine::world::Me;
@@ -201,7 +201,7 @@ impl Sim {
             daemon.spec_read = Some(generation);
             daemon.facts.push_front(event.clone());
             if let Some(spec) = self.specs.get(&generation).cloned() {
-                self.times_changed(host, LeaseTimes { ttl: spec.ha.ttl, safety_margin: spec.watchdog.safety_margin, watchdog: None });
+                self.times_changed(host, spec.lease_times());
                 self.handle(host, Event::SpecRead(generation, spec));
             }
             return Some(run);
@@ -218,16 +218,16 @@ impl Sim {
         daemon.tick_due = false;
         self.trace.event(now, host, &event);
         Checks::before_event(daemon, &event);
-        let from = daemon.machine.state().name();
         let actions = daemon.machine.handle(local, event);
         let to = daemon.machine.state().name();
-        self.trace.actions(now, host, from, to, &actions);
+        self.trace.actions(now, host, to, &actions);
         self.checks.judge_actions(local, daemon, &actions);
         self.checks.after_event(local, daemon);
-        for decision in transitions(&actions) {
-            match edges::find(&decision.0, &decision.1) {
+        let went = actions.iter().filter_map(|action| if let Action::Record(decision) = action { decision.transition() } else { None });
+        for (from, to) in went {
+            match edges::find(from, to) {
                 Some(edge) => self.coverage.edge(edge.number),
-                None => self.checks.fail("edges", format!("no edge {} -> {}", decision.0, decision.1)),
+                None => self.checks.fail("edges", format!("no edge {from} -> {to}")),
             }
         }
         let next = daemon.machine.next_look(local);
@@ -286,7 +286,7 @@ impl Sim {
             Event::Lease(LeaseEvent::Moved { to, .. }) => {
                 let lock = self.hosts[host].daemon.as_ref()?.machine.world().lock.identity();
                 let lock = lock.map(|lock| LockIdentity { lease: *to, ..lock });
-                self.lease_command(host, Command::Order(super::lease::OrderKind::Adopt(*to, lock)));
+                self.lease_command(host, Command::Order(LeaseOrder::Adopt(*to, lock)));
             }
             _ => {}
         }
@@ -312,7 +312,7 @@ impl Sim {
             Action::Do(operation) if operation.kind().is_job() => self.begin_job(host, operation),
             Action::Do(operation) => self.begin_record(host, operation),
             Action::CancelJob => self.cancel_job(host),
-            Action::Lease(order) => self.order_lease(host, order),
+            Action::Lease(order) => self.lease_command(host, Command::Order(order)),
             Action::Stop(mode) => {
                 let now = self.local(host);
                 let order = match mode {
@@ -435,14 +435,4 @@ impl Sim {
         };
         self.hosts.iter().filter(streams).map(row).collect()
     }
-}
-
-/// The transitions that a list of actions records, in order.
-fn transitions(actions: &[Action]) -> impl Iterator<Item = (String, String)> + '_ {
-    actions.iter().filter_map(|action| match action {
-        Action::Record(decision) if decision.kind == "transition" => {
-            Some((decision.facts.get("from")?.clone(), decision.facts.get("to")?.clone()))
-        }
-        _ => None,
-    })
 }

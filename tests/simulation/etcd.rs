@@ -8,11 +8,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pgherd::etcd::AcquireRequest;
 use pgherd::facts::cluster::{
     ClusterView, FailsafeRecord, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, RequestKey, RequestProgress,
     RequestRecord, StatusRecord,
 };
-use pgherd::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision, SystemId};
+use pgherd::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision};
 
 use super::clock::{Real, ms, secs};
 use super::mutants::{Mutant, mutant};
@@ -54,18 +55,6 @@ pub struct Bugs {
     pub revokes_early: bool,
     /// Watches lose deletions.
     pub loses_deletions: bool,
-}
-
-/// What a member takes the lock with.
-#[derive(Debug, Clone)]
-pub struct AcquireAsk {
-    pub member: MemberName,
-    pub lease: LeaseId,
-    pub history_revision: Revision,
-    pub sync_revision: Revision,
-    pub failsafe_revision: Revision,
-    pub history: Vec<HistoryEntry>,
-    pub initialize: Option<SystemId>,
 }
 
 /// How taking it ended.
@@ -283,7 +272,7 @@ impl Etcd {
     }
 
     /// What `initialize` must be when the lock is the cluster's first; judged on a read before.
-    fn identity_fits(&self, ask: &AcquireAsk) -> bool {
+    fn identity_fits(&self, ask: &AcquireRequest) -> bool {
         match (ask.initialize, &self.view.initialize) {
             (None, _) | (Some(_), None) => true,
             (Some(id), Some(Initialize::Done(done))) => id == *done,
@@ -292,12 +281,12 @@ impl Etcd {
         }
     }
 
-    pub fn acquire(&mut self, ask: &AcquireAsk) -> Acquired {
+    pub fn acquire(&mut self, ask: &AcquireRequest) -> Acquired {
         if let Some(leader) = &self.view.leader {
             return Self::read_back(leader, ask);
         }
         let member_is_ours = self.view.members.get(&ask.member).is_some_and(|key| key.lease == ask.lease);
-        let as_judged = self.view.history_revision == ask.history_revision
+        let as_judged = self.view.history_revision == ask.vacancy
             && self.view.sync_revision == ask.sync_revision
             && self.view.failsafe_revision == ask.failsafe_revision;
         let fits = (as_judged || mutant(Mutant::AcquireComparesNothing))
@@ -321,7 +310,7 @@ impl Etcd {
     }
 
     /// A leader key is there: whose is it?
-    pub fn read_back(leader: &LeaderKey, ask: &AcquireAsk) -> Acquired {
+    pub fn read_back(leader: &LeaderKey, ask: &AcquireRequest) -> Acquired {
         if leader.lease == ask.lease && leader.holder == ask.member.as_str() {
             let lease = LeaseIdentity { cluster: CLUSTER, lease: ask.lease };
             Acquired::Ours(LockIdentity { lease, epoch: leader.epoch })

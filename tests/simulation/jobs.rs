@@ -6,7 +6,7 @@ use pgherd::facts::postgres::DataDirectory;
 use pgherd::machine::action::{Operation, OperationKind, StartAs, Upstream};
 use pgherd::machine::event::{Configured, Finished};
 use pgherd::policy::rejoin::{self, Inputs, OwnPromotion, Rejoin};
-use pgherd::types::{Epoch, SystemId, TimelineId};
+use pgherd::types::{SystemId, TimelineId};
 
 use super::clock::ms;
 use super::guard::{AskError, AskedBy, GuardAsk, ORDER_TIMEOUT_MS};
@@ -45,7 +45,7 @@ impl Sim {
 
     pub fn cancel_job(&mut self, host: usize) {
         let Some(job) = self.hosts[host].daemon.as_mut().and_then(|daemon| daemon.job.take()) else { return };
-        self.end(host, failed(&job.operation, "cancelled: something more urgent came up"));
+        self.end(host, Finished::failed_job(job.operation.kind(), "cancelled: something more urgent came up".to_owned()));
     }
 
     fn job_ends(&mut self, host: usize, finished: Finished) {
@@ -57,7 +57,7 @@ impl Sim {
 
     fn job_fails(&mut self, host: usize, why: &str) {
         let Some(job) = self.hosts[host].daemon.as_mut().and_then(|daemon| daemon.job.take()) else { return };
-        self.end(host, failed(&job.operation, why));
+        self.end(host, Finished::failed_job(job.operation.kind(), why.to_owned()));
     }
 
     pub fn job_goes_on(&mut self, host: usize, id: u64, step: u32) {
@@ -121,8 +121,7 @@ impl Sim {
             if data.standby_signal
                 && let Some(timeline) = rejoin::promoted_by_hand(&data.control(this.disk.promotion.as_ref()))
             {
-                let parent = TimelineId(timeline.0 - 1);
-                this.disk.promotion = Some(OwnPromotion { timeline, epoch: Epoch::BY_HAND, parent, switch_lsn: None });
+                this.disk.promotion = Some(OwnPromotion::by_hand(timeline));
             }
         }
         let (word, upstream) = match role {
@@ -265,21 +264,5 @@ impl Sim {
             (_, Ok(_)) => self.job_fails(host, "PostgreSQL does not run"),
             (_, Err(error)) => self.job_fails(host, &format!("the guard: {error:?}")),
         }
-    }
-}
-
-/// The end of a job that came to nothing: what it was about is unknown now.
-fn failed(operation: &Operation, why: &str) -> Finished {
-    let why = why.to_owned();
-    match operation.kind() {
-        OperationKind::Start => Finished::Started(Err(why)),
-        OperationKind::Configure => Finished::Configured { generation: 0, upstream: None, result: Err(why) },
-        OperationKind::Initdb => Finished::Initialized(Err(why)),
-        OperationKind::Clone => Finished::Cloned(Err(why)),
-        OperationKind::PlanRejoin => Finished::RejoinPlanned(Err(why)),
-        OperationKind::Promote => Finished::PromotionAsked(Err(why)),
-        OperationKind::EnsureRoles => Finished::RolesEnsured(Err(why)),
-        OperationKind::Checkpoint => Finished::Checkpointed(Err(why)),
-        _ => Finished::Looked(DataDirectory::Unknown),
     }
 }

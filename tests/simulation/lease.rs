@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
 use pgherd::clock::BootTime;
-use pgherd::facts::failsafe::{Armed, PromiseAsk};
+use pgherd::facts::failsafe::PromiseAsk;
 use pgherd::facts::lease::LeaseEvent;
 use pgherd::guard::protocol::Refusal;
 use pgherd::machine::action::LeaseOrder;
@@ -21,18 +21,8 @@ use super::world::{DaemonDue, Sim};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
-    Order(OrderKind),
-    Arm(Option<Armed>),
+    Order(LeaseOrder),
     ChangeTimes(LeaseTimes),
-}
-
-/// [`LeaseOrder`], which is not Copy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OrderKind {
-    Adopt(LeaseIdentity, Option<LockIdentity>),
-    Grant,
-    Hold(LockIdentity),
-    LetGo,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,17 +88,6 @@ impl Sim {
         let Some(thread) = self.lease_thread(host) else { return };
         thread.commands.push_back(command);
         self.lease_turn(host);
-    }
-
-    pub fn order_lease(&mut self, host: usize, order: LeaseOrder) {
-        let order = match order {
-            LeaseOrder::Failsafe(armed) => return self.lease_command(host, Command::Arm(armed)),
-            LeaseOrder::Adopt(lease, lock) => OrderKind::Adopt(lease, lock),
-            LeaseOrder::Grant => OrderKind::Grant,
-            LeaseOrder::Hold(lock) => OrderKind::Hold(lock),
-            LeaseOrder::LetGo => OrderKind::LetGo,
-        };
-        self.lease_command(host, Command::Order(order));
     }
 
     fn lease_says(&mut self, host: usize, event: Option<LeaseEvent>) {
@@ -369,11 +348,11 @@ impl Sim {
 
 fn obey(book: &mut Book, command: Command, now: BootTime) -> Option<LeaseEvent> {
     match command {
-        Command::Order(OrderKind::Adopt(lease, lock)) => book.adopt(lease, lock, now),
-        Command::Order(OrderKind::Grant) => book.grant(now),
-        Command::Order(OrderKind::Hold(lock)) => return book.hold(lock, now).err().map(|why| LeaseEvent::Failed { why }),
-        Command::Order(OrderKind::LetGo) => book.let_go(),
-        Command::Arm(armed) => return book.arm(armed, now),
+        Command::Order(LeaseOrder::Adopt(lease, lock)) => book.adopt(lease, lock, now),
+        Command::Order(LeaseOrder::Grant) => book.grant(now),
+        Command::Order(LeaseOrder::Hold(lock)) => return book.hold(lock, now).err().map(|why| LeaseEvent::Failed { why }),
+        Command::Order(LeaseOrder::LetGo) => book.let_go(),
+        Command::Order(LeaseOrder::Failsafe(armed)) => return book.arm(armed, now),
         Command::ChangeTimes(times) => book.change_times(times, now),
     }
     None

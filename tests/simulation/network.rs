@@ -4,13 +4,14 @@
 
 use std::time::Duration;
 
+use pgherd::etcd::AcquireRequest;
 use pgherd::facts::cluster::{FailsafeRecord, HistoryEntry, LeaderKey, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord};
 use pgherd::facts::failsafe::PromiseAsk;
 use pgherd::machine::event::Event;
 use pgherd::types::{Epoch, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision};
 
 use super::clock::{Real, ms, us};
-use super::etcd::{AcquireAsk, Acquired, Put, Serving};
+use super::etcd::{Acquired, Put, Serving};
 use super::world::{DaemonDue, Sim, What};
 
 /// One request outside the lease's thread may take so long.
@@ -69,7 +70,7 @@ pub enum EtcdAsk {
         expected: Revision,
     },
     ReadLeader,
-    Acquire(Box<AcquireAsk>),
+    Acquire(Box<AcquireRequest>),
     Release {
         epoch: Epoch,
         record: Option<ReleaseRecord>,

@@ -1,19 +1,20 @@
 //! Operations on etcd and on peers: the reads before a transaction, the transaction, and the reading back when its answer is lost.
 
 use pgherd::clock::BootTime;
+use pgherd::etcd::AcquireRequest;
 use pgherd::facts::cluster::{HistoryEntry, MemberRecord};
 use pgherd::facts::lease::LeaseEvent;
 use pgherd::http::health;
 use pgherd::http::snapshot::Snapshot;
-use pgherd::machine::action::Operation;
-use pgherd::machine::event::{AcquireOutcome, Event, Finished, ForeignKey, PutOutcome};
-use pgherd::policy::deadlines::LeaseTimes;
+use pgherd::machine::action::{LeaseOrder, Operation};
+use pgherd::machine::event::{AcquireOutcome, Event, Finished, ForeignKey, PeersAnswer, PutOutcome};
 use pgherd::policy::rejoin::OwnPromotion;
 use pgherd::types::{LeaseId, LeaseIdentity, LockIdentity, Lsn, MemberName, TimelineId};
 
 use super::clock::{ms, us};
-use super::etcd::{AcquireAsk, Acquired, Etcd, Put};
+use super::etcd::{Acquired, Etcd, Put};
 use super::guard::{AskedBy, GuardAsk};
+use super::lease::Command;
 use super::mutants::{Mutant, mutant};
 use super::network::{Caller, EtcdAnswer, EtcdAsk, REQUEST_TIMEOUT_MS};
 use super::world::{DaemonDue, Sim, What};
@@ -38,7 +39,7 @@ pub struct Record {
     stage: Stage,
     lease: Option<LeaseId>,
     tries: u32,
-    acquire: Option<Box<AcquireAsk>>,
+    acquire: Option<Box<AcquireRequest>>,
     moving: Option<Moving>,
     foreign: Option<LeaseId>,
     peers: Option<Peers>,
@@ -87,15 +88,7 @@ impl Sim {
             Operation::PutMember(_) => self.record_asks(host, id, Stage::Read, EtcdAsk::ReadMember { member: name }),
             Operation::Acquire { judged_on, history, initialize } => {
                 let lease = lease.unwrap_or(LeaseId(0));
-                let ask = AcquireAsk {
-                    member: name,
-                    lease,
-                    history_revision: judged_on.history_revision,
-                    sync_revision: judged_on.sync_revision,
-                    failsafe_revision: judged_on.failsafe_revision,
-                    history,
-                    initialize,
-                };
+                let ask = AcquireRequest::judged_on(&judged_on, name, lease, history, initialize);
                 if let Some(record) = self.record(host, id) {
                     record.acquire = Some(Box::new(ask));
                 }
@@ -103,7 +96,7 @@ impl Sim {
             }
             Operation::Release { .. } => {
                 // Before the key goes, or the lease's thread would take its absence for a loss.
-                self.lease_command(host, super::lease::Command::Order(super::lease::OrderKind::LetGo));
+                self.lease_command(host, Command::Order(LeaseOrder::LetGo));
                 self.record_asks(host, id, Stage::Read, EtcdAsk::ReadLeader);
             }
             Operation::WriteStatus(status) => self.record_asks(host, id, Stage::Write, EtcdAsk::WriteStatus(Box::new(status))),
@@ -286,7 +279,7 @@ impl Sim {
         );
         match lock {
             Some(lock) => {
-                let times = LeaseTimes { ttl: spec.ha.ttl, safety_margin: spec.watchdog.safety_margin, watchdog: None };
+                let times = spec.lease_times();
                 let identity = LockIdentity { lease: new, ..lock };
                 self.guard_ask(host, GuardAsk::Lock { identity, sent, times }, AskedBy::Move(id), times.renewal_interval());
             }
@@ -344,7 +337,7 @@ impl Sim {
     pub fn peers_answer(&mut self, host: usize, id: u64) {
         let Some(record) = self.forget_record(host, id) else { return };
         if let (Operation::AskPeers { vacancy, .. }, Some(Peers { sent, writable })) = (record.operation, record.peers) {
-            self.end(host, Finished::PeersAsked { vacancy, sent, writable });
+            self.end(host, Finished::PeersAsked(PeersAnswer { vacancy, sent, writable }));
         }
     }
 
@@ -370,16 +363,11 @@ impl Sim {
 
 /// As the daemon's shell takes it.
 fn snapshot(daemon: &super::host::Daemon) -> Snapshot {
-    use pgherd::facts::guard::LockFacts;
-    use pgherd::machine::world::Lock;
     let world = daemon.machine.world();
     let mut snapshot = Snapshot::unknown(BootTime(0), world.me.name.clone(), "main".parse().expect("a cluster's name"));
     snapshot.taken = world.probe.as_ref().map_or(BootTime(0), |probe| probe.begun);
     snapshot.role = daemon.machine.role();
-    snapshot.lock = match world.lock {
-        Lock::Proved { identity, until, announce_at } => Some(LockFacts { identity, valid_until: until, announce_at }),
-        Lock::None | Lock::Unproved(_) => None,
-    };
+    snapshot.lock = world.lock.proved();
     snapshot.postmaster = world.guard.as_ref().map(|guard| guard.postmaster.clone());
     snapshot.probe.clone_from(&world.probe);
     if let Some(spec) = world.spec() {

@@ -54,7 +54,7 @@ impl Trace {
         self.say(at, Some(host), || format!("<- {}", describe(event)));
     }
 
-    pub fn actions(&mut self, at: Real, host: usize, from: &'static str, to: &'static str, actions: &[Action]) {
+    pub fn actions(&mut self, at: Real, host: usize, to: &'static str, actions: &[Action]) {
         to.hash(&mut self.hash);
         for action in actions {
             discriminant(action).hash(&mut self.hash);
@@ -77,19 +77,14 @@ impl Trace {
                 }
                 Action::Record(decision) => {
                     decision.message.hash(&mut self.hash);
-                    self.say(at, Some(host), || {
-                        if decision.kind == "transition" {
-                            let way = |key: &str| decision.facts.get(key).cloned().unwrap_or_default();
-                            format!("** {} -> {}: {}", way("from"), way("to"), decision.message)
-                        } else {
-                            format!("** {}: {}", decision.kind, decision.message)
-                        }
+                    self.say(at, Some(host), || match decision.transition() {
+                        Some((from, to)) => format!("** {from} -> {to}: {}", decision.message),
+                        None => format!("** {}: {}", decision.kind, decision.message),
                     });
                 }
                 other => self.say(at, Some(host), || format!("   {other:?}")),
             }
         }
-        let _ = from;
     }
 }
 

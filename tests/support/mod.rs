@@ -87,15 +87,7 @@ pub async fn request(etcd: &Etcd, member: &str, lease: LeaseId) -> AcquireReques
     let member = name(member);
     let mut history = view.history.clone();
     history.push(entry(&member, lease, "test"));
-    AcquireRequest {
-        member,
-        lease,
-        vacancy: view.history_revision,
-        sync_revision: view.sync_revision,
-        failsafe_revision: view.failsafe_revision,
-        history,
-        initialize: None,
-    }
+    AcquireRequest::judged_on(&view, member, lease, history, None)
 }
 
 /// Writes the member key and takes the lock.

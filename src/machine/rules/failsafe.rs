@@ -59,8 +59,7 @@ fn may_rely_on(world: &World, wanted: &Wanted) -> Option<Armed> {
     let Lock::Proved { identity, .. } = world.lock else { return None };
     let view = world.view.as_ref()?;
     let changing = [OperationKind::WriteFailsafe, OperationKind::Release].iter().any(|kind| world.in_flight.contains(kind));
-    let recorded = view.history.iter().any(|entry| entry.is_of(identity.epoch));
-    if changing || !recorded {
+    if changing || !view.has_recorded(identity.epoch) {
         return None;
     }
     let armed = failsafe::armed(&world.me.name, identity, wanted.clone(), view, world.failsafe.written)?;
@@ -75,8 +74,11 @@ fn write_record(context: &mut Context<'_>, wanted: Option<&Wanted>) {
         return;
     };
     let relies = world.failsafe.armed.is_some() || world.failsafe.disarming.is_some() || sent < world.failsafe.disarmed_at;
-    let recorded = view.history.iter().any(|entry| entry.is_of(lock.epoch));
-    if relies || !recorded || !world.is_proved_by_etcd() || !failsafe::has_to_be_written(wanted, view, world.failsafe.written) {
+    if relies
+        || !view.has_recorded(lock.epoch)
+        || !world.is_proved_by_etcd()
+        || !failsafe::has_to_be_written(wanted, view, world.failsafe.written)
+    {
         return;
     }
     let (judged_on, record) = (view.failsafe_revision, wanted.clone().record());

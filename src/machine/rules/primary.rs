@@ -10,11 +10,11 @@ use statig::prelude::*;
 use crate::facts::cluster::{HistoryEntry, MemberRole, StatusRecord};
 use crate::facts::guard::{Rung, Word};
 use crate::machine::action::Operation;
-use crate::machine::bookkeeping::CRASH_WINDOW_S;
+use crate::machine::bookkeeping::{CRASH_LIMIT, CRASH_WINDOW_S};
 use crate::machine::node::Context;
 use crate::machine::rules::requests;
 use crate::machine::state::{Demotion, HandOver, HandOverStage, Promotion, State, Then, Way};
-use crate::machine::world::{CRASH_LIMIT, Lock};
+use crate::machine::world::Lock;
 use crate::types::{LockIdentity, Lsn, MemberName, TimelineId};
 
 pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
@@ -102,7 +102,7 @@ fn record_promotion(context: &mut Context<'_>, lock: LockIdentity, timeline: Tim
         return;
     }
     let Some(view) = context.world.fresh_view().filter(|view| view.revision.0 >= lock.epoch.0) else { return };
-    if view.history.iter().any(|entry| entry.is_of(lock.epoch)) {
+    if view.has_recorded(lock.epoch) {
         context.world.recorded = Some(lock.epoch);
         return;
     }

@@ -9,10 +9,11 @@ use statig::prelude::*;
 use crate::facts::guard::Word;
 use crate::facts::postgres::DataDirectory;
 use crate::machine::action::{Action, LeaseOrder, Operation, OperationKind, StartAs, StopMode};
+use crate::machine::bookkeeping::{CRASH_LIMIT, CRASH_WINDOW_S};
 use crate::machine::node::Context;
 use crate::machine::rules::{primary, standby};
 use crate::machine::state::{Demotion, Promotion, State, Then, Way};
-use crate::machine::world::{CRASH_LIMIT, Etcd, Lock};
+use crate::machine::world::{Etcd, Lock};
 use crate::mutants::{Mutant, mutant};
 use crate::types::{LockIdentity, TimelineId};
 
@@ -104,9 +105,7 @@ fn promote(promotion: &Promotion, timeline: TimelineId, context: &mut Context<'_
 fn became_primary(context: &mut Context<'_>) -> Outcome<State> {
     context.world.reserved = None;
     context.world.promote_asked = None;
-    context.world.primary_starts.push(context.now);
-    let now = context.now;
-    context.world.primary_starts.retain(|at| now.since(*at) < Duration::from_secs(crate::machine::bookkeeping::CRASH_WINDOW_S));
+    context.world.note_primary_start(context.now);
     Transition(State::Primary)
 }
 
@@ -133,8 +132,7 @@ fn start_in_place(promotion: &Promotion, context: &mut Context<'_>) -> Outcome<S
         return Handled;
     }
     if context.world.recent_primary_starts(context.now) >= CRASH_LIMIT {
-        let why =
-            format!("PostgreSQL was started {CRASH_LIMIT} times as a primary within {} s", crate::machine::bookkeeping::CRASH_WINDOW_S);
+        let why = format!("PostgreSQL was started {CRASH_LIMIT} times as a primary within {} s", CRASH_WINDOW_S);
         return Transition(State::Demoting { demotion: Demotion { why, then: Then::Release(promotion.lock) } });
     }
     match &context.world.data {

@@ -156,13 +156,13 @@ fn follow_running(context: &mut Context<'_>) -> Outcome<State> {
     if context.world.promoted.is_none() {
         context.start(Operation::Look);
     }
-    let doubtful = context.world.promoted.is_none() || is_of_another_promotion(context);
-    if has_diverged(context) || is_stuck(context) || (is_of_another_promotion(context) && context.world.leader_writes()) {
+    let another = is_of_another_promotion(context);
+    if has_diverged(context) || is_stuck(context) || (another && context.world.leader_writes()) {
         context.decide("rejoin", "PostgreSQL cannot follow the leader as it is: it is stopped and the way back is judged");
         context.stop(StopMode::Fast { patience: Duration::from_secs(STANDBY_STOP_S) });
         return Transition(State::Rejoining);
     }
-    if !doubtful {
+    if !another && context.world.promoted.is_some() {
         keep_configured(context);
     }
     if context.world.vacancy.is_some() && can_be_candidate(context) { Transition(State::Candidate) } else { Handled }

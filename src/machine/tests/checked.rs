@@ -10,7 +10,7 @@ use crate::facts::postgres::DataDirectory;
 use crate::machine::Machine;
 use crate::machine::action::{Action, LeaseOrder, Operation, OperationKind, StartAs};
 use crate::machine::edges;
-use crate::machine::event::{Event, Finished};
+use crate::machine::event::Event;
 use crate::machine::state::State;
 use crate::machine::world::{Lock, Me, World};
 
@@ -52,7 +52,7 @@ impl Checked {
     /// [`Machine::handle`], judged.
     pub(crate) fn handle(&mut self, now: BootTime, event: Event) -> Vec<Action> {
         if let Event::Finished(finished) = &event {
-            kind_of(finished).map(|kind| self.under_way.remove(&kind));
+            finished.kind().map(|kind| self.under_way.remove(&kind));
         }
         let said = format!("{event:?}");
         let before = self.state().clone();
@@ -163,37 +163,6 @@ fn judge_operation(world: &World, now: BootTime, operation: &Operation, context:
 
 /// The transitions that a list of actions records, in order.
 pub(crate) fn transitions(actions: &[Action]) -> Vec<(String, String)> {
-    let facts = actions.iter().filter_map(|action| match action {
-        Action::Record(decision) if decision.kind == "transition" => Some(&decision.facts),
-        _ => None,
-    });
-    facts.map(|facts| (facts["from"].clone(), facts["to"].clone())).collect()
-}
-
-/// Which operation ended.
-pub(crate) fn kind_of(finished: &Finished) -> Option<OperationKind> {
-    use OperationKind as Kind;
-    Some(match finished {
-        Finished::KeptSeen(_) => return None,
-        Finished::Looked(_) => Kind::Look,
-        Finished::Started(_) | Finished::StartedOnOldFiles { .. } => Kind::Start,
-        Finished::Configured { .. } => Kind::Configure,
-        Finished::Initialized(_) => Kind::Initdb,
-        Finished::Cloned(_) => Kind::Clone,
-        Finished::RejoinPlanned(_) => Kind::PlanRejoin,
-        Finished::PromotionAsked(_) => Kind::Promote,
-        Finished::RolesEnsured(_) => Kind::EnsureRoles,
-        Finished::Checkpointed(_) => Kind::Checkpoint,
-        Finished::MemberPut(_) => Kind::PutMember,
-        Finished::Acquired(_) => Kind::Acquire,
-        Finished::Released(_) => Kind::Release,
-        Finished::StatusWritten(_) => Kind::WriteStatus,
-        Finished::PromotionRecorded(_) => Kind::RecordPromotion,
-        Finished::FailsafeWritten(_) => Kind::WriteFailsafe,
-        Finished::InitializeClaimed(_) => Kind::ClaimInitialize,
-        Finished::InitializeGivenUp(_) => Kind::GiveUpInitialize,
-        Finished::RequestAnswered(_) => Kind::AnswerRequest,
-        Finished::PeersAsked { .. } => Kind::AskPeers,
-        Finished::FencedByScan(_) => Kind::FenceByScan,
-    })
+    let decided = actions.iter().filter_map(|action| if let Action::Record(decision) = action { decision.transition() } else { None });
+    decided.map(|(from, to)| (from.to_owned(), to.to_owned())).collect()
 }

@@ -12,7 +12,7 @@ use crate::facts::failsafe::FEATURE;
 use crate::facts::guard::{GuardFacts, LockFacts, PostmasterFacts, StartId, Word};
 use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState, Probe, ProbeOutcome, SqlFacts, StandbyFloor, WalReceiverFacts};
 use crate::machine::action::Operation;
-use crate::machine::event::{AcquireOutcome, Finished, PutOutcome};
+use crate::machine::event::{AcquireOutcome, Finished, PeersAnswer, PutOutcome};
 use crate::machine::world::Me;
 use crate::policy::deadlines::LeaseTimes;
 use crate::spec::cluster::{self, ClusterSpec};
@@ -228,7 +228,7 @@ pub(crate) fn failed(operation: &Operation, why: String) -> Finished {
         Operation::AskPeers { vacancy, peers } => {
             // Nobody answered: whoever may be writable is not known to be.
             let _ = peers;
-            Finished::PeersAsked { vacancy: *vacancy, sent: T0, writable: Vec::new() }
+            Finished::PeersAsked(PeersAnswer { vacancy: *vacancy, sent: T0, writable: Vec::new() })
         }
         Operation::FenceByScan => Finished::FencedByScan(Err(why)),
     }

@@ -11,6 +11,7 @@ use serde_json::Value as Json;
 use super::problems::Problems;
 use super::schema::CLUSTER_SHAPE;
 use super::{Loaded, load as load_document};
+use crate::policy::deadlines::LeaseTimes;
 use crate::types::{ClusterName, MemberName};
 
 mod meaning;
@@ -52,6 +53,11 @@ pub struct ClusterSpec {
 }
 
 impl ClusterSpec {
+    /// The times of the leader's lease.
+    pub fn lease_times(&self) -> LeaseTimes {
+        LeaseTimes { ttl: self.ha.ttl, safety_margin: self.watchdog.safety_margin, watchdog: None }
+    }
+
     /// The declared member of that name.
     pub fn member(&self, name: &MemberName) -> Option<&Member> {
         self.members.iter().find(|member| member.name == *name)

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use pgherd::etcd::AcquireRequest;
 use pgherd::facts::cluster::{ClusterView, FailsafeRecord, HistoryEntry, Initialize, ReleaseRecord, RequestProgress, StatusRecord};
 use pgherd::types::{Epoch, LeaseId, LeaseIdentity, LockIdentity, Lsn, MemberName, Revision, SystemId, TimelineId};
 
-use super::super::etcd::{AcquireAsk, CLUSTER};
+use super::super::etcd::CLUSTER;
 use super::script::{Judged, Lease, Lock};
 use super::support::{entry, name};
 
@@ -82,19 +83,11 @@ impl Names {
         self.remembered.members.get(member).map_or(Revision(0), |key| key.mod_revision)
     }
 
-    pub fn ask(&self, member: &str, lease: Lease, judged: Judged, initialize: Option<u64>) -> AcquireAsk {
+    pub fn ask(&self, member: &str, lease: Lease, judged: Judged, initialize: Option<u64>) -> AcquireRequest {
         let (member, lease, view) = (name(member), self.lease(lease), self.judged(judged));
         let mut history = view.history.clone();
         history.push(entry(&member, lease, "the script says so"));
-        AcquireAsk {
-            member,
-            lease,
-            history_revision: view.history_revision,
-            sync_revision: view.sync_revision,
-            failsafe_revision: view.failsafe_revision,
-            history,
-            initialize: initialize.map(SystemId),
-        }
+        AcquireRequest::judged_on(view, member, lease, history, initialize.map(SystemId))
     }
 
     pub fn status(&self, lock: Lock, lsn: u64) -> StatusRecord {

@@ -14,7 +14,6 @@ use pgherd::etcd::{AcquireRequest, Acquisition, Etcd, EtcdError, Fenced, Moved, 
 use pgherd::facts::cluster::{Ask, MemberRecord};
 use pgherd::types::{LeaseId, MemberName, SystemId};
 
-use super::super::etcd::AcquireAsk;
 use super::names::{Names, failsafe, progress};
 use super::script::{Hand, Lease, Life, Lock, Said, Step, Thing};
 use super::support::etcd_server::{EtcdServer, PATIENCE};
@@ -292,16 +291,7 @@ impl<'a> Real<'a> {
         }
     }
 
-    async fn acquire(&mut self, ask: AcquireAsk) -> Said {
-        let request = AcquireRequest {
-            member: ask.member,
-            lease: ask.lease,
-            vacancy: ask.history_revision,
-            sync_revision: ask.sync_revision,
-            failsafe_revision: ask.failsafe_revision,
-            history: ask.history,
-            initialize: ask.initialize,
-        };
+    async fn acquire(&mut self, request: AcquireRequest) -> Said {
         let acquired = self.etcd.acquire(&request).await.unwrap();
         match acquired {
             Acquisition::Acquired(lock) => {

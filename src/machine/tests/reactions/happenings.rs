@@ -10,8 +10,7 @@ use crate::facts::guard::{GuardFacts, LastEnd, PostmasterFacts, Rung, StartId, W
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{DataDirectory, DatabaseState, Probe, ProbeOutcome};
 use crate::machine::action::OperationKind;
-use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, ForeignKey, PutOutcome};
-use crate::machine::tests::checked::kind_of;
+use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, ForeignKey, PeersAnswer, PutOutcome};
 use crate::machine::tests::fixtures::*;
 use crate::machine::world::{Lock, World};
 use crate::policy::rejoin::Rejoin;
@@ -169,8 +168,8 @@ fn answers() -> Vec<Finished> {
         Finished::Acquired(AcquireOutcome::Won(lock(7, 450))),
         Finished::Acquired(AcquireOutcome::Beaten),
         Finished::Acquired(AcquireOutcome::Failed(why())),
-        Finished::PeersAsked { vacancy: Revision(350), sent: T0, writable: Vec::new() },
-        Finished::PeersAsked { vacancy: Revision(350), sent: T0, writable: vec![name("b")] },
+        Finished::PeersAsked(PeersAnswer { vacancy: Revision(350), sent: T0, writable: Vec::new() }),
+        Finished::PeersAsked(PeersAnswer { vacancy: Revision(350), sent: T0, writable: vec![name("b")] }),
         Finished::RejoinPlanned(Ok(Rejoin::Clone { why: why(), lost: None })),
         Finished::RejoinPlanned(Ok(Rejoin::Wait { why: why() })),
         Finished::RejoinPlanned(Ok(Rejoin::Refuse { why: why() })),
@@ -198,7 +197,7 @@ fn answers() -> Vec<Finished> {
 /// PostgreSQL writes under.
 fn asked(world: &World, finished: &Finished) -> Option<World> {
     let mut world = world.clone();
-    let Some(kind) = kind_of(finished) else { return Some(world) };
+    let Some(kind) = finished.kind() else { return Some(world) };
     if kind.is_job() {
         world.in_flight.retain(|other| !other.is_job());
     }
@@ -214,5 +213,5 @@ fn asked(world: &World, finished: &Finished) -> Option<World> {
 
 /// The end of an operation that was under way and of which nothing came.
 pub(super) fn failure_of(kind: OperationKind) -> Finished {
-    answers().into_iter().rev().find(|finished| kind_of(finished) == Some(kind)).unwrap_or_else(|| panic!("no answer to {kind:?}"))
+    answers().into_iter().rev().find(|finished| finished.kind() == Some(kind)).unwrap_or_else(|| panic!("no answer to {kind:?}"))
 }

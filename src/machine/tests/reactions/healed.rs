@@ -10,7 +10,7 @@ use crate::facts::guard::{GuardFacts, LastEnd, PostmasterFacts, Rung, StartId, W
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState, Probe, ProbeOutcome};
 use crate::machine::action::{Action, LeaseOrder, Operation, StartAs};
-use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, PutOutcome};
+use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, PeersAnswer, PutOutcome};
 use crate::machine::state::{State, StateKind};
 use crate::machine::tests::checked::Checked;
 use crate::machine::tests::fixtures::*;
@@ -242,7 +242,7 @@ impl Healed {
             Operation::ClaimInitialize => Finished::InitializeClaimed(Ok(false)),
             Operation::GiveUpInitialize => Finished::InitializeGivenUp(Ok(())),
             Operation::AnswerRequest { .. } => Finished::RequestAnswered(Ok(true)),
-            Operation::AskPeers { vacancy, .. } => Finished::PeersAsked { vacancy, sent: self.now, writable: Vec::new() },
+            Operation::AskPeers { vacancy, .. } => Finished::PeersAsked(PeersAnswer { vacancy, sent: self.now, writable: Vec::new() }),
             Operation::FenceByScan => {
                 self.end();
                 self.guard = GuardFacts { pid: self.guard.pid + 1, ..guard(1, nothing_runs()) };

@@ -12,9 +12,10 @@ use crate::facts::cluster::{ClusterView, Initialize, MemberRole};
 use crate::facts::guard::{PostmasterFacts, Rung, StartId, Word};
 use crate::facts::postgres::{DataDirectory, DatabaseState};
 use crate::machine::action::{OperationKind, Upstream};
+use crate::machine::event::PeersAnswer;
 use crate::machine::state::{Demotion, HandOver, HandOverStage, Promotion, State, StateKind, Then, Way};
 use crate::machine::tests::fixtures::*;
-use crate::machine::world::{Etcd, InForce, Lock, PeersAnswer, Vacancy, World};
+use crate::machine::world::{Etcd, InForce, Lock, Vacancy, World};
 use crate::spec::cluster::ClusterSpec;
 use crate::types::{Epoch, LeaseId, LockIdentity, Revision, TimelineId};
 

@@ -7,7 +7,7 @@ use crate::facts::guard::Word;
 use crate::facts::lease::LeaseEvent;
 use crate::facts::postgres::{DataDirectory, DatabaseState};
 use crate::machine::action::{Action, LeaseOrder, Operation, StartAs, Upstream};
-use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, ForeignKey, PutOutcome};
+use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, ForeignKey, PeersAnswer, PutOutcome};
 use crate::machine::tests::fixtures::{SYSTEM, failed, lease as some_lease, ms, name, times};
 use crate::policy::rejoin::{LostRange, Rejoin};
 use crate::types::{Epoch, Lsn, MemberName, TimelineId};
@@ -180,7 +180,7 @@ impl Toy {
                 };
                 let writable =
                     peers.into_iter().map(|(name, _)| name).filter(|name| self.hosts.contains_key(name) && writes(name)).collect();
-                Finished::PeersAsked { vacancy, sent: now, writable }
+                Finished::PeersAsked(PeersAnswer { vacancy, sent: now, writable })
             }
             Operation::FenceByScan => {
                 let server = &mut self.host(member.as_str()).server;
