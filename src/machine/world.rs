@@ -215,6 +215,8 @@ pub struct World {
     pub claimed: bool,
     /// When promotion was asked for last.
     pub promote_asked: Option<BootTime>,
+    /// The open requests, and when this member saw each first.
+    pub requests_seen: BTreeMap<String, BootTime>,
     /// Requests that this member has acted on: each is tried once.
     pub tried_requests: BTreeSet<String>,
     /// This member gave a leadership up that came to nothing, and leaves the lock to others until then.
@@ -294,6 +296,7 @@ impl World {
             leader_writes_since: None,
             claimed: false,
             promote_asked: None,
+            requests_seen: BTreeMap::new(),
             tried_requests: BTreeSet::new(),
             abstains_until: None,
             exited: false,

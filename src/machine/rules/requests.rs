@@ -1,5 +1,7 @@
 //! What operators asked for: taken up, refused with the reason, answered when done.
 
+use std::time::Duration;
+
 use statig::prelude::*;
 
 use crate::facts::cluster::{Ask, RequestKey, RequestProgress};
@@ -9,25 +11,36 @@ use crate::machine::rules::primary;
 use crate::machine::state::State;
 use crate::types::MemberName;
 
+/// So long a standby that says that it streams is given to be seen streaming by the primary: the primary looks once a second, and a
+/// standby that has just come catches up first.
+const SEEN_STREAMING_MS: u64 = 3_000;
+
+/// What stands in the way of a switchover.
+enum Obstacle {
+    /// It will not pass by itself.
+    Lasting(String),
+    /// It may pass in a moment.
+    Passing(String),
+}
+
 /// A primary looks at what is asked. The refusal is written before PostgreSQL is touched.
 pub(crate) fn taken_up(context: &mut Context<'_>) -> Outcome<State> {
     let Some(view) = context.world.fresh_view().cloned() else { return Handled };
+    let now = context.now;
+    context.world.requests_seen.retain(|id, _| view.requests.contains_key(id));
     for (id, key) in &view.requests {
         let Ask::Switchover { to } = &key.record.ask else { continue };
+        context.world.requests_seen.entry(id.clone()).or_insert(now);
         match &key.record.progress {
             RequestProgress::Created => {
-                match why_not(context, to) {
-                    Some(reason) => answer(context, id, key, RequestProgress::Refused { reason }),
-                    None => {
-                        let claim = RequestProgress::Claimed { by: context.world.me.name.clone(), stage: "checked".to_owned() };
-                        answer(context, id, key, claim);
-                    }
+                if nothing_in_the_way(context, id, key, to) {
+                    let claim = RequestProgress::Claimed { by: context.world.me.name.clone(), stage: "checked".to_owned() };
+                    answer(context, id, key, claim);
                 }
                 return Handled;
             }
             RequestProgress::Claimed { by, .. } if *by == context.world.me.name && !context.world.tried_requests.contains(id) => {
-                if let Some(reason) = why_not(context, to) {
-                    answer(context, id, key, RequestProgress::Refused { reason });
+                if !nothing_in_the_way(context, id, key, to) {
                     return Handled;
                 }
                 context.world.tried_requests.insert(id.clone());
@@ -40,26 +53,43 @@ pub(crate) fn taken_up(context: &mut Context<'_>) -> Outcome<State> {
     Handled
 }
 
+/// Whether the switchover may begin. If not, it is refused, or waits for what may pass.
+fn nothing_in_the_way(context: &mut Context<'_>, id: &str, key: &RequestKey, to: &MemberName) -> bool {
+    let seen = context.world.requests_seen.get(id).copied().unwrap_or(context.now);
+    let in_time = context.now.since(seen) < Duration::from_millis(SEEN_STREAMING_MS);
+    match why_not(context, to) {
+        None => return true,
+        Some(Obstacle::Passing(_)) if in_time => {}
+        Some(Obstacle::Passing(reason) | Obstacle::Lasting(reason)) => answer(context, id, key, RequestProgress::Refused { reason }),
+    }
+    false
+}
+
 /// SAFETY row 69: refused before the primary is touched.
-fn why_not(context: &Context<'_>, to: &MemberName) -> Option<String> {
+fn why_not(context: &Context<'_>, to: &MemberName) -> Option<Obstacle> {
+    let lasting = |reason| Some(Obstacle::Lasting(reason));
     let world = &context.world;
     let (Some(view), Some(spec), Some(sql)) = (world.fresh_view(), world.spec(), world.sql()) else {
-        return Some("the leader cannot see etcd or its own PostgreSQL now".to_owned());
+        return lasting("the leader cannot see etcd or its own PostgreSQL now".to_owned());
     };
     if *to == world.me.name {
-        return Some(format!("`{to}` leads already"));
+        return lasting(format!("`{to}` leads already"));
     }
-    let Some(member) = spec.member(to) else { return Some(format!("`{to}` is not in spec.members")) };
+    let Some(member) = spec.member(to) else { return lasting(format!("`{to}` is not in spec.members")) };
     if member.nofailover() {
-        return Some(format!("`{to}` never leads: failover_priority is 0 or the tag nofailover is set"));
+        return lasting(format!("`{to}` never leads: failover_priority is 0 or the tag nofailover is set"));
     }
-    let Some(key) = view.members.get(to) else { return Some(format!("the daemon of `{to}` is not there: it has no member key")) };
-    let replica = sql.replicas.iter().find(|replica| replica.application_name == to.as_str() && replica.state == "streaming");
-    let Some(flushed) = replica.and_then(|replica| replica.flush_lsn) else {
-        return Some(format!("`{to}` does not stream from the leader (its state is `{}`)", key.record.state));
+    let Some(key) = view.members.get(to) else { return lasting(format!("the daemon of `{to}` is not there: it has no member key")) };
+    let replica = sql.replicas.iter().find(|replica| replica.application_name == to.as_str());
+    let own = &key.record.state;
+    let Some(flushed) = replica.filter(|replica| replica.state == "streaming").and_then(|replica| replica.flush_lsn) else {
+        let seen = replica.map_or("the leader does not see it", |replica| replica.state.as_str());
+        let reason = format!("`{to}` does not stream from the leader (its own state: {own}; in pg_stat_replication: {seen})");
+        return Some(if own == "streaming" { Obstacle::Passing(reason) } else { Obstacle::Lasting(reason) });
     };
     let (lag, limit) = (sql.receive_lsn.bytes_since(flushed), spec.ha.maximum_lag_on_failover);
-    (lag > limit).then(|| format!("`{to}` is {lag} bytes behind, more than maximum_lag_on_failover of {limit} bytes"))
+    let reason = || format!("`{to}` is {lag} bytes behind, more than maximum_lag_on_failover of {limit} bytes");
+    (lag > limit).then(|| Obstacle::Lasting(reason()))
 }
 
 fn answer(context: &mut Context<'_>, id: &str, key: &RequestKey, progress: RequestProgress) {

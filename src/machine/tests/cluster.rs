@@ -164,7 +164,7 @@ fn a_switchover_is_refused_with_its_reason_before_anything_is_touched() {
         [("nobody", "not in spec.members"), ("c", "never leads"), ("b", "does not stream"), (leads.as_str(), "leads already")]
     {
         toy.ask(to, Ask::Switchover { to: name(to) });
-        toy.until("an answer", s(3), |toy| matches!(toy.progress(to), RequestProgress::Refused { .. }));
+        toy.until("an answer", s(6), |toy| matches!(toy.progress(to), RequestProgress::Refused { .. }));
         let RequestProgress::Refused { reason } = toy.progress(to) else { unreachable!() };
         assert!(reason.contains(because), "{to}: {reason}");
         assert_eq!(toy.state(&leads), "primary");

@@ -12,4 +12,5 @@ mod cluster;
 mod found;
 mod reactions;
 mod recovery;
+mod requests;
 mod without_etcd;

@@ -1,0 +1,53 @@
+//! What operators asked for, and when it is refused.
+
+use std::sync::Arc;
+
+use crate::facts::cluster::{Ask, RequestKey, RequestProgress, RequestRecord};
+use crate::facts::postgres::{ReplicaFacts, SqlFacts};
+use crate::machine::action::{Action, Operation};
+use crate::machine::event::Event;
+use crate::machine::state::State;
+use crate::types::{Lsn, Revision};
+
+use super::checked::Checked;
+use super::cluster::s;
+use super::fixtures::*;
+use super::reactions::worlds::{leads, led_by_us};
+
+/// Found live: a standby that had come a moment before was refused, "its state is `streaming`".
+#[test]
+fn row_69_a_standby_that_says_that_it_streams_is_not_refused_before_the_primary_has_looked_again() {
+    let mut view = led_by_us();
+    view.revision = Revision(500);
+    view.members.get_mut(&name("c")).unwrap().record.state = "streaming".to_owned();
+    let ask = Ask::Switchover { to: name("c") };
+    let record = RequestRecord { ask, by: "a test".to_owned(), at: String::new(), progress: RequestProgress::Created };
+    view.requests.insert("1".to_owned(), RequestKey { record, mod_revision: Revision(450) });
+    let [mut checked, mut blind] = [(); 2].map(|()| Checked::resume(leads(), State::Primary));
+    let answers = |actions: Vec<Action>| {
+        let answer = |action| match action {
+            Action::Do(Operation::AnswerRequest { progress, .. }) => Some(progress),
+            _ => None,
+        };
+        actions.into_iter().find_map(answer)
+    };
+    for primary in [&mut checked, &mut blind] {
+        let actions = primary.handle(T0, Event::View(Arc::new(view.clone()), T0));
+        assert_eq!(answers(actions), None, "its last look at PostgreSQL may be a second old");
+    }
+    let sees = ReplicaFacts {
+        application_name: "c".to_owned(),
+        state: "streaming".to_owned(),
+        client_addr: None,
+        flush_lsn: Some(Lsn(1_000)),
+        replay_lsn: None,
+        sync_state: "async".to_owned(),
+    };
+    let looked = |seconds, replicas| Event::Probed(probe(T0 + s(seconds), SqlFacts { replicas, ..sql(false, 2, 1_000) }));
+    let answer = answers(checked.handle(T0 + s(1), looked(1, vec![sees])));
+    assert!(matches!(answer, Some(RequestProgress::Claimed { .. })), "{answer:?}");
+    assert_eq!(answers(blind.handle(T0 + s(2), looked(2, Vec::new()))), None);
+    let answer = answers(blind.handle(T0 + s(3), looked(3, Vec::new())));
+    let Some(RequestProgress::Refused { reason }) = answer else { panic!("{answer:?}") };
+    assert!(reason.contains("its own state: streaming; in pg_stat_replication: the leader does not see it"), "{reason}");
+}
