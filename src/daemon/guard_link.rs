@@ -157,7 +157,17 @@ impl GuardLink {
     /// # Errors
     /// The guard's refusal, or its silence.
     pub fn ask(&self, request: &Request) -> Result<GuardFacts, GuardError> {
-        self.client().request(request, Duration::from_millis(ORDER_TIMEOUT_MS))
+        self.request(request, Duration::from_millis(ORDER_TIMEOUT_MS))
+    }
+
+    /// The news that a guard has died can be overtaken by the last that it said, which then stands: whoever finds it gone says so again.
+    fn request(&self, request: &Request, patience: Duration) -> Result<GuardFacts, GuardError> {
+        let client = self.client();
+        let answer = client.request(request, patience);
+        if matches!(answer, Err(GuardError::Gone(_))) && Arc::ptr_eq(&client, &self.client()) {
+            (self.sink)(Event::GuardGone);
+        }
+        answer
     }
 
     /// Tells the guard until when the lock is proved, and waits for its acknowledgement. Called on the lease's thread.
@@ -165,7 +175,7 @@ impl GuardLink {
     /// # Errors
     /// No acknowledgement within a renewal interval.
     pub fn acknowledge(&self, identity: LockIdentity, sent: BootTime, times: LeaseTimes) -> Result<(), GuardError> {
-        match self.client().request(&Request::Lock { identity, sent, times }, times.renewal_interval()) {
+        match self.request(&Request::Lock { identity, sent, times }, times.renewal_interval()) {
             Ok(_) => Ok(()),
             // Recorded all the same: the ladder runs to its end, and PostgreSQL can be started again under this lock.
             Err(GuardError::Refused { reason: Refusal::LadderRuns, .. }) => Ok(()),
@@ -178,7 +188,7 @@ impl GuardLink {
     /// # Errors
     /// The guard's refusal, or its silence.
     pub fn acknowledge_move(&self, identity: LockIdentity, sent: BootTime, times: LeaseTimes) -> Result<(), GuardError> {
-        self.client().request(&Request::Lock { identity, sent, times }, times.renewal_interval()).map(|_| ())
+        self.request(&Request::Lock { identity, sent, times }, times.renewal_interval()).map(|_| ())
     }
 
     /// Ends every process of PostgreSQL without the guard, then has a new guard. Blocking.

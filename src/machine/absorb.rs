@@ -194,7 +194,6 @@ impl World {
                     self.lease_asked = true;
                     self.lease_asked_at = BootTime::default();
                     self.written = None;
-                    self.claimed = false;
                 }
                 if why == LeaseLoss::LeaseNotFound && self.lapses(now) {
                     self.holding = None;
@@ -406,12 +405,10 @@ impl World {
                 }
             }
             Finished::InitializeClaimed(result) => {
-                self.claimed = matches!(result, Ok(true));
-                self.ended(now, Kind::ClaimInitialize, self.claimed);
+                self.ended(now, Kind::ClaimInitialize, matches!(result, Ok(true)));
                 self.pause(now, Kind::ClaimInitialize, ANSWERED_PAUSE_MS);
             }
             Finished::InitializeGivenUp(result) => {
-                self.claimed = self.claimed && result.is_err();
                 self.ended(now, Kind::GiveUpInitialize, result.is_ok());
             }
             Finished::RequestAnswered(result) => {

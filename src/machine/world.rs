@@ -211,8 +211,6 @@ pub struct World {
     pub not_streaming_since: Option<BootTime>,
     /// Since when the present leader, in its present leadership, is seen to take writes.
     pub leader_writes_since: Option<(Epoch, BootTime)>,
-    /// `initialize` is claimed by us, on our lease.
-    pub claimed: bool,
     /// When promotion was asked for last.
     pub promote_asked: Option<BootTime>,
     /// The open requests, and when this member saw each first.
@@ -294,7 +292,6 @@ impl World {
             roles_for: None,
             not_streaming_since: None,
             leader_writes_since: None,
-            claimed: false,
             promote_asked: None,
             requests_seen: BTreeMap::new(),
             tried_requests: BTreeSet::new(),

@@ -283,6 +283,10 @@ fn identity(inputs: &Inputs<'_>) -> Result<Option<SystemId>, Verdict> {
         Some(Initialize::Done(id)) => {
             Err(Verdict::NotEligible { why: format!("this member's system identifier is {}, the cluster's is {id}", inputs.system_id) })
         }
+        // What initdb made here before this member was stopped, or taken out of the spec for a while: it goes on from there.
+        Some(Initialize::Claimed { lease, .. }) if inputs.view.members.get(inputs.me).is_some_and(|key| key.lease == *lease) => {
+            all_have_reported_one_identity(inputs).map(Some)
+        }
         Some(Initialize::Claimed { by, .. }) => Err(Verdict::NotEligible { why: format!("`{by}` is initializing the cluster") }),
         Some(Initialize::Unreadable(value)) => Err(Verdict::NotEligible { why: format!("the key initialize is unreadable: `{value}`") }),
         None => all_have_reported_one_identity(inputs).map(Some),

@@ -67,13 +67,13 @@ impl Sim {
     }
 
     /// The lock goes before its time: its holder knows only when it is told.
-    pub fn early_loss(&mut self) {
+    pub fn early_loss(&mut self) -> Option<usize> {
         let now = self.now;
-        if let Some((host, _)) = self.lock_runs_until() {
-            let this = &mut self.hosts[host];
-            let until = this.clock.real(now, this.proved_until).after(ms(AWAKE_MS));
-            this.early_loss_until = this.early_loss_until.max(until);
-        }
+        let (host, _) = self.lock_runs_until()?;
+        let this = &mut self.hosts[host];
+        let until = this.clock.real(now, this.proved_until).after(ms(AWAKE_MS));
+        this.early_loss_until = this.early_loss_until.max(until);
+        Some(host)
     }
 
     fn request_switchover(&mut self, to: usize) {

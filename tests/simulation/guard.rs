@@ -73,6 +73,9 @@ impl Sim {
         let now = self.now;
         let run = self.hosts[host].daemon.as_ref().map_or(0, |daemon| daemon.run);
         let Some(guard) = &mut self.hosts[host].guard else {
+            if !matches!(from, AskedBy::Order | AskedBy::Scan) {
+                self.fact_soon(host, Event::GuardGone);
+            }
             return self.guard_answered(host, run, from, Err(AskError::Gone));
         };
         if guard.frozen {

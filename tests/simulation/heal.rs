@@ -73,10 +73,15 @@ impl Sim {
             Kind::RenewsTheDead => self.etcd.bugs.renews_the_dead = false,
             Kind::LosesDeletions => self.etcd.bugs.loses_deletions = false,
             Kind::EtcdRestored => {
-                self.early_loss();
+                let holder = self.early_loss();
                 let now = self.now;
                 if self.etcd.restore(now) {
                     self.checks.etcd_restored();
+                    // It sees that etcd went back, and goes on until its deadline; whom the backup names may be back before that.
+                    if let Some(holder) = holder {
+                        let this = &mut self.hosts[holder];
+                        this.excused_until = this.excused_until.max(this.early_loss_until);
+                    }
                 }
             }
             Kind::EtcdWiped => self.apply_again(),

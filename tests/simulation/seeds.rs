@@ -14,5 +14,8 @@ pub const REGRESSIONS: &[(u64, &str)] = &[
     (1_015, "a member without a data directory kept up a lock that nobody led under"),
     (1_969, "a promotion by hand was not recognised when the leadership of the same number had ended before it was recorded"),
     (4_259, "without etcd's keys a member ran for the lock before everybody with data had said how far it is"),
+    (7_522, "the member that ran initdb was taken out of the spec, gave its claim back, and another ran initdb beside its data"),
+    (1_633, "the last word of a guard that had died overtook the news of it, and the member asked it for ever to start PostgreSQL"),
+    (1_780, "etcd was restored and named the leader before the present one: the check's error, the limit is stated"),
     (1_057, "one promotion past its reservation after a promotion by hand, its host cut off: the check's error, not the machine's"),
 ];

@@ -15,7 +15,7 @@ use crate::machine::rules::standby;
 use crate::machine::state::{Promotion, State, Way};
 use crate::machine::world::Lock;
 use crate::mutants::{Mutant, mutant};
-use crate::types::{MemberName, TimelineId};
+use crate::types::{LeaseId, MemberName, TimelineId};
 
 /// How much longer each further member in the spec waits before it claims initialization.
 const CLAIM_STEP_MS: u64 = 2_000;
@@ -96,21 +96,21 @@ fn may_initialize(context: &Context<'_>) -> Result<(), String> {
     if asked_to_bootstrap(view, &context.world.me.name) {
         return Ok(());
     }
-    for member in &spec.members {
-        match view.members.get(&member.name).map(|key| key.record.data_directory) {
+    // Of members that the spec names no more too: one that was removed while it ran initdb has the cluster's data.
+    for (name, key) in &view.members {
+        match key.record.data_directory {
             _ if mutant(Mutant::InitdbBesideData) => {}
-            Some(DataDirectoryReport::Empty) => {}
-            Some(DataDirectoryReport::Full) => {
-                return Err(format!("the data directory of `{}` is not empty: it has to lead, or be emptied by hand", member.name));
+            DataDirectoryReport::Empty => {}
+            DataDirectoryReport::Full => {
+                return Err(format!("the data directory of `{name}` is not empty: it has to lead, or be emptied by hand"));
             }
-            Some(DataDirectoryReport::Unknown) => return Err(format!("what is in the data directory of `{}` is not known", member.name)),
-            None => {
-                return Err(format!(
-                    "`{}` has not reported an empty data directory; `pgherd bootstrap --on {} --yes` goes on without it",
-                    member.name, context.world.me.name
-                ));
-            }
+            DataDirectoryReport::Unknown => return Err(format!("what is in the data directory of `{name}` is not known")),
         }
+    }
+    if let Some(silent) = spec.members.iter().find(|member| !view.members.contains_key(&member.name)) {
+        let me = &context.world.me.name;
+        let silent = &silent.name;
+        return Err(format!("`{silent}` has not reported an empty data directory; `pgherd bootstrap --on {me} --yes` goes on without it"));
     }
     let mut candidates: Vec<_> = spec.members.iter().filter(|member| !member.nofailover()).collect();
     candidates.sort_by_key(|member| std::cmp::Reverse(member.failover_priority));
@@ -131,6 +131,20 @@ fn asked_to_bootstrap(view: &ClusterView, me: &MemberName) -> bool {
         && view.requests.values().any(|key| matches!(&key.record.ask, Ask::Bootstrap { on } if on == me) && open(&key.record.progress))
 }
 
+/// The claim to initialize is on this lease.
+fn claimed_on(view: &ClusterView, lease: LeaseId) -> bool {
+    matches!(&view.initialize, Some(Initialize::Claimed { lease: on, .. }) if *on == lease)
+}
+
+/// A member that the spec names no more gives its claim back, but only when there is nothing in its data directory: what initdb made
+/// there is the cluster's data, and the claim keeps others from making a second one before this member could say so.
+pub(crate) fn give_back_claim(context: &mut Context<'_>) {
+    let (Some(view), Some(lease)) = (context.world.fresh_view(), context.world.lease) else { return };
+    if claimed_on(view, lease.lease) && context.world.data == DataDirectory::Empty {
+        context.start(Operation::GiveUpInitialize);
+    }
+}
+
 /// Claim, initdb, lock: each step is asked for until it is seen, and a crash after any of them is a state that somebody can go on from.
 pub(crate) fn initializing(context: &mut Context<'_>) -> Outcome<State> {
     if let Lock::Unproved(lock) | Lock::Proved { identity: lock, .. } = context.world.lock {
@@ -145,9 +159,6 @@ pub(crate) fn initializing(context: &mut Context<'_>) -> Outcome<State> {
         return Handled;
     }
     if context.world.spec().is_some() && context.world.declared().is_none() {
-        if context.world.claimed {
-            context.start(Operation::GiveUpInitialize);
-        }
         return Transition(State::AwaitingLeader);
     }
     let (Some(view), Some(spec), Some(lease)) = (context.world.fresh_view().cloned(), context.world.spec().cloned(), context.world.lease)
@@ -157,7 +168,7 @@ pub(crate) fn initializing(context: &mut Context<'_>) -> Outcome<State> {
     if view.leader.is_some() {
         return Transition(State::Following);
     }
-    let claimed_by_us = matches!(&view.initialize, Some(Initialize::Claimed { lease: on, .. }) if *on == lease.lease);
+    let claimed_by_us = claimed_on(&view, lease.lease);
     match context.world.data {
         DataDirectory::Full(ref control) => {
             // Ours, made a moment ago. The lock goes with the identity, in one transaction.

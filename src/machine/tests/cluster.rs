@@ -458,3 +458,18 @@ fn a_job_that_hangs_holds_up_neither_a_promotion_nor_the_way_out() {
         toy.until("all have left", s(120), |toy| THREE.iter().all(|member| toy.hosts[&name(member)].exit == Some(0)));
     }
 }
+
+/// Found by the simulator's seed 7522.
+#[test]
+fn row_32_a_member_removed_from_the_spec_while_it_runs_initdb_keeps_others_from_making_a_second_cluster() {
+    let mut toy = Toy::new(&THREE);
+    toy.apply(spec(&THREE));
+    toy.until("a runs initdb", s(20), |toy| toy.daemon("a").checked.world().in_flight.contains(&OperationKind::Initdb));
+    toy.apply(spec(&["b", "c"]));
+    toy.run(s(40));
+    let with_data = |toy: &Toy| THREE.into_iter().filter(|member| toy.hosts[&name(member)].server.data.is_some()).collect::<Vec<_>>();
+    assert_eq!((toy.primary(), with_data(&toy)), (None, vec!["a"]), "{}", toy.story());
+    toy.apply(spec(&THREE));
+    toy.converges(s(40));
+    assert_eq!(toy.leader(), Some("a"), "with what it made");
+}

@@ -307,7 +307,7 @@ fn row_64_a_member_of_another_cluster_is_not_eligible() {
 
 #[test]
 fn nobody_leads_while_somebody_initializes_or_the_identity_is_unreadable() {
-    let claimed = Initialize::Claimed { by: "c".to_owned(), lease: crate::types::LeaseId(7) };
+    let claimed = Initialize::Claimed { by: "c".to_owned(), lease: crate::types::LeaseId(70) };
     Vacant::new().with(|view| view.initialize = Some(claimed)).not_eligible_because("is initializing");
     Vacant::new().with(|view| view.initialize = Some(Initialize::Unreadable("x".to_owned()))).not_eligible_because("unreadable");
 }

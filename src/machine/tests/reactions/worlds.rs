@@ -197,7 +197,7 @@ fn unborn(world: World, claimed: bool) -> World {
     for key in view.members.values_mut() {
         key.record = empty_record();
     }
-    World { view: Some(Arc::new(view)), claimed, written: Some((empty_record(), T0)), ..world }
+    World { view: Some(Arc::new(view)), written: Some((empty_record(), T0)), ..world }
 }
 
 fn initializing() -> Vec<Case> {
