@@ -189,15 +189,21 @@ fn divergence(inputs: Inputs<'_>) -> Option<(String, Lsn)> {
         }
         None => leader.lsn,
     };
-    past(local, wal, leader.timeline, limit)
+    past(local, wal, leader, limit)
 }
 
-/// Whether anything starts at or after `limit`, the first position that is not in the leader's past.
-fn past(local: &ControlFacts, wal: &LocalWal, leader_timeline: TimelineId, limit: Lsn) -> Option<(String, Lsn)> {
+/// Whether anything starts at or after `limit`, the first position on the member's timeline that is not in the leader's past.
+///
+/// The control file can be on an ancestor of that timeline: WAL of a new timeline is received before the old one is left in replay. It must
+/// not be past where that one was left either; PostgreSQL would refuse to start at every attempt.
+fn past(local: &ControlFacts, wal: &LocalWal, leader: &LeaderLineage, limit: Lsn) -> Option<(String, Lsn)> {
     let own = wal.timeline;
-    let replayed_past = local.min_recovery_timeline == own && local.min_recovery_end > limit;
-    if (local.timeline == own && local.checkpoint >= limit) || replayed_past {
-        return Some((format!("the control file is past {limit}, where the leader's history leaves timeline {own}"), limit));
+    let left = |timeline| if timeline == own { Some(limit) } else { leader.history.left_at(timeline) };
+    let checkpoint = left(local.timeline).filter(|limit| local.checkpoint >= *limit).map(|limit| (local.timeline, limit));
+    let replayed =
+        left(local.min_recovery_timeline).filter(|limit| local.min_recovery_end > *limit).map(|limit| (local.min_recovery_timeline, limit));
+    if let Some((timeline, limit)) = checkpoint.or(replayed) {
+        return Some((format!("the control file is past {limit}, where the leader's history leaves timeline {timeline}"), limit));
     }
     match &wal.last_record {
         LastRecord::Known(start) if *start >= limit => {
@@ -205,7 +211,7 @@ fn past(local: &ControlFacts, wal: &LocalWal, leader_timeline: TimelineId, limit
         }
         LastRecord::Known(_) => None,
         // A standby on the leader's own timeline received all it has from a primary of it; the walreceiver says so if it is ahead.
-        LastRecord::Unknown(_) if own == leader_timeline => None,
+        LastRecord::Unknown(_) if own == leader.timeline => None,
         LastRecord::Unknown(why) => {
             Some((format!("the end of this member's WAL is not known, which counts as past {limit}: {why}"), limit))
         }

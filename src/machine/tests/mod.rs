@@ -7,7 +7,6 @@ mod checked;
 pub(crate) mod fixtures;
 mod toy;
 
-mod chaos;
 mod cluster;
 mod found;
 mod reactions;

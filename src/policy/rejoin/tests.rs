@@ -137,6 +137,24 @@ fn a_control_file_past_the_switch_point_is_enough() {
 }
 
 #[test]
+fn a_control_file_past_the_switch_point_of_an_ancestor_is_enough_too() {
+    let standby = || {
+        let mut case = of_timeline_2();
+        case.local.state = DatabaseState::InArchiveRecovery;
+        (case.local.timeline, case.local.checkpoint) = (TimelineId(1), Lsn(SWITCH.0 - 0x80));
+        (case.local.min_recovery_timeline, case.local.min_recovery_end) = (TimelineId(1), SWITCH);
+        case
+    };
+    assert_eq!(standby().decide(), Rejoin::Follow, "it received timeline 2 and has not replayed any of it");
+    let mut replayed = standby();
+    replayed.local.min_recovery_end = Lsn(SWITCH.0 + 1);
+    assert_eq!(replayed.lost().unwrap().from, SWITCH);
+    let mut checkpoint = standby();
+    checkpoint.local.checkpoint = SWITCH;
+    assert_eq!(checkpoint.lost().unwrap().from, SWITCH);
+}
+
+#[test]
 fn row_53_the_same_timeline_id_of_another_epoch_is_divergence() {
     let mut case = of_timeline_2().promoted(5);
     case.promoted_under = Some(Epoch(5));
