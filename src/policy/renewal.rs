@@ -249,6 +249,8 @@ impl Book {
     pub fn adopt(&mut self, identity: LeaseIdentity, lock: Option<LockIdentity>, now: BootTime) {
         let candidate = self.candidate.take().filter(|candidate| candidate.identity == identity);
         let times = candidate.map_or(self.times, |candidate| candidate.times);
+        // Renewing one lease proves nothing of a lock that hangs on another.
+        let lock = lock.filter(|lock| lock.lease == identity);
         // When it was renewed last is not known here; the guard has the deadline.
         self.held = Some(Held { identity, lock, times, until: BootTime(0), next_at: now, proved: now });
         self.wanted = None;

@@ -119,7 +119,7 @@ impl Checks {
 
     /// The lock is not given up while a process of PostgreSQL is left that may write (row 8).
     pub fn released(&mut self, this: &Host) {
-        let standby = this.guard.as_ref().is_none_or(|guard| !guard.state.may_write()) && this.server.recovering();
+        let standby = this.guard.as_ref().is_none_or(|guard| !guard.state.may_write()) && this.server.of_standby();
         if !this.server.is_empty() && !standby {
             self.fail("I2", format!("{} gives the lock up while processes that may write are left", this.name));
         }
@@ -200,12 +200,15 @@ impl Checks {
     /// A primary takes connections that was started as one.
     pub fn opened(&mut self, host: usize, hosts: &[Host]) {
         let Some(data) = &hosts[host].server.data else { return };
-        self.led_on(data.wal.timeline(), hosts[host].name.as_str());
+        self.led_on(data.wal.timeline(), hosts[host].name.as_str(), hosts);
     }
 
     /// I9: along leaderships the timeline never goes back.
-    fn led_on(&mut self, timeline: TimelineId, name: &str) {
-        if timeline < self.last_timeline && !self.restored {
+    fn led_on(&mut self, timeline: TimelineId, name: &str, hosts: &[Host]) {
+        // When etcd has lost its history and the data is elsewhere too, nobody can know how far it went.
+        let known =
+            !self.etcd_forgot || hosts.iter().any(|host| host.server.data.as_ref().is_some_and(|data| data.wal.timeline() > timeline));
+        if timeline < self.last_timeline && known && !self.restored {
             self.fail("I9", format!("{name} leads on timeline {timeline} after {} was led on", self.last_timeline));
         }
         self.last_timeline = self.last_timeline.max(timeline);
@@ -234,7 +237,7 @@ impl Checks {
         }
         // A machine that stood still finishes what it had begun, before its guard runs.
         if !excused {
-            self.led_on(timeline, hosts[host].name.as_str());
+            self.led_on(timeline, hosts[host].name.as_str(), hosts);
             self.judge_loss(host, hosts);
         }
     }
@@ -262,7 +265,9 @@ impl Checks {
     pub fn follows_another(&mut self, host: usize, from: usize, hosts: &[Host]) {
         let own = hosts[host].server.data.as_ref().map(|data| data.wal.segments.as_slice()).unwrap_or_default();
         // Whoever was promoted by hand has to know; who received from it cannot.
-        if own.iter().any(|segment| self.by_hand.get(&segment.token).is_some_and(|promoted| *promoted != host)) {
+        // But when etcd has lost its history too, nothing says that the number was a leadership's.
+        let cannot_know = |promoted: &usize| *promoted != host || self.etcd_forgot;
+        if own.iter().any(|segment| self.by_hand.get(&segment.token).is_some_and(cannot_know)) {
             self.mixed_by_hand = true;
             return;
         }

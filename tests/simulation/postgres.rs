@@ -73,6 +73,8 @@ pub struct Postmaster {
 #[derive(Debug, Clone)]
 pub struct Orphan {
     pub writable: bool,
+    /// Its server was in recovery.
+    pub of_standby: bool,
     /// When it ends by itself.
     pub until: Real,
     /// In an uninterruptible sleep: neither answers nor dies (SAFETY row 8).
@@ -172,6 +174,11 @@ impl Server {
         self.postmaster.as_ref().is_some_and(|postmaster| postmaster.recovering)
     }
 
+    /// Whatever runs is in recovery, or was when its postmaster died.
+    pub fn of_standby(&self) -> bool {
+        self.postmaster.as_ref().is_none_or(|postmaster| postmaster.recovering) && self.orphans.iter().all(|orphan| orphan.of_standby)
+    }
+
     /// A process is there that can still answer COMMIT to a client.
     pub fn acknowledges(&self, now: Real) -> bool {
         let by_postmaster = self.postmaster.as_ref().is_some_and(|postmaster| {
@@ -254,9 +261,10 @@ impl Server {
         let was_open = matches!(postmaster.phase, Phase::Accepting | Phase::Promoting { .. } | Phase::Stopping { .. });
         self.ended.push(Ended { pid: postmaster.pid, exit_status: None, signal: Some(9) });
         let writable = was_open && !postmaster.recovering && !matches!(postmaster.phase, Phase::Promoting { .. });
-        self.orphans.push(Orphan { writable, until: now.after(backends_live), stuck: false });
+        let of_standby = postmaster.recovering;
+        self.orphans.push(Orphan { writable, of_standby, until: now.after(backends_live), stuck: false });
         if self.ail.stuck {
-            self.orphans.push(Orphan { writable: false, until: Real(u64::MAX / 2), stuck: true });
+            self.orphans.push(Orphan { writable: false, of_standby, until: Real(u64::MAX / 2), stuck: true });
         }
     }
 

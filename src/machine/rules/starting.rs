@@ -35,8 +35,10 @@ fn adopt_or_ask_for_a_lease(context: &mut Context<'_>) {
         return;
     }
     let by_name = named_like_us(context);
-    let kept = context.world.guard.as_ref().and_then(|guard| guard.lease).or(by_name.map(|lock| lock.lease));
-    let lock = context.world.guard.as_ref().and_then(|guard| guard.lock).map(|lock| lock.identity).or(by_name);
+    let guard = context.world.guard.as_ref();
+    let lock = guard.and_then(|guard| guard.lock).map(|lock| lock.identity).or(by_name);
+    // The lock's own lease first: a run between may have got another one, and renewing that keeps up no lock.
+    let kept = lock.map(|lock| lock.lease).or(guard.and_then(|guard| guard.lease));
     context.world.lease_asked_at = context.now;
     if let Some(identity) = kept {
         if let Some(lock) = lock {

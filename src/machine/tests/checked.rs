@@ -99,7 +99,11 @@ impl Checked {
                 assert!(idle && world.cannot_write(now), "I1: promises not to lead while it does or may, {context}");
                 assert!(world.failsafe.promise.is_some(), "a promise that is not booked, {context}");
             }
-            Action::AnswerPromise { result: Err(_), .. } | Action::CancelJob | Action::Lease(_) | Action::Stop(_) | Action::Record(_) => {}
+            Action::Lease(LeaseOrder::Adopt(lease, Some(lock))) => {
+                assert_eq!(lock.lease, *lease, "I2: a lock on one lease is kept up by another, {context}");
+            }
+            Action::Lease(_) => {}
+            Action::AnswerPromise { result: Err(_), .. } | Action::CancelJob | Action::Stop(_) | Action::Record(_) => {}
         }
     }
 }

@@ -435,3 +435,20 @@ fn a_directory_that_is_brought_back_while_a_copy_is_made_is_followed_with_and_no
     let data = toy.hosts[&name("b")].server.data.as_ref();
     assert_eq!(data.map(|data| data.checkpoint), end, "a copy has its leader's checkpoint\n{}", toy.story());
 }
+
+/// Found by the simulator's seed 8888: a run between had got a lease of its own, and the guard knew that one and the lock's.
+#[test]
+fn a_daemon_that_starts_takes_over_the_lease_that_its_lock_hangs_on() {
+    let mut starts = World::new(me("a"));
+    starts.spec = Some((1, spec(&THREE)));
+    let mut checked = Checked::resume(starts, State::Starting);
+    let mut facts = guard(1, nothing_runs());
+    facts.lease = Some(lease(17));
+    facts.lock = Some(lock_facts(lock(7, 300), T0));
+    let actions = checked.handle(T0, Event::Guard(facts));
+    let adopted = actions.iter().find_map(|action| match action {
+        Action::Lease(LeaseOrder::Adopt(lease, lock)) => Some((*lease, *lock)),
+        _ => None,
+    });
+    assert_eq!(adopted, Some((lease(7), Some(lock(7, 300)))), "{actions:?}");
+}

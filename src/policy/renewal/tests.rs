@@ -48,6 +48,15 @@ fn keeping() -> Book {
     book
 }
 
+/// Found by the simulator's seed 8888.
+#[test]
+fn a_lock_on_another_lease_is_not_kept_up_by_this_one() {
+    let mut book = Book::new(times(T_MS));
+    book.adopt(lease(1), Some(lock_on(2)), ms(0));
+    assert_eq!(kept(&book), Some((lease(1), None)));
+    assert!(matches!(book.next(ms(0)), Step::Renew { lock: None, .. }));
+}
+
 #[test]
 fn a_renewal_is_due_every_r_from_its_beginning_whatever_became_of_the_last() {
     let mut book = keeping();
