@@ -11,7 +11,7 @@ use crate::facts::guard::{GuardFacts, PostmasterFacts, Word};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{DataDirectory, Probe, ProbeOutcome};
 use crate::mutants::{Mutant, mutant};
-use crate::policy::rejoin::{self, Rejoin};
+use crate::policy::rejoin::Rejoin;
 use crate::types::{Epoch, LockIdentity};
 
 use super::action::{OperationKind, Upstream};
@@ -19,7 +19,7 @@ use super::event::{AcquireOutcome, Configured, Event, Failure, Finished, PutOutc
 use super::world::{Etcd, InForce, Lock, Vacancy, World, knows_of};
 
 /// The same write is not tried again for so long after an answer that a newer view has to follow.
-const ANSWERED_PAUSE_MS: u64 = 250;
+pub(super) const ANSWERED_PAUSE_MS: u64 = 250;
 
 /// A key of another run that is in the way is looked at again after so long.
 const FOREIGN_AGAIN_MS: u64 = 1_000;
@@ -284,27 +284,7 @@ impl World {
     fn absorb_finished(&mut self, now: BootTime, finished: Finished) {
         use OperationKind as Kind;
         match finished {
-            Finished::Looked(data) => {
-                self.ended(now, Kind::Look, data != DataDirectory::Unknown);
-                // Of a server that was found running nothing was looked at before.
-                if let (true, None, DataDirectory::Full(control)) = (self.running().is_some(), self.promoted, &data) {
-                    self.promoted = Some(control.promoted);
-                }
-                // A postmaster that started meanwhile has made this look old.
-                if self.proved_empty() {
-                    self.promoted = match &data {
-                        // What the record does not say yet, the start that follows writes into it.
-                        DataDirectory::Full(control) => {
-                            let by_hand = rejoin::promoted_by_hand(control).map(|timeline| (timeline, Epoch::BY_HAND));
-                            Some(by_hand.or(control.promoted))
-                        }
-                        DataDirectory::Empty => Some(None),
-                        DataDirectory::Unknown | DataDirectory::Unusable(_) => None,
-                    };
-                    self.data = data;
-                    self.looked_at = now;
-                }
-            }
+            Finished::Looked(data) => self.looked(now, data),
             Finished::KeptSeen(Some(path)) => {
                 let message = format!(
                     "a data directory that had diverged is kept at {path}: look at its why.json, save what is wanted, then remove it by name"

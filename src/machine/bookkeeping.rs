@@ -7,7 +7,11 @@ use std::time::Duration;
 use crate::clock::BootTime;
 use crate::facts::cluster::{Condition, Severity};
 use crate::facts::guard::{Rung, StartId};
+use crate::facts::postgres::DataDirectory;
+use crate::policy::rejoin;
+use crate::types::Epoch;
 
+use super::absorb::ANSWERED_PAUSE_MS;
 use super::action::{OperationKind, StopMode};
 use super::world::{Backoff, World, knows_of};
 
@@ -16,6 +20,9 @@ const BACKOFF_MAX_MS: u64 = 10_000;
 
 /// Wait after the first failure; doubles with each further one.
 const BACKOFF_FIRST_MS: u64 = 250;
+
+/// Before a running server's data directory is looked at again that made no sense.
+const UNUSABLE_PAUSE_MS: u64 = 5_000;
 
 /// An order to end PostgreSQL is given again after so long if nothing was seen of it.
 const STOP_AGAIN_MS: u64 = 1_000;
@@ -95,6 +102,47 @@ impl World {
         let not_before = now + Duration::from_millis(span_ms);
         let backoff = self.backoff.entry(kind).or_insert(Backoff { failures: 0, not_before });
         backoff.not_before = backoff.not_before.max(not_before);
+    }
+
+    /// What is in the data directory.
+    pub fn looked(&mut self, now: BootTime, data: DataDirectory) {
+        self.ended(now, OperationKind::Look, data != DataDirectory::Unknown);
+        // Of a server that was found running nothing was looked at before.
+        if self.running().is_some() && self.promoted.is_none() {
+            self.looked_at_running(now, &data);
+        }
+        // A postmaster that started meanwhile has made this look old.
+        if self.proved_empty() {
+            self.clear("running_unread");
+            self.promoted = match &data {
+                // What the record does not say yet, the start that follows writes into it.
+                DataDirectory::Full(control) => {
+                    let by_hand = rejoin::promoted_by_hand(control).map(|timeline| (timeline, Epoch::BY_HAND));
+                    Some(by_hand.or(control.promoted))
+                }
+                DataDirectory::Empty => Some(None),
+                DataDirectory::Unknown | DataDirectory::Unusable(_) => None,
+            };
+            self.data = data;
+            self.looked_at = now;
+        } else {
+            self.pause(now, OperationKind::Look, ANSWERED_PAUSE_MS);
+        }
+    }
+
+    /// The files of a server that this daemon found running.
+    fn looked_at_running(&mut self, now: BootTime, data: &DataDirectory) {
+        match data {
+            DataDirectory::Full(control) => {
+                self.promoted = Some(control.promoted);
+                self.clear("running_unread");
+            }
+            DataDirectory::Unusable(why) => {
+                self.fail("running_unread", format!("{why}; the server that runs there is left as it is and not configured"));
+                self.pause(now, OperationKind::Look, UNUSABLE_PAUSE_MS);
+            }
+            DataDirectory::Empty | DataDirectory::Unknown => {}
+        }
     }
 
     /// A new attempt at something begins: what failed before does not count against it.

@@ -193,6 +193,11 @@ pub fn held_back(now: BootTime, me: &MemberName, view: &ClusterView, promise: Op
     if !record.members.contains_key(me) && !mutant(Mutant::OutsidersRun) {
         return Some(HeldBack::Never("the key failsafe does not name this member: the leader may go on without its promise".to_owned()));
     }
+    // Who left in good order goes on under no promise, and whoever takes the lock next removes the record of it: as long as it is there,
+    // nobody relies on what a run before this may have promised.
+    if view.release.is_some() {
+        return None;
+    }
     let bound_until = started + Duration::from_secs(record.ttl_s);
     (now < bound_until && !mutant(Mutant::PromiseForgotten)).then(|| {
         let why = "the run of this daemon before may have promised not to run: it waits one ttl from its start".to_owned();
@@ -383,6 +388,7 @@ mod tests {
 
         view.release = Some(ReleaseRecord { epoch: Epoch(10), timeline: TimelineId(1), lsn: Lsn(1), to: Some(name("b")) });
         assert_eq!(back(T0, "b", &view, Some(&promise), long_ago), None, "the leader it promised has given up");
+        assert_eq!(back(T0, "b", &view, None, T0), None, "a switchover to a member whose daemon has just started");
         let of_several = Promise { epoch: None, ..promise.clone() };
         assert!(back(T0, "b", &view, Some(&of_several), long_ago).is_some());
 

@@ -113,7 +113,7 @@ pub(crate) fn undeclared(context: &mut Context<'_>) -> Outcome<State> {
     }
     let message = format!("`{}` is not in spec.members: apply a spec that names it, or stop this daemon", context.world.me.name);
     context.world.warn("undeclared", message);
-    if context.world.running().is_none() && context.world.data == DataDirectory::Unknown {
+    if context.world.proved_empty() && context.world.data == DataDirectory::Unknown {
         context.start(Operation::Look);
     }
     super::bootstrap::give_back_claim(context);

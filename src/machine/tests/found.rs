@@ -452,3 +452,18 @@ fn a_daemon_that_starts_takes_over_the_lease_that_its_lock_hangs_on() {
     });
     assert_eq!(adopted, Some((lease(7), Some(lock(7, 300)))), "{actions:?}");
 }
+
+/// Programs of another major version were found when the daemon was started again.
+#[test]
+fn a_running_server_whose_directory_makes_no_sense_is_left_as_it_is_and_looked_at_again_later() {
+    let found = World { promoted: None, in_force: None, ..standby() };
+    let mut checked = Checked::resume(found, State::Following);
+    let looks = |actions: &[Action]| operations(actions).contains(&OperationKind::Look);
+    assert!(looks(&checked.handle(T0, seen(led_by_b()))));
+    let actions = finds(&mut checked, DataDirectory::Unusable("it is of PostgreSQL 15".to_owned()));
+    assert!(actions.iter().all(|action| !matches!(action, Action::Stop(_) | Action::Do(Operation::Look))), "{actions:?}");
+    assert!(checked.world().conditions.contains_key("running_unread"));
+    let again = |checked: &mut Checked, seconds| looks(&checked.handle(T0 + s(seconds), Event::Tick));
+    assert!(!again(&mut checked, 1));
+    assert!(again(&mut checked, 6));
+}
