@@ -112,7 +112,8 @@ impl GuardLink {
 
     fn carry_out(&self, queue: &mpsc::Receiver<Request>) {
         while let Ok(request) = queue.recv() {
-            match self.client().request(&request, Duration::from_millis(ORDER_TIMEOUT_MS)) {
+            let client = self.client();
+            match client.request(&request, Duration::from_millis(ORDER_TIMEOUT_MS)) {
                 Ok(facts) => (self.sink)(Event::Guard(facts)),
                 Err(GuardError::Refused { message, facts, .. }) => {
                     tracing::info!(message, "the guard refused an order");
@@ -122,7 +123,7 @@ impl GuardLink {
                 }
                 Err(error) => {
                     tracing::error!(error = %error, "the guard does not do its work");
-                    (self.sink)(Event::GuardGone);
+                    self.say_gone(&client);
                 }
             }
         }
@@ -164,10 +165,17 @@ impl GuardLink {
     fn request(&self, request: &Request, patience: Duration) -> Result<GuardFacts, GuardError> {
         let client = self.client();
         let answer = client.request(request, patience);
-        if matches!(answer, Err(GuardError::Gone(_))) && Arc::ptr_eq(&client, &self.client()) {
-            (self.sink)(Event::GuardGone);
+        if matches!(answer, Err(GuardError::Gone(_))) {
+            self.say_gone(&client);
         }
         answer
+    }
+
+    /// Nothing is said of a guard that another has replaced: the news would be taken for that one's end.
+    fn say_gone(&self, client: &Arc<GuardClient>) {
+        if Arc::ptr_eq(client, &self.client()) {
+            (self.sink)(Event::GuardGone);
+        }
     }
 
     /// Tells the guard until when the lock is proved, and waits for its acknowledgement. Called on the lease's thread.

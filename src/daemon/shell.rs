@@ -70,6 +70,9 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
     let mut kept = snapshot::Kept::default();
     let mut spec_read = SpecReader::default();
     let mut served = None;
+    let publish = |machine: &Machine, kept: &snapshot::Kept| {
+        let _ = published.send(Arc::new(snapshot::take(BootTime::now(), &host.node.cluster, machine, kept)));
+    };
     loop {
         let now = BootTime::now();
         let wait = machine.next_look(now).since(now);
@@ -98,10 +101,9 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
                 executor.spec_changed(spec);
                 serving.begin(Some(spec))?;
             }
-            step(&mut machine, &mut executor, &mut kept, read);
+            step(&mut machine, &mut executor, &mut kept, read, &publish);
         }
-        let code = step(&mut machine, &mut executor, &mut kept, event);
-        let now = BootTime::now();
+        let code = step(&mut machine, &mut executor, &mut kept, event, &publish);
         let running = machine.world().running().map(|(start, _)| start);
         if running != served && machine.world().sql().is_some() {
             served = running;
@@ -111,7 +113,6 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
             let wanted = running.map(|_| machine.probe_every());
             std::mem::replace(pace, wanted) != wanted
         });
-        let _ = published.send(Arc::new(snapshot::take(now, &host.node.cluster, &machine, &kept)));
         if let Some(code) = code {
             let good_bye = tokio::time::timeout(Duration::from_millis(GOOD_BYE_TIMEOUT_MS), executor.good_bye()).await;
             if good_bye.is_err() {
@@ -122,8 +123,15 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
     }
 }
 
-/// One round: the machine judges, the executor carries out. Some = leave with this code.
-fn step(machine: &mut Machine, executor: &mut Executor, kept: &mut snapshot::Kept, event: Event) -> Option<u8> {
+/// One round: the machine judges, the HTTP API is told, the executor carries out. In this order, so that nobody is sent to a primary that
+/// has been ordered to end. Some = leave with this code.
+fn step(
+    machine: &mut Machine,
+    executor: &mut Executor,
+    kept: &mut snapshot::Kept,
+    event: Event,
+    publish: &impl Fn(&Machine, &snapshot::Kept),
+) -> Option<u8> {
     count(kept, &event);
     let event = executor.before_machine(machine, event)?;
     let was = machine.state().name();
@@ -135,6 +143,7 @@ fn step(machine: &mut Machine, executor: &mut Executor, kept: &mut snapshot::Kep
     if was == "primary" && is != "primary" {
         *kept.counters.demotions.entry(is.to_owned()).or_default() += 1;
     }
+    publish(machine, kept);
     let mut code = None;
     for action in actions {
         match action {

@@ -129,6 +129,13 @@ fn i13_leader_paths_need_our_lock_and_a_server_out_of_recovery_that_accepts() {
 }
 
 #[test]
+fn row_19_leader_paths_turn_to_503_before_postgresql_is_told_to_end() {
+    let mut snapshot = primary();
+    snapshot.ends_postgres = true;
+    assert_no_leader_path_answers(&snapshot, moment(), "PostgreSQL has been ordered to end");
+}
+
+#[test]
 fn a_paused_member_without_etcd_is_no_leader_without_its_lock() {
     let mut snapshot = primary();
     (snapshot.paused, snapshot.etcd_reachable, snapshot.lock) = (true, false, None);

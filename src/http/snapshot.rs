@@ -28,6 +28,8 @@ pub struct Snapshot {
     pub declared: bool,
     /// The leaf state of the machine: `following`, `primary` …
     pub machine_state: String,
+    /// The machine has ordered PostgreSQL's end, or is about to: leader paths say so before the first session notices.
+    pub ends_postgres: bool,
     /// What this member's PostgreSQL is, as in the member record.
     pub role: MemberRole,
     /// Patroni's word for the state, as in the member record.
@@ -95,6 +97,7 @@ impl Snapshot {
             cluster,
             declared: false,
             machine_state: "starting".to_owned(),
+            ends_postgres: false,
             role: MemberRole::Uninitialized,
             state: "starting".to_owned(),
             lock: None,

@@ -208,6 +208,15 @@ impl State {
         StateKind::from(self).name()
     }
 
+    /// PostgreSQL has been ordered to end, or has ended already on the way out of a leadership.
+    pub fn ends_postgres(&self) -> bool {
+        match self {
+            State::Demoting { .. } | State::Stopping => true,
+            State::HandingOver { hand_over } => hand_over.stage != HandOverStage::Checkpoint,
+            _ => false,
+        }
+    }
+
     /// Promoting, Primary or HandingOver.
     pub fn is_leading(&self) -> bool {
         matches!(self, State::Promoting { .. } | State::Primary | State::HandingOver { .. })

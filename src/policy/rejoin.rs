@@ -151,71 +151,84 @@ pub fn decide(inputs: Inputs<'_>) -> Rejoin {
     match divergence(inputs) {
         _ if mutant(Mutant::DivergenceIgnored) => Rejoin::Follow,
         None => Rejoin::Follow,
-        Some((why, from)) => Rejoin::Clone { why, lost: Some(LostRange { timeline: wal.timeline, from, to: known_end(local, wal) }) },
+        Some(Divergence { why, timeline, from }) => {
+            Rejoin::Clone { why, lost: Some(LostRange { timeline, from, to: known_end(local, wal) }) }
+        }
     }
 }
 
+/// WAL that is not in the leader's past.
+struct Divergence {
+    why: String,
+    timeline: TimelineId,
+    from: Lsn,
+}
+
 /// Why this member's WAL is not all in the leader's past, and from where on; None when it is.
-fn divergence(inputs: Inputs<'_>) -> Option<(String, Lsn)> {
+fn divergence(inputs: Inputs<'_>) -> Option<Divergence> {
     let Inputs { local, wal, leader, .. } = inputs;
     let own = wal.timeline;
+    let on_own = |why: String, from| Some(Divergence { why, timeline: own, from });
     let Some(history) = ancestors(wal) else {
-        return Some((format!("the history of timeline {own}, on which this member's WAL ends, cannot be read"), Lsn(0)));
+        return on_own(format!("the history of timeline {own}, on which this member's WAL ends, cannot be read"), Lsn(0));
     };
     let from = fork(own, history, leader);
     let switch = if own == leader.timeline { None } else { leader.history.left_at(own) };
     if own != leader.timeline && switch.is_none() {
-        return Some((
-            format!("this member's WAL ends on timeline {own}, which is no ancestor of the leader's timeline {}", leader.timeline),
-            from,
-        ));
+        let theirs = leader.timeline;
+        return on_own(format!("this member's WAL ends on timeline {own}, which is no ancestor of the leader's timeline {theirs}"), from);
     }
     if history.0.iter().map(at).ne(leader.history.before(own).iter().map(at)) {
-        return Some((
-            format!("timeline {own} of this member and of the leader began at different points: they are two timelines of one number"),
-            from,
-        ));
+        let why =
+            format!("timeline {own} of this member and of the leader began at different points: they are two timelines of one number");
+        return on_own(why, from);
     }
     if let Some(why) = foreign_promotion(inputs) {
-        return Some((why, own_start(history)));
+        return on_own(why, own_start(history));
     }
     let limit = match switch {
         Some(switch) => switch,
         None if was_primary(local) => {
-            return Some((
-                format!("this member was a primary on timeline {own}, on which the leader now writes"),
-                leader.lsn.min(local.checkpoint),
-            ));
+            let why = format!("this member was a primary on timeline {own}, on which the leader now writes");
+            return on_own(why, leader.lsn.min(local.checkpoint));
         }
         None => leader.lsn,
     };
-    past(local, wal, leader, limit)
+    control_file_is_past(local, wal, leader, limit).or_else(|| last_record_is_past(wal, leader, limit))
 }
 
-/// Whether anything starts at or after `limit`, the first position on the member's timeline that is not in the leader's past.
+/// Whether the control file is past `limit`, the first position on the member's timeline that is not in the leader's past.
 ///
-/// The control file can be on an ancestor of that timeline: WAL of a new timeline is received before the old one is left in replay. It must
-/// not be past where that one was left either; PostgreSQL would refuse to start at every attempt.
-fn past(local: &ControlFacts, wal: &LocalWal, leader: &LeaderLineage, limit: Lsn) -> Option<(String, Lsn)> {
-    let own = wal.timeline;
-    let left = |timeline| if timeline == own { Some(limit) } else { leader.history.left_at(timeline) };
-    let checkpoint = left(local.timeline).filter(|limit| local.checkpoint >= *limit).map(|limit| (local.timeline, limit));
+/// It can be on an ancestor of that timeline: WAL of a new timeline is received before the old one is left in replay. It must not be past
+/// where that one was left either, and on no other timeline at all; PostgreSQL would refuse to start at every attempt.
+fn control_file_is_past(local: &ControlFacts, wal: &LocalWal, leader: &LeaderLineage, limit: Lsn) -> Option<Divergence> {
+    let left = |timeline| if timeline == wal.timeline { limit } else { leader.history.left_at(timeline).unwrap_or(Lsn(0)) };
+    let checkpoint = (local.timeline, local.checkpoint >= left(local.timeline));
+    // Zero as long as there is no minimum.
     let replayed =
-        left(local.min_recovery_timeline).filter(|limit| local.min_recovery_end > *limit).map(|limit| (local.min_recovery_timeline, limit));
-    if let Some((timeline, limit)) = checkpoint.or(replayed) {
-        return Some((format!("the control file is past {limit}, where the leader's history leaves timeline {timeline}"), limit));
-    }
-    match &wal.last_record {
+        (local.min_recovery_timeline, local.min_recovery_end > Lsn(0) && local.min_recovery_end > left(local.min_recovery_timeline));
+    let (timeline, _) = [checkpoint, replayed].into_iter().find(|(_, is_past)| *is_past)?;
+    let from = left(timeline);
+    Some(Divergence {
+        why: format!("the control file is past {from}, where the leader's history leaves timeline {timeline}"),
+        timeline,
+        from,
+    })
+}
+
+/// Whether the last record starts at or after `limit`.
+fn last_record_is_past(wal: &LocalWal, leader: &LeaderLineage, limit: Lsn) -> Option<Divergence> {
+    let own = wal.timeline;
+    let why = match &wal.last_record {
         LastRecord::Known(start) if *start >= limit => {
-            Some((format!("a WAL record at {start} is past {limit}, where the leader's history leaves timeline {own}"), limit))
+            format!("a WAL record at {start} is past {limit}, where the leader's history leaves timeline {own}")
         }
-        LastRecord::Known(_) => None,
+        LastRecord::Known(_) => return None,
         // A standby on the leader's own timeline received all it has from a primary of it; the walreceiver says so if it is ahead.
-        LastRecord::Unknown(_) if own == leader.timeline => None,
-        LastRecord::Unknown(why) => {
-            Some((format!("the end of this member's WAL is not known, which counts as past {limit}: {why}"), limit))
-        }
-    }
+        LastRecord::Unknown(_) if own == leader.timeline => return None,
+        LastRecord::Unknown(why) => format!("the end of this member's WAL is not known, which counts as past {limit}: {why}"),
+    };
+    Some(Divergence { why, timeline: own, from: limit })
 }
 
 /// Row 53: the number and the history agree, and yet somebody else made this timeline.

@@ -148,10 +148,14 @@ fn a_control_file_past_the_switch_point_of_an_ancestor_is_enough_too() {
     assert_eq!(standby().decide(), Rejoin::Follow, "it received timeline 2 and has not replayed any of it");
     let mut replayed = standby();
     replayed.local.min_recovery_end = Lsn(SWITCH.0 + 1);
-    assert_eq!(replayed.lost().unwrap().from, SWITCH);
+    let lost = replayed.lost().unwrap();
+    assert_eq!((lost.timeline, lost.from), (TimelineId(1), SWITCH));
     let mut checkpoint = standby();
     checkpoint.local.checkpoint = SWITCH;
     assert_eq!(checkpoint.lost().unwrap().from, SWITCH);
+    let mut elsewhere = standby();
+    elsewhere.local.min_recovery_timeline = TimelineId(4);
+    assert!(matches!(elsewhere.decide(), Rejoin::Clone { .. }), "a timeline that is no ancestor");
 }
 
 #[test]
