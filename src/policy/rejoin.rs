@@ -272,9 +272,8 @@ pub fn promoted_by_hand(local: &ControlFacts) -> Option<TimelineId> {
 /// member must not follow as it is: PostgreSQL compares numbers and positions, and would go on with another's WAL on its own.
 pub fn may_be_of_another_promotion(own: TimelineId, promoted: Option<(TimelineId, Epoch)>, history: &[HistoryEntry]) -> bool {
     let Some((_, epoch)) = promoted.filter(|(timeline, _)| *timeline == own) else { return false };
-    let mut recorded = history.iter().filter(|entry| entry.timeline == own).peekable();
-    let known = recorded.peek().is_some() || epoch != Epoch::BY_HAND;
-    known && !mutant(Mutant::ForeignPromotionFollowed) && !recorded.any(|entry| entry.epoch == Some(epoch))
+    let ours = history.iter().any(|entry| entry.timeline == own && entry.epoch == Some(epoch));
+    !ours && !mutant(Mutant::ForeignPromotionFollowed)
 }
 
 /// Whether the server last ran as a primary: a clone that was never started has the primary's control file, but a `backup_label`.

@@ -55,8 +55,8 @@ pub struct Checks {
     last_fenced: Epoch,
     /// etcd was restored from a backup: ids and epochs may come twice, and who leads is the operator's to see to (SAFETY row 43).
     pub restored: bool,
-    /// Who was promoted by hand, and the WAL it began.
-    by_hand: BTreeMap<u64, usize>,
+    /// The WAL that a promotion by hand began, and who was promoted. None once its data directory is another.
+    by_hand: BTreeMap<u64, Option<usize>>,
     /// A standby received WAL of a promotion by hand, and follows the leadership that took the same number (a stated limit): from here on
     /// its WAL is not judged.
     pub mixed_by_hand: bool,
@@ -221,7 +221,7 @@ impl Checks {
         // be cut off from etcd and unable to say that the number is used.
         let off_its_number = !reserved && !self.by_hand.is_empty();
         if by_hand || off_its_number {
-            self.by_hand.insert(token, host);
+            self.by_hand.insert(token, Some(host));
             self.data_was_lost = true;
             return;
         }
@@ -263,11 +263,15 @@ impl Checks {
 
     /// PostgreSQL follows, by numbers and positions, a history that is not its own.
     pub fn follows_another(&mut self, host: usize, from: usize, hosts: &[Host]) {
-        let own = hosts[host].server.data.as_ref().map(|data| data.wal.segments.as_slice()).unwrap_or_default();
-        // Whoever was promoted by hand has to know; who received from it cannot.
-        // But when etcd has lost its history too, nothing says that the number was a leadership's.
-        let cannot_know = |promoted: &usize| *promoted != host || self.etcd_forgot;
-        if own.iter().any(|segment| self.by_hand.get(&segment.token).is_some_and(cannot_know)) {
+        // Whoever was promoted by hand has to know; who received from it cannot, and nobody tells two such promotions at one position apart.
+        let of = |host: usize| hosts[host].server.data.as_ref().map(|data| data.wal.segments.as_slice()).unwrap_or_default();
+        let by_another = |at: usize| of(at).iter().any(|segment| self.by_hand.get(&segment.token).is_some_and(|promoted| *promoted != Some(at)));
+        let twins = of(host).iter().any(|own| {
+            let twin = |other: &&Segment| own.token != other.token && (own.timeline, own.start) == (other.timeline, other.start);
+            let by_hand = |segment: &Segment| self.by_hand.contains_key(&segment.token);
+            by_hand(own) && of(from).iter().find(twin).is_some_and(by_hand)
+        });
+        if by_another(host) || by_another(from) || twins {
             self.mixed_by_hand = true;
             return;
         }
@@ -285,6 +289,7 @@ impl Checks {
     /// A data directory is replaced by a copy: P5 and I10.
     pub fn swapped(&mut self, host: usize, hosts: &[Host], kept: bool, holder: Option<&str>) {
         let this = &hosts[host];
+        self.by_hand.values_mut().filter(|promoted| **promoted == Some(host)).for_each(|promoted| *promoted = None);
         if !this.server.is_empty() {
             self.fail("I10", format!("{}'s data directory is replaced under a live server", this.name));
         }

@@ -176,7 +176,11 @@ fn is_of_another_promotion(context: &Context<'_>) -> bool {
     if running && (world.sql().is_none() || world.not_streaming_since.is_none()) {
         return false;
     }
-    let (Some(view), Some(own)) = (world.fresh_view(), world.own_timeline()) else { return false };
+    // An old view too: whom it names is whom the files say to follow while etcd cannot be asked.
+    let (Some(view), Some(own)) = (world.view.as_ref(), world.own_timeline()) else { return false };
+    if world.judged.is_some_and(|(epoch, _)| view.leader.as_ref().is_some_and(|leader| leader.epoch == epoch)) {
+        return false;
+    }
     world.promoted.is_some_and(|promoted| rejoin::may_be_of_another_promotion(own, promoted, &view.history))
 }
 
