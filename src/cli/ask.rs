@@ -12,7 +12,7 @@ use crate::cli::output::{confirm, print, tell, who};
 use crate::cli::{Asking, Connection};
 use crate::clock::BootTime;
 use crate::etcd::{Etcd, EtcdError};
-use crate::facts::cluster::{Ask, ClusterView, Initialize, RequestProgress};
+use crate::facts::cluster::{Ask, ClusterView, DataDirectoryReport, Initialize, RequestProgress};
 use crate::types::MemberName;
 
 /// Between two looks at the request.
@@ -56,6 +56,13 @@ fn check_bootstrap(view: &ClusterView, on: &MemberName) -> Result<String, String
     }
     if !view.members.contains_key(on) {
         return Err(format!("{on} has no key in etcd: its daemon is not running or cannot reach etcd"));
+    }
+    let has_data = |name: &&MemberName| view.members[*name].record.data_directory == DataDirectoryReport::Full;
+    if let Some(other) = view.members.keys().filter(|name| *name != on).find(has_data) {
+        return Err(format!("the data directory of {other} is not empty: it has to lead, or be emptied by hand"));
+    }
+    if has_data(&on) {
+        return Ok(format!("Let {on} lead with the data that it has, and give up what only a member that has not reported may have?"));
     }
     Ok(format!("Initialize an EMPTY cluster on {on}, although not every member has reported an empty data directory?"))
 }
@@ -166,7 +173,12 @@ mod tests {
         view.initialize = Some(Initialize::Done(SystemId(7)));
         assert!(check_bootstrap(&view, &name("mdw")).unwrap_err().contains("initialized already"));
         view.initialize = None;
-        assert!(check_bootstrap(&view, &name("mdw")).is_ok());
+        let holds = |view: &mut ClusterView, member: &str, what| view.members.get_mut(&name(member)).unwrap().record.data_directory = what;
+        view.members.values_mut().for_each(|key| key.record.data_directory = DataDirectoryReport::Empty);
+        assert!(check_bootstrap(&view, &name("mdw")).unwrap().contains("EMPTY"));
+        holds(&mut view, "mdw", DataDirectoryReport::Full);
+        assert!(check_bootstrap(&view, &name("mdw")).unwrap().contains("with the data that it has"));
+        assert!(check_bootstrap(&view, &name("standby")).unwrap_err().contains("data directory of mdw is not empty"));
         view.spec = None;
         assert!(check_bootstrap(&view, &name("mdw")).is_err());
     }

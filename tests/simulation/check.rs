@@ -265,7 +265,8 @@ impl Checks {
     pub fn follows_another(&mut self, host: usize, from: usize, hosts: &[Host]) {
         // Whoever was promoted by hand has to know; who received from it cannot, and nobody tells two such promotions at one position apart.
         let of = |host: usize| hosts[host].server.data.as_ref().map(|data| data.wal.segments.as_slice()).unwrap_or_default();
-        let by_another = |at: usize| of(at).iter().any(|segment| self.by_hand.get(&segment.token).is_some_and(|promoted| *promoted != Some(at)));
+        let by_another =
+            |at: usize| of(at).iter().any(|segment| self.by_hand.get(&segment.token).is_some_and(|promoted| *promoted != Some(at)));
         let twins = of(host).iter().any(|own| {
             let twin = |other: &&Segment| own.token != other.token && (own.timeline, own.start) == (other.timeline, other.start);
             let by_hand = |segment: &Segment| self.by_hand.contains_key(&segment.token);

@@ -45,7 +45,9 @@ impl Coverage {
 
     pub fn edges_missed(&self) -> Vec<String> {
         let missed = EDGES.iter().filter(|edge| !self.edges.contains_key(&edge.number) && Self::out_of_reach(edge.number).is_none());
-        missed.map(|edge| format!("edge {} {} -> {}", edge.number, edge.from, edge.to)).collect()
+        let excused_and_met = UNREACHABLE.iter().filter(|(edge, _)| self.edges.contains_key(edge));
+        let missed = missed.map(|edge| format!("edge {} {} -> {}", edge.number, edge.from, edge.to));
+        missed.chain(excused_and_met.map(|(edge, _)| format!("edge {edge}, which is said to be out of reach, was met"))).collect()
     }
 
     pub fn faults_missed(&self) -> Vec<String> {
@@ -77,6 +79,9 @@ impl Coverage {
         let _ = writeln!(text, "strikes between two actions: {strikes} of {} kinds", self.strikes.len());
         let rows: Vec<String> = ROWS.iter().map(|(row, _)| row.to_string()).collect();
         let _ = writeln!(text, "rows of the matrix: {} minus {:?}", rows.join(" "), self.rows_missed());
+        for (edge, why) in UNREACHABLE {
+            let _ = writeln!(text, "  out of reach: {edge}: {why}");
+        }
         let missed: Vec<String> = self.edges_missed().into_iter().chain(self.faults_missed()).chain(self.rows_missed()).collect();
         let _ = writeln!(text, "never met: {}", if missed.is_empty() { "nothing".to_owned() } else { missed.join("; ") });
         text
@@ -87,8 +92,17 @@ impl Coverage {
     }
 }
 
-/// Edges that no simulated run can take, each with why. Unit tests of the machine take them.
-const UNREACHABLE: &[(u16, &str)] = &[];
+/// Edges that no simulated run can take, each with why. The table of reactions in the machine's unit tests takes the events that lead there.
+const UNREACHABLE: &[(u16, &str)] = &[
+    (340, STARTED_BY_HAND),
+    (430, STARTED_BY_HAND),
+    (520, STARTED_BY_HAND),
+    (820, "a server in recovery was told to stop when this state was entered, and PostgreSQL is not promoted while it stops"),
+    (1040, "a stop takes a primary to handing_over within the same event: its lock cannot go in between"),
+];
+
+const STARTED_BY_HAND: &str =
+    "the data directory is empty here: a server that writes in it would be one that somebody made and started by hand, which no fault does";
 
 /// Rows of SAFETY's matrix that the simulator can cause, and the faults that cause them.
 const ROWS: &[(u16, &[Kind])] = &[

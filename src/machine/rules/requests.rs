@@ -109,7 +109,9 @@ pub(crate) fn settle(context: &mut Context<'_>, state: &State) {
         let leader = view.leader.as_ref().map(|leader| leader.holder.as_str());
         let open = matches!(key.record.progress, RequestProgress::Created | RequestProgress::Claimed { .. });
         let progress = match (&key.record.ask, &key.record.progress) {
-            (Ask::Switchover { to }, RequestProgress::Claimed { by, .. }) if by == me && context.world.tried_requests.contains(id) => {
+            (Ask::Switchover { to }, RequestProgress::Claimed { by, .. })
+                if by == me && (*state != State::Primary || context.world.tried_requests.contains(id)) =>
+            {
                 match leader {
                     Some(leader) if leader == to.as_str() && context.world.leader_writes() => {
                         RequestProgress::Done { message: format!("`{to}` leads") }
