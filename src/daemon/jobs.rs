@@ -217,7 +217,7 @@ async fn plan(host: &Host, leader: &Upstream, history: &[HistoryEntry]) -> anyho
     let data_dir = host.layout.data_dir();
     let wal = wal::end_of_wal(&host.settled()?.installation, data_dir, &local, wal::WAL_LIMIT).await;
     let own_promotion = host.layout.promotion_file().read()?;
-    let reserved = history.iter().any(|entry| entry.timeline == wal.timeline);
+    let led_before = rejoin::led_before(wal.timeline, history);
     let promoted_under = history.iter().rev().find(|entry| entry.timeline == wal.timeline).and_then(|entry| entry.epoch);
     let leader = host.leader_server(leader)?.look(LEADER_LIMIT).await.context("asking the leader for its history")?;
     let plan = rejoin::decide(Inputs {
@@ -225,7 +225,7 @@ async fn plan(host: &Host, leader: &Upstream, history: &[HistoryEntry]) -> anyho
         wal: &wal,
         own_promotion: own_promotion.as_ref(),
         promoted_under,
-        reserved,
+        led_before,
         leader: &leader.lineage,
     });
     if plan == Rejoin::Follow {

@@ -83,8 +83,8 @@ pub struct Inputs<'a> {
     pub own_promotion: Option<&'a OwnPromotion>,
     /// Who promoted `wal.timeline`, by etcd's history; None when that is not recorded there.
     pub promoted_under: Option<Epoch>,
-    /// Whether some leadership has reserved that timeline, recorded or not.
-    pub reserved: bool,
+    /// Whether there were leaderships before that timeline was made: [`led_before`].
+    pub led_before: bool,
     /// The leader.
     pub leader: &'a LeaderLineage,
 }
@@ -240,10 +240,10 @@ fn foreign_promotion(inputs: Inputs<'_>) -> Option<String> {
         return None;
     }
     match (own_promotion.filter(|record| record.timeline == own), promoted_under) {
-        (Some(OwnPromotion { epoch: Epoch::BY_HAND, .. }), _) if inputs.reserved => {
-            Some(format!("this member was promoted to timeline {own} by hand, the leader's timeline {own} was made by a leadership"))
+        (Some(OwnPromotion { epoch: Epoch::BY_HAND, .. }), _) if inputs.led_before => {
+            Some(format!("this member was promoted to timeline {own} by hand, the leader's timeline {own} was made by somebody else"))
         }
-        // A number that no leadership has used says nothing against a data directory that was there before pgherd.
+        // A number from before all leaderships says nothing against a data directory that was there before pgherd.
         (Some(OwnPromotion { epoch: Epoch::BY_HAND, .. }), _) => None,
         (Some(record), Some(epoch)) if record.epoch != epoch => Some(format!(
             "this member promoted timeline {own} under epoch {}, the leader's timeline {own} was promoted under epoch {epoch}",
@@ -253,8 +253,8 @@ fn foreign_promotion(inputs: Inputs<'_>) -> Option<String> {
             "this member promoted timeline {own} under epoch {}, and the cluster's history does not say that the leader's timeline {own} is that one",
             record.epoch
         )),
-        (None, _) if inputs.reserved && promoted_by_hand(local) == Some(own) => Some(format!(
-            "this member was a primary on timeline {own} without a record of having promoted it; the leader's was made by a leadership"
+        (None, _) if inputs.led_before && promoted_by_hand(local) == Some(own) => Some(format!(
+            "this member was a primary on timeline {own} without a record of having promoted it; the leader's was made by somebody else"
         )),
         _ => None,
     }
@@ -274,6 +274,12 @@ pub fn may_be_of_another_promotion(own: TimelineId, promoted: Option<(TimelineId
     let Some((_, epoch)) = promoted.filter(|(timeline, _)| *timeline == own) else { return false };
     let ours = history.iter().any(|entry| entry.timeline == own && entry.epoch == Some(epoch));
     !ours && !mutant(Mutant::ForeignPromotionFollowed)
+}
+
+/// Whether a leadership reserved that timeline, or one before it. If none did, the timeline was there before pgherd, and everybody has it
+/// from the same promotion; else two members may have been promoted to it by hand, each for itself.
+pub fn led_before(timeline: TimelineId, history: &[HistoryEntry]) -> bool {
+    history.iter().any(|entry| entry.timeline <= timeline)
 }
 
 /// Whether the server last ran as a primary: a clone that was never started has the primary's control file, but a `backup_label`.

@@ -20,7 +20,7 @@ async fn judge(member: &Server, leader: &Server, promoted_under: Option<Epoch>) 
         wal: &wal,
         own_promotion: own.as_ref(),
         promoted_under,
-        reserved: promoted_under.is_some(),
+        led_before: promoted_under.is_some(),
         leader: &asked.lineage,
     })
 }

@@ -125,6 +125,15 @@ impl Checks {
         }
     }
 
+    /// No deadline is later than the renewals that etcd has seen and the promises of the others allow, each from before it was sent
+    /// (SAFETY 5). The ladder's margins would hide one that is.
+    pub fn deadline_was_taken(&mut self, this: &Host) {
+        let taken = this.guard.as_ref().and_then(|guard| guard.state.lock).map(|lock| lock.deadlines.valid_until);
+        if taken.is_some_and(|until| until > this.proved_until) {
+            self.fail("I2", format!("{}'s guard counts the lock for longer than it was proved", this.name));
+        }
+    }
+
     fn judge_operation(&mut self, daemon: &Daemon, now: BootTime, operation: &Operation) {
         let world = daemon.machine.world();
         let proved = |wanted: Option<LockIdentity>| match world.lock {

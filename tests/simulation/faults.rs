@@ -127,7 +127,6 @@ impl Sim {
                 self.etcd_changed();
             }
             Kind::LosesDeletions => self.etcd.bugs.loses_deletions = true,
-            Kind::Compaction => self.compact(),
             Kind::EtcdRestored => self.etcd.back_up(),
             Kind::EtcdWiped => {
                 self.checks.etcd_forgot = true;
@@ -282,6 +281,11 @@ impl Sim {
                 for other in (0..self.hosts.len()).filter(|other| *other != host) {
                     self.peers_cut.insert((host.min(other), host.max(other)), true);
                 }
+            }
+            // The others' watches hang on a member of etcd that lags; what they have not seen is compacted away when this ends.
+            Kind::Compaction => {
+                let others = self.hosts.iter_mut().enumerate().filter(|(other, _)| *other != host);
+                others.filter_map(|(_, other)| other.daemon.as_mut()).for_each(|daemon| daemon.watch.stalled = true);
             }
             Kind::WatchStalls => {
                 if let Some(daemon) = &mut self.hosts[host].daemon {

@@ -112,6 +112,7 @@ impl Sim {
                 Ok(())
             }
         };
+        self.checks.deadline_was_taken(this);
         self.server_changed(host);
         match done {
             Ok(()) => Ok(self.facts_of_guard(host)),

@@ -65,6 +65,7 @@ impl Sim {
                     daemon.watch.stalled = false;
                 }
             }
+            Kind::Compaction => self.compact(),
             Kind::EtcdDown => {
                 let takes = self.random.between(ms(300), ms(1_800));
                 self.etcd.serving = Serving::Electing { until: self.now.after(takes) };

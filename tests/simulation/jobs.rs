@@ -185,7 +185,7 @@ impl Sim {
         let own_promotion = self.hosts[host].disk.promotion.clone();
         let local = data.control(own_promotion.as_ref());
         let wal = data.local_wal();
-        let reserved = history.iter().any(|entry| entry.timeline == wal.timeline);
+        let led_before = rejoin::led_before(wal.timeline, history);
         let promoted_under = history.iter().rev().find(|entry| entry.timeline == wal.timeline).and_then(|entry| entry.epoch);
         let other = self.ask_leader(host, leader)?;
         let lineage = self.hosts[other].server.lineage().ok_or("the leader has no data")?;
@@ -194,7 +194,7 @@ impl Sim {
             wal: &wal,
             own_promotion: own_promotion.as_ref(),
             promoted_under,
-            reserved,
+            led_before,
             leader: &lineage,
         }))
     }

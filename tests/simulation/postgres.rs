@@ -268,9 +268,10 @@ impl Server {
         }
     }
 
-    /// SIGKILL to everything that is left.
+    /// SIGKILL to everything that is left. A process is not gone with the signal: its memory has to be given back first, and the lock can
+    /// be given back in less.
     pub fn kill_all(&mut self, now: Real, random: &mut Random) {
-        let dying = random.between(us(100), ms(2));
+        let dying = self.slow(random.between(us(100), ms(8)));
         if self.postmaster.is_some() {
             self.kill_postmaster(now, dying);
         }

@@ -47,6 +47,7 @@ impl Sim {
                 let watch = &mut daemon.watch;
                 watch.next_list = local + secs(LIST_EVERY_S);
                 watch.silent_since = None;
+                watch.missed = None;
                 // A list beside a watch that is well wins only where it has seen more.
                 let news = watch.known.as_ref().is_none_or(|known| view.revision >= known.revision && !same(known, &view));
                 watch.as_of = watch.asked;
@@ -169,6 +170,7 @@ impl Sim {
                 continue;
             }
             daemon.watch.token += 1;
+            daemon.watch.stalled = false;
             if mutant(Mutant::WatchGapIgnored) {
                 let known = daemon.watch.known.clone().map(|known| (known, Arc::clone(&self.etcd.view)));
                 daemon.watch.missed = daemon.watch.missed.take().or(known);
@@ -189,6 +191,13 @@ fn with_gap((known, at_gap): &(Arc<ClusterView>, Arc<ClusterView>), view: &Clust
     if view.history_revision == at_gap.history_revision {
         seen.history.clone_from(&known.history);
         seen.history_revision = known.history_revision;
+    }
+    if view.spec == at_gap.spec {
+        seen.spec.clone_from(&known.spec);
+    }
+    if view.failsafe_revision == at_gap.failsafe_revision {
+        seen.failsafe.clone_from(&known.failsafe);
+        seen.failsafe_revision = known.failsafe_revision;
     }
     seen
 }

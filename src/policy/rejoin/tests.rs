@@ -32,7 +32,7 @@ impl Case {
             wal: &self.wal,
             own_promotion: self.own.as_ref(),
             promoted_under: self.promoted_under,
-            reserved: self.unrecorded || self.promoted_under.is_some(),
+            led_before: self.unrecorded || self.promoted_under.is_some(),
             leader: &self.leader,
         })
     }
@@ -219,7 +219,8 @@ fn row_53_who_promoted_a_number_that_history_gives_to_another_follows_nobody_unj
     let by = |epoch| Some((TimelineId(2), Epoch(epoch)));
     let hand = Some((TimelineId(2), Epoch::BY_HAND));
     let (known, unrecorded) = ([recorded(2, "b", 8, 5, 1, 500)], [entry(2, "b", 8)]);
-    let table: [(_, &[HistoryEntry], bool, &str); 9] = [
+    let (before, after) = ([recorded(1, "b", 8, 5, 0, 0)], [recorded(3, "b", 8, 5, 2, 500)]);
+    let table: [(_, &[HistoryEntry], bool, &str); 11] = [
         (None, &known, false, "it promoted nothing"),
         (Some((TimelineId(1), Epoch(6))), &known, false, "it promoted another timeline, long ago"),
         (by(5), &known, false, "it is the one that history names"),
@@ -228,6 +229,8 @@ fn row_53_who_promoted_a_number_that_history_gives_to_another_follows_nobody_unj
         (by(5), &[], true, "the history is gone, and it came from a leadership"),
         (hand, &known, true, "a leadership made the number too"),
         (hand, &unrecorded, true, "a leadership may have made the number too"),
+        (hand, &before, true, "there were leaderships before, and none made the number"),
+        (hand, &after, true, "the number was there before pgherd, and who has made it is seen from the files"),
         (hand, &[], true, "somebody else may have promoted to it by hand too, or its leadership is forgotten"),
     ];
     for (promoted, history, doubtful, why) in table {

@@ -339,6 +339,6 @@ fn judged(
     // Both majors are the leader's: what is compared is the WAL.
     let control = ControlFacts { major_version: leader.major_version, ..control.clone() };
     let decided: Rejoin =
-        decide(Inputs { local: &control, wal, own_promotion: own, promoted_under, reserved: promoted_under.is_some(), leader });
+        decide(Inputs { local: &control, wal, own_promotion: own, promoted_under, led_before: promoted_under.is_some(), leader });
     Judged::of(&decided, wal, leader)
 }
