@@ -236,6 +236,7 @@ impl Checks {
         if !excused {
             self.led_on(timeline, hosts[host].name.as_str());
             self.judge_loss(host, hosts);
+            self.judge_lineage(host, hosts);
         }
     }
 
@@ -255,6 +256,27 @@ impl Checks {
         if lost > self.maximum_lag && still_there && !self.restored {
             let what = format!("{} was promoted {lost} bytes behind what its predecessor had published", hosts[host].name);
             self.fail("P2", what);
+        }
+    }
+
+    /// I8: a timeline that the last leader who published had left behind does not become the cluster's history again, while what that
+    /// leader published is still there. Whoever merely lacks the end of it has left nothing.
+    fn judge_lineage(&mut self, host: usize, hosts: &[Host]) {
+        let (Some(published), Some(data)) = (&self.published, &hosts[host].server.data) else { return };
+        let (ours, theirs) = (&data.wal.segments, &published.segments);
+        let shared = ours.iter().zip(theirs).take_while(|(ours, theirs)| ours == theirs).count();
+        let (Some(stayed), Some(left)) = (ours.get(shared), theirs.get(shared)) else { return };
+        let token = theirs.last().map_or(0, |segment| segment.token);
+        let still_there = hosts.iter().any(|other| {
+            let extent = other.server.data.as_ref().and_then(|data| data.wal.extent_of(token));
+            extent.is_some_and(|extent| extent >= published.lsn)
+        });
+        if stayed.start > left.start && still_there && !self.restored {
+            let what = format!(
+                "{} was promoted with WAL up to {} of a timeline that its predecessor had left at {}",
+                hosts[host].name, stayed.start, left.start
+            );
+            self.fail("I8", what);
         }
     }
 
