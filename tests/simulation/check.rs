@@ -13,6 +13,7 @@ use pgherd::machine::world::Lock;
 use pgherd::types::{Epoch, LockIdentity, Lsn, TimelineId};
 
 use super::clock::{Real, ms};
+use super::daemon::PROBE_TIMEOUT_MS;
 use super::etcd::Acquired;
 use super::host::{Daemon, Host};
 use super::wal::Segment;
@@ -119,7 +120,10 @@ impl Checks {
 
     /// The lock is not given up while a process of PostgreSQL is left that may write (row 8).
     pub fn released(&mut self, this: &Host) {
-        let standby = this.guard.as_ref().is_none_or(|guard| !guard.state.may_write()) && this.server.recovering();
+        // Processes that a standby's postmaster left behind were in recovery too.
+        let in_recovery = this.server.postmaster.as_ref().is_none_or(|postmaster| postmaster.recovering)
+            && this.server.orphans.iter().all(|orphan| !orphan.writable);
+        let standby = this.guard.as_ref().is_none_or(|guard| !guard.state.may_write()) && in_recovery;
         if !this.server.is_empty() && !standby {
             self.fail("I2", format!("{} gives the lock up while processes that may write are left", this.name));
         }
@@ -382,7 +386,9 @@ impl Sim {
         if let Some(at) = this.server.postmaster.as_ref().and_then(|postmaster| postmaster.promoted_by_hand) {
             let blind = !daemon || !guard || this.server.ail.slowness > 0 || this.server.ail.stuck;
             let from = if blind { now } else { at };
-            this.excused_until = this.excused_until.max(from.after(ms(BY_HAND_MS)));
+            // Who asked it while it did not answer waits for that first.
+            let asked = if this.server.ail.slowness > 0 { PROBE_TIMEOUT_MS } else { 0 };
+            this.excused_until = this.excused_until.max(from.after(ms(BY_HAND_MS + asked)));
         }
         // etcd took the lock away before its time, and its holder cannot be told.
         if now < this.early_loss_until {
