@@ -65,7 +65,7 @@ enumerated! {
         MajorityOfPromises,
         /// Failsafe: a daemon that starts runs at once, whatever the run before it promised.
         PromiseForgotten,
-        /// Failsafe: what was promised holds nobody back.
+        /// Failsafe: a promise is given and not booked, so that it holds nobody back.
         PromiseNotKept,
         /// Failsafe: a member that is not in the record runs.
         OutsidersRun,

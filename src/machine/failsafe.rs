@@ -10,6 +10,7 @@ use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, LeaderKey};
 use crate::facts::failsafe::{Armed, PromiseAsk};
 use crate::facts::guard::Word;
+use crate::mutants::{Mutant, mutant};
 use crate::policy::deadlines::LeaseTimes;
 use crate::policy::election::VOTERS_GRACE_MS;
 use crate::policy::failsafe::{self, Called, Promise};
@@ -114,7 +115,8 @@ impl Machine {
         };
         let result = failsafe::may_promise(&called, ask).map(|ttl| {
             let before = world.failsafe.promise.take();
-            world.failsafe.promise = Some(failsafe::promised(before, ask, received.min(now), ttl, now));
+            let promise = failsafe::promised(before, ask, received.min(now), ttl, now);
+            world.failsafe.promise = (!mutant(Mutant::PromiseNotKept)).then_some(promise);
         });
         Action::AnswerPromise { id, result }
     }

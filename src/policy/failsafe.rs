@@ -184,8 +184,7 @@ pub fn held_back(now: BootTime, me: &MemberName, view: &ClusterView, promise: Op
     if let Some(why) = view.unreadable.get(KEY) {
         return Some(HeldBack::Never(format!("the key failsafe is unreadable, and may name others only: {why}")));
     }
-    let kept = promise.filter(|_| !mutant(Mutant::PromiseNotKept));
-    if let Some(promise) = kept.filter(|promise| now < promise.until && !promise.is_released(view)) {
+    if let Some(promise) = promise.filter(|promise| now < promise.until && !promise.is_released(view)) {
         let why = format!("promised `{}`, which leads without etcd, not to run", promise.to);
         return Some(HeldBack::Until(promise.until, why));
     }

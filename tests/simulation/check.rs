@@ -13,6 +13,7 @@ use pgherd::machine::world::Lock;
 use pgherd::types::{Epoch, LockIdentity, Lsn, TimelineId};
 
 use super::clock::{Real, ms};
+use super::daemon::PROBE_TIMEOUT_MS;
 use super::etcd::Acquired;
 use super::host::{Daemon, Host};
 use super::wal::Segment;
@@ -248,6 +249,7 @@ impl Checks {
         if !excused {
             self.led_on(timeline, hosts[host].name.as_str(), hosts);
             self.judge_loss(host, hosts);
+            self.judge_lineage(host, hosts);
         }
     }
 
@@ -267,6 +269,27 @@ impl Checks {
         if lost > self.maximum_lag && still_there && !self.restored {
             let what = format!("{} was promoted {lost} bytes behind what its predecessor had published", hosts[host].name);
             self.fail("P2", what);
+        }
+    }
+
+    /// I8: a timeline that the last leader who published had left behind does not become the cluster's history again, while what that
+    /// leader published is still there. Whoever merely lacks the end of it has left nothing.
+    fn judge_lineage(&mut self, host: usize, hosts: &[Host]) {
+        let (Some(published), Some(data)) = (&self.published, &hosts[host].server.data) else { return };
+        let (ours, theirs) = (&data.wal.segments, &published.segments);
+        let shared = ours.iter().zip(theirs).take_while(|(ours, theirs)| ours == theirs).count();
+        let (Some(stayed), Some(left)) = (ours.get(shared), theirs.get(shared)) else { return };
+        let token = theirs.last().map_or(0, |segment| segment.token);
+        let still_there = hosts.iter().any(|other| {
+            let extent = other.server.data.as_ref().and_then(|data| data.wal.extent_of(token));
+            extent.is_some_and(|extent| extent >= published.lsn)
+        });
+        if stayed.start > left.start && still_there && !self.restored {
+            let what = format!(
+                "{} was promoted with WAL up to {} of a timeline that its predecessor had left at {}",
+                hosts[host].name, stayed.start, left.start
+            );
+            self.fail("I8", what);
         }
     }
 
@@ -380,7 +403,9 @@ impl Sim {
         if let Some(at) = this.server.postmaster.as_ref().and_then(|postmaster| postmaster.promoted_by_hand) {
             let blind = !daemon || !guard || this.server.ail.slowness > 0 || this.server.ail.stuck;
             let from = if blind { now } else { at };
-            this.excused_until = this.excused_until.max(from.after(ms(BY_HAND_MS)));
+            // Who asked it while it did not answer waits for that first.
+            let asked = if this.server.ail.slowness > 0 { PROBE_TIMEOUT_MS } else { 0 };
+            this.excused_until = this.excused_until.max(from.after(ms(BY_HAND_MS + asked)));
         }
         // etcd took the lock away before its time, and its holder cannot be told.
         if now < this.early_loss_until {

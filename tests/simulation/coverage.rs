@@ -146,6 +146,7 @@ const ROWS: &[(u16, &[Kind])] = &[
     (51, &[Kind::SlowPostgres, Kind::PromotionRefused]),
     (52, &[Kind::Strike]),
     (53, &[Kind::Strike]),
+    (64, &[Kind::Namesake]),
     (66, &[Kind::PromotedByHand]),
     (67, &[Kind::StoppedByHand]),
     (69, &[Kind::Switchover]),

@@ -37,7 +37,7 @@ const IMMEDIATE_PATIENCE_MS: u64 = 5_000;
 /// The daemon leaves for good with these (RestartPreventExitStatus).
 const STAYS_DOWN: [u8; 3] = [2, 4, 7];
 /// How long a server may take to answer a probe.
-const PROBE_TIMEOUT_MS: u64 = 2_000;
+pub const PROBE_TIMEOUT_MS: u64 = 2_000;
 
 impl Sim {
     /// The service manager starts the daemon. It finds its guard, or makes one.

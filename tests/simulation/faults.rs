@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use pgherd::facts::cluster::{Ask, RequestProgress, RequestRecord};
 use pgherd::machine::event::Event;
+use pgherd::types::MemberName;
 
 use super::check::AWAKE_MS;
 use super::clock::{ms, secs};
@@ -13,6 +14,11 @@ use super::world::{Sim, What, member, spec_of};
 
 /// What `pgherd switchover` gives its request when nobody says otherwise.
 const REQUEST_TTL_S: u64 = 120;
+/// A namesake is found out before it could have its name from etcd: from then on it is a member like any other, and failsafe relies on
+/// each name being used once.
+const NAMESAKE_S: u64 = 3;
+/// The values of ttl that specs are edited to, in seconds.
+const TTLS: [u64; 6] = [3, 4, 5, 6, 8, 10];
 
 impl Sim {
     pub fn lay_out(&mut self, plan: Vec<Fault>) {
@@ -84,6 +90,10 @@ impl Sim {
     }
 
     pub fn fault_begins(&mut self, index: usize) {
+        // One that follows another may come too late.
+        if self.healed {
+            return;
+        }
         let fault = self.plan[index].clone();
         let (host, now) = (self.victim(&fault), self.now);
         self.plan[index].victim = host as u64 * 2 + 1;
@@ -138,6 +148,8 @@ impl Sim {
             Kind::Switchover => self.request_switchover(((fault.choice >> 8) % self.hosts.len() as u64) as usize),
             Kind::FrozenInRenewal => self.hosts[host].freezes_in_renewal = true,
             Kind::OldEtcdLeader => self.etcd_leader_is_deposed(host),
+            Kind::LeadsByPromises => self.leader_goes_on_by_promises(&fault, host),
+            Kind::Namesake => self.start_namesake(index, &fault),
             Kind::SpecEdited => self.edit_spec(fault.choice, None),
             Kind::MemberRemoved => self.remove_member(&fault, host),
             Kind::Strike => self.arm(&fault),
@@ -323,11 +335,50 @@ impl Sim {
         }
     }
 
+    /// Its lease runs out while everybody answers it. What then is to hold others back: a promise whose daemon was started again, or the
+    /// record, of which a member that is back in the spec is not.
+    fn leader_goes_on_by_promises(&mut self, fault: &Fault, host: usize) {
+        let other = (host + 1 + (fault.choice % (self.hosts.len() as u64 - 1)) as usize) % self.hosts.len();
+        if (fault.choice / 1_024).is_multiple_of(2) {
+            let ttl = self.specs.values().next_back().map_or(secs(3), |spec| spec.ha.ttl);
+            let asked_last = ttl + ms(1_000) + self.random.between(ms(0), ttl / 2);
+            self.cut_etcd_for(host, ttl * 2 + secs(4), true);
+            self.follows(asked_last, (Kind::Isolate, 0), host, ttl);
+            self.follows(asked_last, (Kind::KillDaemon, 0), other, ms(0));
+        } else {
+            let ttl = secs(TTLS[(fault.choice % 6) as usize]);
+            let rewritten = ttl / 2 + secs(2);
+            self.follows(ms(0), (Kind::MemberRemoved, fault.choice), host, rewritten + ms(500));
+            self.follows(rewritten, (Kind::CutEtcd, 0), host, ttl * 2 + secs(4));
+        }
+    }
+
+    /// A fault that another one brings with it.
+    fn follows(&mut self, after: Duration, (kind, choice): (Kind, u64), host: usize, lasts: Duration) {
+        self.plan.push(Fault { at: self.now.after(after), kind, victim: host as u64 * 2 + 1, lasts, choice });
+        self.later(after, What::Fault { index: self.plan.len() - 1 });
+    }
+
+    fn start_namesake(&mut self, index: usize, fault: &Fault) {
+        let Some((leader, _)) = self.lock_runs_until() else { return };
+        let other = (leader + 1 + (fault.choice % (self.hosts.len() as u64 - 1)) as usize) % self.hosts.len();
+        self.restart_as(other, member(leader));
+        self.later(secs(NAMESAKE_S), What::FaultEnds { index });
+    }
+
+    /// A machine that was set up wrongly boots: nothing is left of what ran under the name before.
+    pub fn restart_as(&mut self, host: usize, name: MemberName) {
+        self.power_off(host);
+        self.say(Some(host), || format!("!! is `{name}` from here on"));
+        self.hosts[host].name = name;
+        self.power_on(host);
+    }
+
     /// The leader is not removed: apply refuses that (row 73).
     fn remove_member(&mut self, fault: &Fault, host: usize) {
-        let leads = |host: usize| self.etcd.view.leader.as_ref().is_some_and(|leader| leader.holder == self.hosts[host].name.as_str());
+        let leads = |host: usize| self.etcd.view.leader.as_ref().is_some_and(|leader| leader.holder == member(host).as_str());
         // Nor is one that is not there: what it has is not known.
-        let is_there = |host: usize| self.etcd.view.members.contains_key(&self.hosts[host].name);
+        let is_there = |host: usize| self.etcd.view.members.contains_key(&member(host));
         let victim = (0..self.hosts.len()).map(|step| (host + step) % self.hosts.len()).find(|host| !leads(*host) && is_there(*host));
         if victim.is_some() {
             self.edit_spec(fault.choice, victim);
@@ -335,10 +386,10 @@ impl Sim {
     }
 
     pub fn edit_spec(&mut self, choice: u64, without: Option<usize>) {
-        let ttl = [3, 4, 5, 6, 8, 10][(choice % 6) as usize];
+        let ttl = TTLS[(choice % 6) as usize];
         let loop_wait = [1, 2, 3, 5][(choice / 8 % 4) as usize];
-        let members = self.hosts.iter().enumerate().filter(|(index, _)| Some(*index) != without);
-        let members: Vec<String> = members.map(|(_, host)| host.name.to_string()).collect();
+        let members = (0..self.hosts.len()).filter(|index| Some(*index) != without);
+        let members: Vec<String> = members.map(|index| member(index).to_string()).collect();
         let spec = spec_of(&members, &spec_lines(ttl, loop_wait, !(choice / 64).is_multiple_of(4)));
         self.apply(spec);
     }

@@ -5,7 +5,7 @@ use super::clock::ms;
 use super::etcd::Serving;
 use super::network::Link;
 use super::plan::Kind;
-use super::world::{Sim, What};
+use super::world::{Sim, What, member};
 
 impl Sim {
     pub fn fault_ends(&mut self, index: usize) {
@@ -86,7 +86,17 @@ impl Sim {
                 }
             }
             Kind::EtcdWiped => self.apply_again(),
+            Kind::Namesake => self.namesakes_end(),
             _ => {}
+        }
+    }
+
+    /// Whoever runs under another's name is stopped, and started under its own.
+    fn namesakes_end(&mut self) {
+        for host in 0..self.hosts.len() {
+            if self.hosts[host].name != member(host) {
+                self.restart_as(host, member(host));
+            }
         }
     }
 
@@ -157,6 +167,7 @@ impl Sim {
         self.say(None, || "!! everything is healed".to_owned());
         self.healed = true;
         self.armed.clear();
+        self.namesakes_end();
         self.peers_cut.clear();
         self.links.fill((Link::default(), Link::default()));
         if self.etcd.serving != Serving::Yes {

@@ -67,6 +67,11 @@ pgherd::enumerated! {
         FrozenInRenewal,
         /// A deposed leader of etcd goes on to answer keepalives for a moment; then etcd is out of reach.
         OldEtcdLeader,
+        /// The leader is cut off from etcd for longer than its lease lasts; meanwhile a member forgets what it promised, or one comes back
+        /// that was not asked to promise.
+        LeadsByPromises,
+        /// A daemon is started under the name of the leader, on a host that is not the leader's.
+        Namesake,
         /// Aimed at the moment before or after an order of the machine.
         Strike,
     }
@@ -77,7 +82,7 @@ impl Kind {
     fn weight(self) -> u64 {
         match self {
             Kind::Strike => 14,
-            Kind::FrozenInRenewal | Kind::OldEtcdLeader => 4,
+            Kind::FrozenInRenewal | Kind::OldEtcdLeader | Kind::LeadsByPromises => 4,
             Kind::KillDaemon | Kind::KillPostmaster | Kind::PowerOff | Kind::CutEtcd | Kind::FreezeDaemon | Kind::Switchover => 5,
             Kind::Isolate | Kind::CutPeers | Kind::SlowEtcd | Kind::EtcdLeaderLost | Kind::KillGuard | Kind::StopDaemon => 4,
             Kind::EtcdRestored | Kind::EtcdWiped | Kind::AllPowerOff | Kind::HypervisorPause | Kind::DataLost => 1,

@@ -270,7 +270,7 @@ impl Sim {
     /// The end of the lock's time by its own lease; for what is taken away before it.
     pub fn lock_runs_until(&self) -> Option<(usize, Real)> {
         let leader = self.etcd.view.leader.as_ref()?;
-        let host = self.hosts.iter().position(|host| host.name.as_str() == leader.holder)?;
+        let host = self.host_of(&leader.holder.parse().ok()?)?;
         Some((host, self.etcd.lease_until(leader.lease).unwrap_or(self.now)))
     }
 

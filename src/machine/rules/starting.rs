@@ -34,6 +34,10 @@ fn adopt_or_ask_for_a_lease(context: &mut Context<'_>) {
     if context.world.lease.is_some() || context.world.lease_asked || context.world.spec().is_none() {
         return;
     }
+    // The spec comes before the view that it was read from, in which the deliberate bug finds its name.
+    if mutant(Mutant::AdoptedByName) && context.world.view.is_none() {
+        return;
+    }
     let by_name = named_like_us(context);
     let guard = context.world.guard.as_ref();
     let lock = guard.and_then(|guard| guard.lock).map(|lock| lock.identity).or(by_name);
