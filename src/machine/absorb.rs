@@ -61,6 +61,7 @@ impl World {
             }
             Event::EtcdSuspicious(why) => {
                 self.etcd = Etcd::Suspicious;
+                self.failsafe.went_back = true;
                 self.vacancy = None;
                 self.fail(
                     "etcd_suspicious",
@@ -109,6 +110,7 @@ impl World {
 
     fn absorb_view(&mut self, now: BootTime, view: Arc<ClusterView>, as_of: BootTime) -> Option<String> {
         self.etcd = Etcd::Reachable;
+        self.failsafe.went_back = false;
         self.clear("etcd_unreachable");
         self.clear("etcd_suspicious");
         self.vacancy = match (&view.leader, self.vacancy) {

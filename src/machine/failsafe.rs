@@ -38,6 +38,8 @@ pub struct Failsafe {
     pub said: bool,
     /// The lock's key is gone from etcd, and the promises hold.
     pub lapsed: bool,
+    /// etcd answers from an older state: the record in it is not the one that others go by.
+    pub went_back: bool,
     /// What the lease's thread was told last.
     pub armed: Option<Armed>,
     /// It was told to rely on nothing, and when; it has not said yet that it does.

@@ -52,6 +52,9 @@ impl Context<'_> {
             if let Operation::Release { epoch, .. } = &operation {
                 self.world.releasing = Some(*epoch);
             }
+            if let Operation::Acquire { history, .. } = &operation {
+                self.world.with_lock.clone_from(history);
+            }
             self.actions.push(Action::Do(operation));
         }
         may

@@ -203,6 +203,8 @@ pub struct World {
     pub foreign_seen: BootTime,
     /// `status` as last written, and when.
     pub status_written: Option<(StatusRecord, BootTime)>,
+    /// `history` as it is written with the lock that was asked for last.
+    pub with_lock: Vec<HistoryEntry>,
     /// The leadership whose promotion is in `history`.
     pub recorded: Option<Epoch>,
     /// The start whose roles were seen to.
@@ -288,6 +290,7 @@ impl World {
             foreign: None,
             foreign_seen: BootTime::default(),
             status_written: None,
+            with_lock: Vec::new(),
             recorded: None,
             roles_for: None,
             not_streaming_since: None,
@@ -450,12 +453,13 @@ impl World {
     }
 
     /// What goes to a lease of another ttl, if it may now: our member key. Without one there is nothing to move; and until `history` names
-    /// our leadership by its epoch it names it by the lease that the lock was taken on.
+    /// our leadership by its epoch it names it by the lease that the lock was taken on. A lock that is not proved stays where it is: a new
+    /// guard knows no deadline of it, and would take the new lease's for the lock's before it hangs there.
     pub fn key_to_move(&self) -> Option<&MemberRecord> {
         let recorded = self.lock.identity().is_none_or(|lock| self.recorded == Some(lock.epoch));
         // A lock that is being taken hangs on the lease that the member key hangs on.
         let taking = self.in_flight.contains(&OperationKind::Acquire);
-        self.written.as_ref().map(|(record, _)| record).filter(|_| recorded && !taking)
+        self.written.as_ref().map(|(record, _)| record).filter(|_| recorded && !taking && !matches!(self.lock, Lock::Unproved(_)))
     }
 
     /// The timeline that PostgreSQL is on, running or stopped.

@@ -7,7 +7,9 @@
 use std::time::Duration;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::{Ask, ClusterView, DataDirectoryReport, HistoryEntry, Initialize, MemberRecord, RequestProgress, Vote};
+use crate::facts::cluster::{
+    Ask, ClusterView, DataDirectoryReport, HistoryEntry, Initialize, MemberKey, MemberRecord, RequestProgress, Vote,
+};
 use crate::mutants::{Mutant, mutant};
 use crate::policy::failsafe::{self, HeldBack, Promise};
 use crate::spec::cluster::{ClusterSpec, Member};
@@ -239,8 +241,17 @@ fn off_lineage(view: &ClusterView, own: Vote) -> Option<String> {
     }
 }
 
-/// Every declared member has said how far it is, and none is where the last leader was: then there is nothing better to wait for.
+/// Every declared member has said how far it is, and none is where the last leader was: then there is nothing better to wait for. A member
+/// that the spec does not name, and that may be there, is for its operator to declare.
 fn nobody_is_on_the_lineage(inputs: &Inputs<'_>) -> bool {
+    let undeclared = inputs.view.members.iter().filter(|(name, _)| inputs.spec.member(name).is_none());
+    let may_be_on_it = |key: &MemberKey| {
+        let last = last_recorded(&inputs.view.history).map(|entry| entry.timeline);
+        key.record.data_directory != DataDirectoryReport::Empty && key.record.timeline.is_none_or(|timeline| Some(timeline) >= last)
+    };
+    if undeclared.into_iter().any(|(_, key)| may_be_on_it(key)) {
+        return false;
+    }
     inputs.spec.members.iter().all(|member| {
         let Some(key) = inputs.view.members.get(&member.name) else { return false };
         if key.record.data_directory == DataDirectoryReport::Empty {

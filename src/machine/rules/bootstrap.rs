@@ -36,6 +36,8 @@ pub(crate) fn awaiting_leader(context: &mut Context<'_>) -> Outcome<State> {
         DataDirectory::Empty => {}
     }
     if context.world.written.is_none() || context.world.fresh_view().is_none() {
+        // What this member says of itself goes on counting.
+        standby::look_again(context);
         return Handled;
     }
     if leader_to_copy(context).is_some() {

@@ -58,6 +58,9 @@ fn rely_on(context: &mut Context<'_>, wanted: Option<&Wanted>) {
 fn may_rely_on(world: &World, wanted: &Wanted) -> Option<Armed> {
     let Lock::Proved { identity, .. } = world.lock else { return None };
     let view = world.view.as_ref()?;
+    if world.failsafe.went_back {
+        return None;
+    }
     let changing = [OperationKind::WriteFailsafe, OperationKind::Release].iter().any(|kind| world.in_flight.contains(kind));
     if changing || !view.has_recorded(identity.epoch) {
         return None;

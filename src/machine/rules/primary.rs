@@ -96,17 +96,19 @@ fn upkeep(context: &mut Context<'_>, lock: LockIdentity) {
     }
 }
 
-/// Our entry in `history` gets its epoch, once; the executor adds parent and switch point from the history file.
+/// Our entry in `history` gets its epoch, once; the executor adds parent and switch point from the history file. At once: what is not
+/// recorded is not known to those who elect the next leader. So a view that is late is not waited for: what was written with the lock is
+/// the newest there is, since nobody else has written under it.
 fn record_promotion(context: &mut Context<'_>, lock: LockIdentity, timeline: TimelineId) {
     if context.world.recorded == Some(lock.epoch) {
         return;
     }
-    let Some(view) = context.world.fresh_view().filter(|view| view.revision.0 >= lock.epoch.0) else { return };
-    if view.has_recorded(lock.epoch) {
+    let view = context.world.fresh_view().filter(|view| view.revision.0 >= lock.epoch.0);
+    if view.is_some_and(|view| view.has_recorded(lock.epoch)) {
         context.world.recorded = Some(lock.epoch);
         return;
     }
-    let mut history = view.history.clone();
+    let mut history = view.map_or_else(|| context.world.with_lock.clone(), |view| view.history.clone());
     let ours = |entry: &&mut HistoryEntry| entry.awaits(&context.world.me.name, lock.lease.lease);
     let Some(entry) = history.iter_mut().rev().find(ours) else { return };
     // A lock won to start in place keeps the timeline it has; the reserved id then stays unused for good.

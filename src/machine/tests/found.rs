@@ -282,6 +282,8 @@ fn a_leadership_that_an_earlier_daemon_recorded_moves_too() {
     let mut checked = Checked::resume(leads(), State::Primary);
     checked.handle(T0, Event::Tick);
     assert!(checked.world().key_to_move().is_some());
+    let unproved = World { lock: Lock::Unproved(ours()), ..checked.world().clone() };
+    assert_eq!(unproved.key_to_move(), None, "a new guard would count the lock by a lease that it does not hang on (seed 6781)");
 }
 
 #[test]
@@ -466,4 +468,19 @@ fn a_running_server_whose_directory_makes_no_sense_is_left_as_it_is_and_looked_a
     let again = |checked: &mut Checked, seconds| looks(&checked.handle(T0 + s(seconds), Event::Tick));
     assert!(!again(&mut checked, 1));
     assert!(again(&mut checked, 6));
+}
+
+/// Found by the simulator's seed 3088: who elects the next leader knows of a promotion only when it is on record.
+#[test]
+fn a_promotion_is_recorded_although_the_view_of_our_lock_is_late() {
+    let mut late = led_by_b();
+    late.revision = Revision(299);
+    let history = vec![entry(2, "a", 7)];
+    let won = World { view: Some(Arc::new(late)), with_lock: history, recorded: None, ..leads() };
+    let actions = Checked::resume(won, State::Primary).handle(T0, Event::Tick);
+    let recorded = actions.iter().find_map(|action| match action {
+        Action::Do(Operation::RecordPromotion { epoch, history }) => Some((*epoch, history.last()?.epoch)),
+        _ => None,
+    });
+    assert_eq!(recorded, Some((ours().epoch, Some(ours().epoch))), "{actions:?}");
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::clock::BootTime;
 use crate::machine::action::OperationKind;
+use crate::machine::event::Event;
 use crate::machine::tests::fixtures::{ms, name, spec_with};
 use crate::machine::world::Lock;
 use crate::spec::cluster::ClusterSpec;
@@ -327,4 +328,15 @@ fn a_planned_stop_after_an_outage_of_etcd_waits_for_no_promise() {
     toy.run(s(2));
     toy.stop_daemon("a");
     toy.until("another primary", s(4), |toy| toy.primary().is_some_and(|leader| leader != "a"));
+}
+
+/// Found by the simulator's seed 5747: the record in a restored etcd named more members than the leader asked for their promise.
+#[test]
+fn a_leader_whose_etcd_went_back_to_an_older_state_does_not_go_on_by_promises() {
+    let mut toy = failsafe();
+    toy.etcd.up = false;
+    toy.deliver(&name("a"), Event::EtcdSuspicious("its revision went back".to_owned()));
+    toy.run(ms(50));
+    assert!(!relies(&toy, "a"), "{}", toy.story());
+    toy.until("nobody writes", s(12), |toy| toy.primary().is_none());
 }

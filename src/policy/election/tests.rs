@@ -298,6 +298,19 @@ fn where_nobody_is_on_the_lineage_any_more_the_best_leads_once_all_have_said_so(
     Vacant::new().voted("a", vote(1, LSN)).voted("b", vote(2, LSN + 8)).voted("c", vote(2, LSN)).not_eligible_because("by hand");
 }
 
+/// Found by the simulator's seed 7942.
+#[test]
+fn a_member_that_the_spec_does_not_name_and_that_is_on_the_lineage_is_not_passed_over() {
+    let removed = |timeline| {
+        let vacant = Vacant::new().voted("a", vote(2, LSN)).voted("b", vote(2, LSN + 8)).voted("c", vote(2, LSN));
+        vacant.with(|view| drop(view.members.insert(name("d"), key(record(MemberRole::Replica, timeline, LSN), 7))))
+    };
+    removed(1).not_eligible_because("by hand");
+    let mut elsewhere = removed(1);
+    elsewhere.view.members.get_mut(&name("d")).unwrap().record = empty_record();
+    assert!(elsewhere.runs_after(0), "{:?}", elsewhere.judge_after(0));
+}
+
 #[test]
 fn row_64_a_member_of_another_cluster_is_not_eligible() {
     let mut vacant = Vacant::new();
