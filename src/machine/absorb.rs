@@ -253,6 +253,11 @@ impl World {
             self.warn("start_failed", format!("PostgreSQL ended with {how} before it took connections; see its log"));
         }
         let another = self.guard.as_ref().is_none_or(|known| known.pid != facts.pid);
+        // It keeps no deadline of a lock that was proved to the one before.
+        if let (Some(identity), true, None) = (self.lock.identity(), another, &facts.lock) {
+            self.unprove(identity);
+            self.holding = None;
+        }
         self.started = self.started.filter(|start| !another && !knows_of(&facts, *start));
         self.guard = Some(facts);
         self.guard_gone = false;

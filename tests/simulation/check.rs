@@ -123,9 +123,7 @@ impl Checks {
     /// The lock is not given up while a process of PostgreSQL is left that may write (row 8).
     pub fn released(&mut self, this: &Host) {
         let standby = this.guard.as_ref().is_none_or(|guard| !guard.state.may_write()) && this.server.of_standby();
-        // Whom somebody promoted by hand under the lock's eyes is seen with the next probe (P1's limits).
-        let by_hand = this.server.postmaster.as_ref().is_some_and(|postmaster| postmaster.promoted_by_hand.is_some());
-        if !this.server.is_empty() && !standby && !by_hand {
+        if !this.server.is_empty() && !standby {
             self.fail("I2", format!("{} gives the lock up while processes that may write are left", this.name));
         }
     }

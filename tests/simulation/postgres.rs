@@ -69,11 +69,17 @@ pub struct Postmaster {
     pub since: Real,
 }
 
+impl Postmaster {
+    fn of_standby(&self) -> bool {
+        self.recovering || self.promoted_by_hand.is_some()
+    }
+}
+
 /// A process of PostgreSQL whose postmaster is dead.
 #[derive(Debug, Clone)]
 pub struct Orphan {
     pub writable: bool,
-    /// Its server was in recovery.
+    /// Its server was started as a standby.
     pub of_standby: bool,
     /// When it ends by itself.
     pub until: Real,
@@ -174,9 +180,10 @@ impl Server {
         self.postmaster.as_ref().is_some_and(|postmaster| postmaster.recovering)
     }
 
-    /// Whatever runs is in recovery, or was when its postmaster died.
+    /// Whatever runs was started as a standby: it is in recovery, or was when its postmaster died, or somebody promoted it by hand and it is
+    /// seen with the next probe (P1's limits).
     pub fn of_standby(&self) -> bool {
-        self.postmaster.as_ref().is_none_or(|postmaster| postmaster.recovering) && self.orphans.iter().all(|orphan| orphan.of_standby)
+        self.postmaster.as_ref().is_none_or(Postmaster::of_standby) && self.orphans.iter().all(|orphan| orphan.of_standby)
     }
 
     /// A process is there that can still answer COMMIT to a client.
@@ -261,7 +268,7 @@ impl Server {
         let was_open = matches!(postmaster.phase, Phase::Accepting | Phase::Promoting { .. } | Phase::Stopping { .. });
         self.ended.push(Ended { pid: postmaster.pid, exit_status: None, signal: Some(9) });
         let writable = was_open && !postmaster.recovering && !matches!(postmaster.phase, Phase::Promoting { .. });
-        let of_standby = postmaster.recovering;
+        let of_standby = postmaster.of_standby();
         self.orphans.push(Orphan { writable, of_standby, until: now.after(backends_live), stuck: false });
         if self.ail.stuck {
             self.orphans.push(Orphan { writable: false, of_standby, until: Real(u64::MAX / 2), stuck: true });

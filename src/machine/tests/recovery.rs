@@ -1,8 +1,13 @@
 //! Small clusters that lose a guard, a data directory, their keys or their etcd, and what becomes of them.
 
-use crate::machine::tests::fixtures::name;
+use crate::facts::guard::GuardFacts;
+use crate::machine::event::Event;
+use crate::machine::state::State;
 
+use super::checked::Checked;
 use super::cluster::{THREE, s};
+use super::fixtures::{T0, guard, name, nothing_runs};
+use super::reactions::worlds::leads;
 use super::toy::Toy;
 
 #[test]
@@ -65,4 +70,15 @@ fn member_keys_that_were_deleted_by_hand_come_back() {
     toy.run(s(10));
     toy.etcd.by_hand(|keys| keys.members.clear());
     toy.until("all keys are back", s(5), |toy| toy.etcd.keys.members.len() == 3);
+}
+
+/// Found by the simulator's seed 6781: the new guard was told of a lease that the lock had not moved to yet, and counted by it.
+#[test]
+fn a_lock_that_was_proved_to_the_guard_before_is_not_proved_to_a_new_one() {
+    let mut checked = Checked::resume(leads(), State::Primary);
+    assert!(checked.world().lock.proved().is_some());
+    let another = GuardFacts { pid: 200, ..guard(1, nothing_runs()) };
+    checked.handle(T0, Event::Guard(another));
+    assert_eq!(checked.world().lock.proved(), None);
+    assert!(checked.world().key_to_move().is_none());
 }
