@@ -96,13 +96,38 @@ fn begun_beside(node_dir: &Path) -> bool {
 }
 
 #[test]
-fn a_replica_whose_data_directory_was_removed_is_cloned_again() {
+fn row_32_a_replica_whose_data_directory_was_removed_is_cloned_again() {
     let world = World::up(&Setup::default());
     let replica = world.replica();
     world.stop_node(replica);
     fs::remove_dir_all(world.cluster.data_dir(replica)).unwrap();
     world.cluster.start_node(replica).unwrap();
     world.wait_whole("after the clone");
+    world.finish();
+}
+
+#[test]
+fn row_32_a_primary_whose_data_directory_was_removed_copies_the_next_leader_and_never_runs_initdb() {
+    let world = World::up(&Setup::default());
+    let (former, timeline) = (world.leader(), world.timeline());
+    let data_dir = world.cluster.data_dir(former);
+    let before = system_id(&data_dir);
+    assert!(before.is_some());
+    let was = |state| world.entered(former, state).len();
+    let (initialized, copied) = (was("initializing"), was("cloning"));
+    world.cluster.cut_power(former);
+    fs::remove_dir_all(&data_dir).unwrap();
+    // At once: the lock is still in its name.
+    world.cluster.start_node(former).unwrap();
+    world.settle("another leads, and the former primary streams from it", || {
+        let found = system_id(&data_dir);
+        assert!(found.is_none() || found == before, "it ran initdb");
+        let leader = world.cluster.status().ok().and_then(|status| status.leader);
+        leader.is_some_and(|name| name != world.name(former)) && found == before && world.cluster.is_whole()
+    });
+    assert!(world.timeline() > timeline);
+    assert_eq!((was("initializing"), was("cloning")), (initialized, copied + 1), "it copied the leader");
+    world.wait_writes(world.leader());
     world.finish();
 }
 
@@ -148,7 +173,7 @@ fn holds_a_control_file(path: &Path) -> bool {
 }
 
 #[test]
-fn a_member_with_another_clusters_data_is_not_touched_and_says_why() {
+fn row_64_a_member_with_another_clusters_data_is_not_touched_and_says_why() {
     let world = World::up(&Setup::default());
     let replica = world.replica();
     world.stop_node(replica);
@@ -197,7 +222,7 @@ fn a_stranger_is_refused(world: &World, index: usize) {
 }
 
 #[test]
-fn a_second_daemon_of_a_replicas_name_does_not_run() {
+fn row_64_a_second_daemon_of_a_replicas_name_does_not_run() {
     let world = World::up(&Setup::default());
     a_stranger_is_refused(&world, world.replica());
     world.wait_whole("all the while");
@@ -205,7 +230,7 @@ fn a_second_daemon_of_a_replicas_name_does_not_run() {
 }
 
 #[test]
-fn a_second_daemon_of_the_leaders_name_does_not_run_and_the_leader_goes_on() {
+fn row_64_a_second_daemon_of_the_leaders_name_does_not_run_and_the_leader_goes_on() {
     let world = World::up(&Setup::default());
     let (leader, timeline) = (world.leader(), world.timeline());
     a_stranger_is_refused(&world, leader);
