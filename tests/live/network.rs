@@ -1,13 +1,15 @@
 //! Members are cut from etcd or from each other, and etcd itself goes away (SAFETY rows 14-19, 35, 36).
 
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use pgherd::cli::demo::runtime::in_own_thread;
 use pgherd::clock::BootTime;
 
 use crate::rig::proxy::Network;
 use crate::rig::wait::holds_throughout;
-use crate::rig::world::{Setup, World, without_failsafe};
+use crate::rig::world::{PATIENCE, Setup, World, without_failsafe};
 
 /// What the health path of a member says of etcd: that it goes on without.
 fn degraded(world: &World, index: usize) -> Option<bool> {
@@ -55,21 +57,34 @@ fn row_14_a_primary_cut_from_everything_is_fenced_and_comes_back_as_a_replica() 
     world.finish();
 }
 
-/// Between the two is a tenth of the ladder's length, so the ttl is longer here than a prober on a busy machine needs between two looks.
+/// Between the two is a tenth of the ladder's length: the ttl is longer here, so that the prober looks and writes several times in it.
 #[test]
-fn row_19_clients_of_a_fenced_primary_are_cut_off_and_primary_has_turned_to_503_before() {
+fn row_19_primary_turns_to_503_while_a_fenced_primary_still_answers_and_then_clients_are_cut_off() {
     let world = World::up(&Setup { ttl_s: 10, document: without_failsafe, ..Setup::default() });
     let former = world.leader();
+    let (tell, told) = channel();
+    let connection = world.cluster.connection(world.cluster.plan.nodes[former].declared.port).unwrap();
+    std::thread::spawn(move || {
+        in_own_thread(async move {
+            let (_client, io) = connection.connect(tokio_postgres::NoTls).await?;
+            tell.send("connected")?;
+            let _ = io.await;
+            Ok(tell.send("cut off")?)
+        })
+    });
+    assert_eq!(told.recv_timeout(PATIENCE), Ok("connected"));
     let cut = BootTime::now();
     world.set_etcd_network(former, Network::Silent);
     world.wait_another_leads(former);
+    assert_eq!(told.recv_timeout(PATIENCE), Ok("cut off"));
     let (name, prober) = (world.name(former), world.prober());
-    let refused = prober.refused_since(name, cut);
-    let cut_off = refused.iter().map(|attempt| attempt.ended).min().expect("a connection with a row on its way was ended");
+    let acks = prober.acks();
+    let last = acks.iter().filter(|ack| ack.node == name).max_by_key(|ack| ack.ended).unwrap();
     let claims: Vec<_> = prober.claims().into_iter().filter(|claim| claim.node == name && claim.begun > cut).collect();
-    assert!(claims.iter().any(|claim| !claim.is_primary && claim.ended < cut_off), "503 was not seen before the first row failed");
-    let late = claims.iter().find(|claim| claim.is_primary && claim.begun > cut_off);
-    assert!(late.is_none(), "200 after a row had failed at {cut_off:?}: {late:?}");
+    let before = claims.iter().any(|claim| !claim.is_primary && claim.ended < last.begun);
+    assert!(before, "503 was not seen before the last row, {last:?}: {claims:?}");
+    let late = claims.iter().find(|claim| claim.is_primary && claim.begun > last.ended);
+    assert!(late.is_none(), "200 after the last row, {last:?}: {late:?}");
     world.set_etcd_network(former, Network::Pass);
     world.wait_whole("after the network healed");
     world.finish();
