@@ -1,7 +1,7 @@
-//! How a cluster begins, how a member joins and rejoins, and what is never overwritten (SAFETY rows 32, 49, 53, 64; I10, I11).
+//! How a cluster begins, how a member joins and rejoins, and what is never overwritten (SAFETY rows 32, 49, 53, 64, 77; I10, I11, I14).
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -10,6 +10,7 @@ use nix::sys::signal::Signal;
 use pgherd::cli::demo::cluster::run;
 
 use crate::rig::proxy::Network;
+use crate::rig::secrets;
 use crate::rig::wait::holds_throughout;
 use crate::rig::world::{Setup, World};
 
@@ -25,6 +26,22 @@ fn three_empty_members_become_one_cluster_with_one_initdb() {
     let world = World::up(&Setup::default());
     let ids: Vec<_> = (0..world.nodes()).map(|index| system_id(&world.cluster.data_dir(index)).unwrap()).collect();
     assert!(ids.iter().all(|id| *id == ids[0]), "one system identifier");
+    world.finish();
+}
+
+/// The end of every live test looks for them again; here is where they do stand, and that somebody was let in by them.
+#[test]
+fn row_77_a_members_password_for_the_others_is_in_its_passfile_that_nobody_else_reads_and_nowhere_else() {
+    let world = World::up(&Setup::default());
+    let secret = fs::read_to_string(world.cluster.plan.dir.join("secrets/replication")).unwrap();
+    for index in 0..world.nodes() {
+        let run_dir = world.cluster.node_dir(index).join("run");
+        let files = fs::read_dir(run_dir).unwrap().flatten().map(|entry| entry.path()).filter(|path| path.is_file());
+        let holders: Vec<_> = files.filter(|path| fs::read_to_string(path).is_ok_and(|text| text.contains(secret.trim()))).collect();
+        let [passfile] = &holders[..] else { panic!("one file holds it: {holders:?}") };
+        assert_eq!(fs::metadata(passfile).unwrap().permissions().mode() & 0o777, 0o600, "{}", passfile.display());
+    }
+    assert_eq!(secrets::found(&world), Vec::<String>::new());
     world.finish();
 }
 
