@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "guard/foreign.rs"]
+mod foreign;
 #[path = "guard/harness.rs"]
 mod harness;
 #[path = "guard/processes.rs"]
@@ -17,8 +19,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use harness::{
-    ANSWER, Busy, PATIENCE, SILENCE, World, hasty_stop, identity, lock, patient_stop, played_the_daemon, running, signal, start_order,
-    times,
+    ANSWER, Busy, PATIENCE, SILENCE, World, hasty_stop, identity, lock, patient_stop, played_the_daemon, running, signal, times,
 };
 use nix::sys::signal::Signal;
 use pgherd::clock::BootTime;
@@ -42,7 +43,7 @@ fn refused_for(answer: Result<impl std::fmt::Debug, GuardError>, expected: Refus
 // The postmaster.
 
 #[test]
-fn a_killed_postmaster_is_proved_dead_with_its_busy_backends_and_starts_again_under_the_same_lock() {
+fn row_6_a_killed_postmaster_is_proved_dead_with_its_busy_backends_and_starts_again_under_the_same_lock() {
     let world = World::new();
     let (_, postmaster) = world.primary(300);
     let busy = Busy::start(&world);
@@ -193,7 +194,7 @@ fn a_killed_guard_takes_postgresql_with_it_and_its_daemon_notices() {
 }
 
 #[test]
-fn a_frozen_guard_is_silent_its_daemon_fences_by_scan_and_on_waking_it_does_nothing_late() {
+fn row_3_a_frozen_guard_is_silent_its_daemon_fences_by_scan_and_on_waking_it_does_nothing_late() {
     let world = World::new();
     world.primary(300);
     let busy = Busy::start(&world);
@@ -328,8 +329,8 @@ fn neither_a_subscriber_that_does_not_read_nor_an_endless_line_blocks_the_guard(
 // The daemon.
 
 #[test]
-fn a_killed_daemon_that_is_back_before_a_gets_the_lock_handed_and_costs_no_outage() {
-    const THIS: &str = "a_killed_daemon_that_is_back_before_a_gets_the_lock_handed_and_costs_no_outage";
+fn row_1_a_killed_daemon_that_is_back_before_a_gets_the_lock_handed_and_costs_no_outage() {
+    const THIS: &str = "row_1_a_killed_daemon_that_is_back_before_a_gets_the_lock_handed_and_costs_no_outage";
     if played_the_daemon() {
         return;
     }
@@ -350,8 +351,8 @@ fn a_killed_daemon_that_is_back_before_a_gets_the_lock_handed_and_costs_no_outag
 }
 
 #[test]
-fn a_killed_daemon_that_does_not_come_back_is_fenced_by_the_clock() {
-    const THIS: &str = "a_killed_daemon_that_does_not_come_back_is_fenced_by_the_clock";
+fn row_2_a_killed_daemon_that_does_not_come_back_is_fenced_by_the_clock() {
+    const THIS: &str = "row_2_a_killed_daemon_that_does_not_come_back_is_fenced_by_the_clock";
     if played_the_daemon() {
         return;
     }
@@ -370,8 +371,8 @@ fn a_killed_daemon_that_does_not_come_back_is_fenced_by_the_clock() {
 }
 
 #[test]
-fn a_frozen_daemon_is_fenced_and_what_it_says_on_waking_brings_nothing_back() {
-    const THIS: &str = "a_frozen_daemon_is_fenced_and_what_it_says_on_waking_brings_nothing_back";
+fn row_3_a_frozen_daemon_is_fenced_and_what_it_says_on_waking_brings_nothing_back() {
+    const THIS: &str = "row_3_a_frozen_daemon_is_fenced_and_what_it_says_on_waking_brings_nothing_back";
     if played_the_daemon() {
         return;
     }
@@ -388,6 +389,40 @@ fn a_frozen_daemon_is_fenced_and_what_it_says_on_waking_brings_nothing_back() {
     let facts = daemon.ask(Request::Facts).unwrap();
     assert!(matches!(facts.postmaster, PostmasterFacts::ProvedEmpty { .. }));
     assert_eq!(facts.daemon_crashes, 0, "frozen is not ended");
+}
+
+/// A daemon that gets no processor is one that is stopped and goes on: first for less than its budget, then for more.
+#[test]
+fn row_4_a_daemon_that_is_starved_within_its_budget_costs_nothing_and_beyond_it_is_fenced() {
+    const THIS: &str = "row_4_a_daemon_that_is_starved_within_its_budget_costs_nothing_and_beyond_it_is_fenced";
+    if played_the_daemon() {
+        return;
+    }
+    let world = World::new();
+    let mut daemon = world.daemon(THIS);
+    daemon.renew(20);
+    let running_before = running(&daemon.ask(Request::Start(world.start_order(Word::Writable))).unwrap());
+    world.accepts(|| {});
+    let busy = Busy::start(&world);
+    signal(daemon.pid(), Signal::SIGSTOP);
+    let proved = world.look().lock.unwrap().valid_until;
+    let missed = BootTime::now() + times(20).renewal_interval();
+    assert!(holds_within(PATIENCE, || BootTime::now() > missed), "a renewal is due");
+    busy.commits_go_on();
+    let starved = world.look();
+    assert_eq!(starved.lock.unwrap().valid_until, proved, "nobody renewed");
+    signal(daemon.pid(), Signal::SIGCONT);
+    assert!(holds_within(PATIENCE, || world.look().lock.is_some_and(|lock| lock.valid_until > proved)), "it renews again");
+    busy.commits_go_on();
+    assert_eq!(running(&world.look()), running_before, "PostgreSQL was not touched");
+
+    signal(daemon.pid(), Signal::SIGSTOP);
+    let end = world.proved_empty();
+    assert!(end.at < world.look().lock.unwrap().valid_until, "I2: proved empty before E");
+    busy.nothing_was_acknowledged_after(end.at);
+    signal(daemon.pid(), Signal::SIGCONT);
+    let facts = daemon.ask(Request::Facts).unwrap();
+    assert!(matches!(facts.postmaster, PostmasterFacts::ProvedEmpty { .. }), "what it says on waking brings nothing back");
 }
 
 #[test]
@@ -411,8 +446,8 @@ fn guard_and_daemon_killed_together_leave_no_process_that_acknowledges() {
 }
 
 #[test]
-fn a_daemon_that_keeps_crashing_is_refused_and_its_primary_is_stopped_in_good_order() {
-    const THIS: &str = "a_daemon_that_keeps_crashing_is_refused_and_its_primary_is_stopped_in_good_order";
+fn row_5_a_daemon_that_keeps_crashing_is_refused_and_its_primary_is_stopped_in_good_order() {
+    const THIS: &str = "row_5_a_daemon_that_keeps_crashing_is_refused_and_its_primary_is_stopped_in_good_order";
     if played_the_daemon() {
         return;
     }
@@ -435,50 +470,4 @@ fn a_daemon_that_keeps_crashing_is_refused_and_its_primary_is_stopped_in_good_or
     looker.request(&Request::Clear, ANSWER).unwrap();
     let mut accepted = harness::Daemon::start(&world.run_dir, THIS);
     assert_eq!(accepted.ask(Request::Facts).unwrap().daemon_crashes, 0);
-}
-
-// Postmasters of others.
-
-fn foreign_postmaster(run_dir: &Path, data_dir: &Path) -> std::process::Child {
-    let order = start_order(run_dir, data_dir, Word::Standby);
-    let log = std::fs::File::create(run_dir.join("postgres.log")).unwrap();
-    Command::new(&order.program).args(&order.arguments).envs(&order.environment).current_dir("/").stderr(log).spawn().unwrap()
-}
-
-#[test]
-fn a_postmaster_of_somebody_else_is_seen_adopted_and_fenced_by_scan() {
-    let mut child = None;
-    let world = World::with(|run_dir, data_dir| child = Some(foreign_postmaster(run_dir, data_dir)));
-    let mut child = child.unwrap();
-    let pid = child.id().cast_signed();
-    world.accepts(|| {});
-    assert!(matches!(&world.look().postmaster, PostmasterFacts::Unclaimed { pids } if pids.contains(&pid)));
-    refused_for(world.ask(&Request::Start(world.start_order(Word::Standby))), Refusal::NotEmpty);
-    refused_for(world.ask(&Request::NoLock { epoch: identity().epoch }), Refusal::NotEmpty);
-    refused_for(world.ask(&Request::Shutdown), Refusal::NotEmpty);
-    refused_for(world.ask(&Request::Adopt { data_dir: world.data_dir.clone(), pid: 1, word: Word::Standby }), Refusal::NoSuchStart);
-    let busy = Busy::start(&world);
-    world.order(&lock(300));
-    let adopted = world.order(&Request::Adopt { data_dir: world.data_dir.clone(), pid, word: Word::Writable });
-    assert!(matches!(adopted.postmaster, PostmasterFacts::Running { adopted: true, .. }));
-    busy.commits_go_on();
-    world.order(&hasty_stop());
-    let end = world.proved_empty();
-    busy.nothing_was_acknowledged_after(end.at);
-    child.wait().unwrap();
-}
-
-#[test]
-fn a_writable_postmaster_without_a_lock_is_killed_as_soon_as_it_is_adopted() {
-    let mut child = None;
-    let world = World::with(|run_dir, data_dir| child = Some(foreign_postmaster(run_dir, data_dir)));
-    let mut child = child.unwrap();
-    world.accepts(|| {});
-    let busy = Busy::start(&world);
-    let pid = child.id().cast_signed();
-    world.order(&Request::Adopt { data_dir: world.data_dir.clone(), pid, word: Word::Writable });
-    let end = world.proved_empty();
-    assert_eq!(end.rung, Some(Rung::KillAll));
-    busy.nothing_was_acknowledged_after(end.at);
-    child.wait().unwrap();
 }

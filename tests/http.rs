@@ -113,7 +113,7 @@ fn a_get_carries_patronis_body_and_its_age() {
 }
 
 #[test]
-fn i13_a_leader_path_turns_to_503_at_a_although_no_new_snapshot_is_published() {
+fn row_19_i13_a_leader_path_turns_to_503_at_a_although_no_new_snapshot_is_published() {
     let snapshot = leader(Duration::from_millis(700));
     let announce_at = snapshot.lock.unwrap().announce_at;
     let (server, _sender) = serve(snapshot, Limits::default());

@@ -40,6 +40,9 @@ const UNSAFE_ALLOWED: &[&str] = &["src/guard/sys.rs"];
 /// The places where a test may sleep: helpers that look again and again until a deadline.
 const SLEEP_ALLOWED: &[&str] = &["tests/rig/wait.rs", "src/postgres/files.rs"];
 
+/// Rows of SAFETY's matrix of faults that have their right outcome: each is named in a test, `row_N_…`, that checks it.
+const ROWS: [u16; 27] = [1, 2, 3, 4, 5, 6, 9, 11, 12, 14, 17, 18, 19, 23, 32, 36, 37, 40, 53, 58, 60, 62, 64, 66, 72, 76, 77];
+
 /// Lines with their numbers.
 type Lines<'a> = Vec<(usize, &'a str)>;
 
@@ -251,6 +254,42 @@ fn neither_a_test_nor_the_demo_can_reach_the_machines_watchdog() {
     none("opening the device and dying would reset the machine", &offences);
 }
 
+/// Functions of a file that are tests: of their own, or against each kind of server.
+fn tests_of(file: &File) -> Vec<&str> {
+    let name_of = |line: &'_ str| line.find("fn ").map(|at| at + 3);
+    let (mut found, mut is_test, mut against_both) = (Vec::new(), false, false);
+    for line in file.text.lines().map(str::trim) {
+        if line.starts_with("#[") {
+            is_test |= ["#[test]", "#[tokio::test"].iter().any(|test| line.starts_with(test));
+        } else if line.starts_with("against_both! {") {
+            against_both = true;
+        } else if against_both {
+            against_both = line != "}";
+            found.extend(line.split(',').map(str::trim).filter(|name| !name.is_empty() && *name != "}"));
+        } else {
+            let name = name_of(line).filter(|_| is_test).and_then(|at| line[at..].split(['(', '<']).next());
+            found.extend(name);
+            is_test = false;
+        }
+    }
+    found
+}
+
+/// Rows of the matrix that no name of a test has.
+fn unnamed_rows(files: &[File]) -> Vec<String> {
+    let names: Vec<&str> = files.iter().filter(|file| file.is_rust()).flat_map(tests_of).collect();
+    let named = |row: &u16| {
+        let word = format!("row_{row}_");
+        names.iter().any(|name| name.starts_with(&word) || name.contains(&format!("_{word}")))
+    };
+    ROWS.iter().filter(|row| !named(row)).map(|row| format!("row {row}")).collect()
+}
+
+#[test]
+fn every_row_of_the_matrix_of_faults_that_is_promised_is_named_in_a_test() {
+    none("a fault's right outcome is checked by a test that names its row", &unnamed_rows(&rust_files()));
+}
+
 /// Licences that a dependency may be used under.
 const LICENCES: &[&str] = &[
     "MIT",
@@ -311,4 +350,10 @@ fn the_rules_can_fail() {
     let (runs, tests) = file.code();
     assert!(!runs.iter().any(|(_, line)| names(line, "tokio")), "comments and tests are free");
     assert!(tests.iter().any(|(_, line)| names(line, "tokio")));
+    let text = "#[test]\nfn row_1_a() {}\nfn row_2_a() {}\n// row_3_a\n#[tokio::test]\nasync fn i1_row_4_a() {}\n#[test]\nfn row_50_a() {}\n\
+                against_both! { 1, &[];\nrow_6_a,\n}\nasync fn row_9_a(server: S) {}\n";
+    let unnamed = unnamed_rows(&[File { path: "tests/a.rs".into(), text: text.into() }]);
+    let is_missing = |row: u16| unnamed.contains(&format!("row {row}"));
+    assert!([2, 3, 5, 9].into_iter().all(is_missing), "helpers, comments and other rows name nothing: {unnamed:?}");
+    assert!(![1, 4, 6].into_iter().any(is_missing) && unnamed.len() == ROWS.len() - 3, "{unnamed:?}");
 }

@@ -249,6 +249,19 @@ fn the_body_of_a_health_path_is_that_of_patroni_and_carries_its_age() {
 }
 
 #[test]
+fn row_17_a_member_that_cannot_ask_etcd_says_that_it_is_degraded_and_still_serves() {
+    for (member, path) in [(primary(), "/primary"), (replica(), "/replica")] {
+        assert_eq!(body(&member, path)["pgherd"]["degraded"], false, "{path}");
+        let mut cut_off = member;
+        cut_off.etcd_reachable = false;
+        for asked in [path, "/health", "/patroni"] {
+            assert_eq!(status(&cut_off, asked), 200, "{asked}");
+            assert_eq!(body(&cut_off, asked)["pgherd"]["degraded"], true, "{asked}");
+        }
+    }
+}
+
+#[test]
 fn a_server_that_cannot_be_asked_is_unknown_and_has_no_positions() {
     let mut snapshot = primary();
     snapshot.probe = Some(Probe { begun: start(), outcome: ProbeOutcome::Unknown("timed out".to_owned()) });

@@ -106,6 +106,7 @@ fn own(snapshot: &Snapshot, moment: Moment) -> Value {
         "declared": snapshot.declared,
         "observed_generation": snapshot.observed_generation,
         "etcd_reachable": snapshot.etcd_reachable,
+        "degraded": health::is_degraded(snapshot),
         "epoch": snapshot.lock.map(|lock| lock.identity.epoch),
         "lock_ms_left": snapshot.lock.map(|lock| u64::try_from(lock.valid_until.since(moment.boot).as_millis()).unwrap_or(u64::MAX)),
         "age_ms": u64::try_from(age).unwrap_or(u64::MAX),

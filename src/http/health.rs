@@ -17,6 +17,13 @@ pub fn is_primary(snapshot: &Snapshot, now: BootTime) -> bool {
     lock_holds && !snapshot.ends_postgres && snapshot.fresh_sql(now).is_some_and(|sql| !sql.in_recovery)
 }
 
+/// Whether this member goes on without etcd, or on an etcd that it does not believe (SAFETY row 17): it leads only as long as its lock or
+/// the promises of the others last, or follows whom it knew last and does not run for the lock. No path answers otherwise for it: what a
+/// member still serves, it serves.
+pub fn is_degraded(snapshot: &Snapshot) -> bool {
+    !snapshot.etcd_reachable
+}
+
 /// Whether PostgreSQL runs and takes connections.
 pub fn is_running(snapshot: &Snapshot, now: BootTime) -> bool {
     snapshot.fresh_sql(now).is_some()

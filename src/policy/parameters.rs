@@ -362,7 +362,7 @@ mod tests {
         }
 
         #[test]
-        fn no_hostile_name_becomes_a_line(name in ".{0,20}") {
+        fn row_76_no_hostile_name_becomes_a_line(name in ".{0,20}") {
             let mut inputs = inputs();
             inputs.parameters = parameters(&[(&name, Some("1"))]);
             if let Ok(configuration) = postgresql_conf(&inputs) {
@@ -381,6 +381,26 @@ mod tests {
         assert_eq!(values["work_mem"], "16MB");
         assert_eq!(values["max_connections"], "200");
         assert!(!values.contains_key("wal_keep_size"));
+    }
+
+    /// PostgreSQL's own: 5 s between two attempts to reach a primary, a minute until a silent one is given up, hours for a dead connection.
+    #[test]
+    fn row_58_a_standby_tries_to_reach_its_new_primary_each_second_and_notices_within_seconds_that_one_is_silent() {
+        let mut inputs = inputs();
+        let of = |inputs: &ConfigInputs| values(&postgresql_conf(inputs).unwrap().text);
+        let defaults = of(&inputs);
+        for (name, value) in [
+            ("wal_retrieve_retry_interval", "1s"),
+            ("wal_receiver_timeout", "15s"),
+            ("wal_sender_timeout", "15s"),
+            ("tcp_keepalives_idle", "10s"),
+            ("tcp_keepalives_interval", "5s"),
+            ("tcp_keepalives_count", "3"),
+        ] {
+            assert_eq!(defaults.get(name).map(String::as_str), Some(value), "{name}");
+        }
+        inputs.parameters = parameters(&[("wal_retrieve_retry_interval", Some("3s"))]);
+        assert_eq!(of(&inputs)["wal_retrieve_retry_interval"], "3s", "a document that says otherwise is obeyed");
     }
 
     #[test]

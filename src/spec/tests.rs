@@ -38,7 +38,7 @@ fn at<T: std::fmt::Debug>(outcome: Result<T, Problems>, path: &str, says: &str) 
 }
 
 #[test]
-fn all_problems_are_reported_at_once_each_with_its_place() {
+fn row_60_all_problems_are_reported_at_once_each_with_its_place() {
     let text = "apiVersion: pgherd/v1\nkind: Cluster\nmetadata: { name: Main }\nspec:\n  members:\n    - name: a\n      adress: h1\n      \
                 port: 0\n  ha:\n    ttl: 5m\n    ttl: 30s\n  replication: { mode: quorm }\n";
     let problems = load_any("c.yaml", text).unwrap_err();
@@ -70,7 +70,7 @@ fn a_key_in_the_wrong_section_is_shown_the_right_one() {
 }
 
 #[test]
-fn documents_that_are_no_documents_are_rejected_with_a_reason() {
+fn row_60_documents_that_are_no_documents_are_rejected_with_a_reason() {
     for (text, says) in [
         ("", "the document is empty"),
         ("# only a comment\n", "the document is empty"),
@@ -92,7 +92,7 @@ fn documents_that_are_no_documents_are_rejected_with_a_reason() {
 }
 
 #[test]
-fn a_document_of_10_mb_is_rejected_unread() {
+fn row_60_a_document_of_10_mb_is_rejected_unread() {
     let text = format!("{HEAD}{THREE}# {}\n", "x".repeat(10_000_000));
     at(load_any("test", &text), "", &format!("at most {DOCUMENT_MAX_BYTES}"));
     assert!(cluster::load("test", &text).is_err());
@@ -109,7 +109,7 @@ fn hostile_nesting_and_aliases_are_rejected() {
 }
 
 #[test]
-fn a_wrong_type_names_what_was_expected_and_what_was_found() {
+fn row_60_a_wrong_type_names_what_was_expected_and_what_was_found() {
     at(three("  ha: [ a ]\n"), "spec.ha", "found a list");
     at(three("  ha: { ttl: { a: b } }\n"), "spec.ha.ttl", "expected a duration from 3s to 300s, found a mapping of keys");
     at(three("  ha: { ttl: }\n"), "spec.ha.ttl", "found nothing");
@@ -148,7 +148,7 @@ fn patronis_old_name_is_taken_with_a_warning() {
 }
 
 #[test]
-fn times_that_leave_no_room_are_refused_with_the_inequality() {
+fn row_62_times_that_leave_no_room_are_refused_with_the_inequality() {
     // SAFETY row 62.
     at(three("  ha: { ttl: 3s }\n  watchdog: { mode: required }\n"), "spec.watchdog.mode", "ttl >= 8 s, but ttl = 3s");
     at(
@@ -344,7 +344,7 @@ fn is_safe(text: &str, also: &str) -> bool {
 
 proptest! {
     #[test]
-    fn no_accepted_cluster_document_yields_a_hostile_name(text in hostile(), place in 0..6) {
+    fn row_76_no_accepted_cluster_document_yields_a_hostile_name(text in hostile(), place in 0..6) {
         let text = quoted(&text);
         let put = |at: i32, or: &str| if at == place { text.clone() } else { or.to_owned() };
         let document = format!(
@@ -366,7 +366,7 @@ proptest! {
     }
 
     #[test]
-    fn no_accepted_node_document_yields_a_hostile_name(text in hostile(), place in 0..5) {
+    fn row_76_no_accepted_node_document_yields_a_hostile_name(text in hostile(), place in 0..5) {
         let text = quoted(&text);
         let put = |at: i32, or: &str| if at == place { text.clone() } else { or.to_owned() };
         let document = NODE

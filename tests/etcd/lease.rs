@@ -21,10 +21,10 @@ against_both! { 1, &[];
     a_lock_is_proved_with_each_renewal_and_the_guard_knows_first,
     a_lock_made_anew_by_a_stranger_is_noticed_although_the_lease_renews,
     a_leader_key_written_by_hand_is_noticed_although_the_epoch_stays,
-    a_leader_key_deleted_by_hand_costs_the_lock_and_not_the_lease,
-    a_revoked_lease_is_lost,
+    row_37_a_leader_key_deleted_by_hand_costs_the_lock_and_not_the_lease,
+    row_37_a_revoked_lease_is_lost,
     i2_the_deadline_counts_from_the_sending_however_late_the_answer,
-    a_lock_whose_renewals_arrive_and_are_not_answered_runs_out,
+    row_18_a_lock_whose_renewals_arrive_and_are_not_answered_runs_out,
     nothing_is_renewed_while_the_guard_owes_an_acknowledgement,
     a_guard_that_refuses_ends_the_renewals,
     what_the_guard_kept_is_adopted_with_a_proof,
@@ -76,7 +76,7 @@ async fn a_leader_key_written_by_hand_is_noticed_although_the_epoch_stays(server
     assert_eq!((leader.epoch, leader.lease.0), (lock.epoch, 0), "it would never have gone away by itself");
 }
 
-async fn a_leader_key_deleted_by_hand_costs_the_lock_and_not_the_lease(server: EtcdServer) {
+async fn row_37_a_leader_key_deleted_by_hand_costs_the_lock_and_not_the_lease(server: EtcdServer) {
     let mut keeper = Keeper::start(server.settings(), TTL_S);
     keeper.leading(&server.etcd(), "a").await;
     server.stranger().await.delete("/pgherd/main/leader", None).await.unwrap();
@@ -87,7 +87,7 @@ async fn a_leader_key_deleted_by_hand_costs_the_lock_and_not_the_lease(server: E
     assert!(server.etcd().read_view().await.unwrap().members.contains_key(&name("a")));
 }
 
-async fn a_revoked_lease_is_lost(server: EtcdServer) {
+async fn row_37_a_revoked_lease_is_lost(server: EtcdServer) {
     let mut keeper = Keeper::start(server.settings(), TTL_S);
     let lock = keeper.leading(&server.etcd(), "a").await;
     server.etcd().revoke(lock.lease.lease).await.unwrap();
@@ -127,7 +127,7 @@ async fn i2_the_deadline_counts_from_the_sending_however_late_the_answer(server:
 }
 
 /// SAFETY row 18: etcd would renew for ever what nobody can lead under.
-async fn a_lock_whose_renewals_arrive_and_are_not_answered_runs_out(server: EtcdServer) {
+async fn row_18_a_lock_whose_renewals_arrive_and_are_not_answered_runs_out(server: EtcdServer) {
     let (proxy, url) = proxied(&server);
     let mut keeper = Keeper::start(settings(vec![url]), TTL_S);
     let lock = keeper.leading(&server.etcd(), "a").await;

@@ -16,7 +16,7 @@ use crate::support::{lease_of_a_minute, name, record, take_lock};
 against_both! { 1, &[];
     a_deleted_leader_is_seen_and_with_its_release,
     a_view_says_how_fresh_it_is_while_nothing_happens,
-    a_watch_survives_compaction_while_it_was_cut_off,
+    row_40_a_watch_survives_compaction_while_it_was_cut_off,
     a_silent_watch_is_found_out_and_continued_elsewhere,
     an_etcd_that_is_away_is_said_to_be_so_until_it_is_back,
     an_etcd_that_was_rebuilt_is_not_believed,
@@ -105,7 +105,7 @@ async fn a_view_says_how_fresh_it_is_while_nothing_happens(server: EtcdServer) {
     }
 }
 
-async fn a_watch_survives_compaction_while_it_was_cut_off(server: EtcdServer) {
+async fn row_40_a_watch_survives_compaction_while_it_was_cut_off(server: EtcdServer) {
     let (proxy, url) = proxied(&server);
     let mut watched = Watched::start(&Etcd::new(settings(vec![url])).unwrap());
     let etcd = server.etcd();

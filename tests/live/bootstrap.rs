@@ -1,7 +1,7 @@
-//! How a cluster begins, how a member joins and rejoins, and what is never overwritten (SAFETY rows 32, 49, 53, 64; I10, I11).
+//! How a cluster begins, how a member joins and rejoins, and what is never overwritten (SAFETY rows 32, 49, 53, 64, 77; I10, I11, I14).
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -10,6 +10,7 @@ use nix::sys::signal::Signal;
 use pgherd::cli::demo::cluster::run;
 
 use crate::rig::proxy::Network;
+use crate::rig::secrets;
 use crate::rig::wait::holds_throughout;
 use crate::rig::world::{Setup, World};
 
@@ -25,6 +26,22 @@ fn three_empty_members_become_one_cluster_with_one_initdb() {
     let world = World::up(&Setup::default());
     let ids: Vec<_> = (0..world.nodes()).map(|index| system_id(&world.cluster.data_dir(index)).unwrap()).collect();
     assert!(ids.iter().all(|id| *id == ids[0]), "one system identifier");
+    world.finish();
+}
+
+/// The end of every live test looks for them again; here is where they do stand, and that somebody was let in by them.
+#[test]
+fn row_77_a_members_password_for_the_others_is_in_its_passfile_that_nobody_else_reads_and_nowhere_else() {
+    let world = World::up(&Setup::default());
+    let secret = fs::read_to_string(world.cluster.plan.dir.join("secrets/replication")).unwrap();
+    for index in 0..world.nodes() {
+        let run_dir = world.cluster.node_dir(index).join("run");
+        let files = fs::read_dir(run_dir).unwrap().flatten().map(|entry| entry.path()).filter(|path| path.is_file());
+        let holders: Vec<_> = files.filter(|path| fs::read_to_string(path).is_ok_and(|text| text.contains(secret.trim()))).collect();
+        let [passfile] = &holders[..] else { panic!("one file holds it: {holders:?}") };
+        assert_eq!(fs::metadata(passfile).unwrap().permissions().mode() & 0o777, 0o600, "{}", passfile.display());
+    }
+    assert_eq!(secrets::found(&world), Vec::<String>::new());
     world.finish();
 }
 
@@ -96,13 +113,38 @@ fn begun_beside(node_dir: &Path) -> bool {
 }
 
 #[test]
-fn a_replica_whose_data_directory_was_removed_is_cloned_again() {
+fn row_32_a_replica_whose_data_directory_was_removed_is_cloned_again() {
     let world = World::up(&Setup::default());
     let replica = world.replica();
     world.stop_node(replica);
     fs::remove_dir_all(world.cluster.data_dir(replica)).unwrap();
     world.cluster.start_node(replica).unwrap();
     world.wait_whole("after the clone");
+    world.finish();
+}
+
+#[test]
+fn row_32_a_primary_whose_data_directory_was_removed_copies_the_next_leader_and_never_runs_initdb() {
+    let world = World::up(&Setup::default());
+    let (former, timeline) = (world.leader(), world.timeline());
+    let data_dir = world.cluster.data_dir(former);
+    let before = system_id(&data_dir);
+    assert!(before.is_some());
+    let was = |state| world.entered(former, state).len();
+    let (initialized, copied) = (was("initializing"), was("cloning"));
+    world.cluster.cut_power(former);
+    fs::remove_dir_all(&data_dir).unwrap();
+    // At once: the lock is still in its name.
+    world.cluster.start_node(former).unwrap();
+    world.settle("another leads, and the former primary streams from it", || {
+        let found = system_id(&data_dir);
+        assert!(found.is_none() || found == before, "it ran initdb");
+        let leader = world.cluster.status().ok().and_then(|status| status.leader);
+        leader.is_some_and(|name| name != world.name(former)) && found == before && world.cluster.is_whole()
+    });
+    assert!(world.timeline() > timeline);
+    assert_eq!((was("initializing"), was("cloning")), (initialized, copied + 1), "it copied the leader");
+    world.wait_writes(world.leader());
     world.finish();
 }
 
@@ -148,7 +190,7 @@ fn holds_a_control_file(path: &Path) -> bool {
 }
 
 #[test]
-fn a_member_with_another_clusters_data_is_not_touched_and_says_why() {
+fn row_64_a_member_with_another_clusters_data_is_not_touched_and_says_why() {
     let world = World::up(&Setup::default());
     let replica = world.replica();
     world.stop_node(replica);
@@ -197,7 +239,7 @@ fn a_stranger_is_refused(world: &World, index: usize) {
 }
 
 #[test]
-fn a_second_daemon_of_a_replicas_name_does_not_run() {
+fn row_64_a_second_daemon_of_a_replicas_name_does_not_run() {
     let world = World::up(&Setup::default());
     a_stranger_is_refused(&world, world.replica());
     world.wait_whole("all the while");
@@ -205,7 +247,7 @@ fn a_second_daemon_of_a_replicas_name_does_not_run() {
 }
 
 #[test]
-fn a_second_daemon_of_the_leaders_name_does_not_run_and_the_leader_goes_on() {
+fn row_64_a_second_daemon_of_the_leaders_name_does_not_run_and_the_leader_goes_on() {
     let world = World::up(&Setup::default());
     let (leader, timeline) = (world.leader(), world.timeline());
     a_stranger_is_refused(&world, leader);

@@ -11,7 +11,7 @@ use crate::rig::world::{Setup, World};
 const HOUR_S: i64 = 3600;
 
 #[test]
-fn a_wall_clock_that_steps_by_an_hour_costs_no_failover_and_no_write() {
+fn row_23_a_wall_clock_that_steps_by_an_hour_costs_no_failover_and_no_write() {
     let mut world = World::lay_out(&Setup::default());
     world.start_etcd_and_apply();
     let clocks: Vec<WallClock> = (0..world.nodes()).map(|index| WallClock::new(&world.cluster.node_dir(index))).collect();

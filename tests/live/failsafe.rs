@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use pgherd::cli::demo::http;
 use pgherd::clock::BootTime;
 
 use crate::rig::proxy::Network;
@@ -16,7 +15,7 @@ const AWAY_TTLS: u32 = 4;
 const NO_GAP: Duration = Duration::from_secs(1);
 
 fn setup() -> Setup {
-    Setup { ttl_s: 5, proxied: true, document: |document| document.failsafe = true, ..Setup::default() }
+    Setup { ttl_s: 5, proxied: true, ..Setup::default() }
 }
 
 fn ttl() -> Duration {
@@ -27,7 +26,7 @@ fn ttl() -> Duration {
 fn up(setup: &Setup) -> (World, Before) {
     let world = World::up(setup);
     let leader = world.leader();
-    world.settle("failsafe is in force", || get(&world, leader, "/failsafe").is_some_and(|(code, _)| code == 200));
+    world.settle("failsafe is in force", || world.get(leader, "/failsafe").is_some_and(|(code, _)| code == 200));
     let timeline = world.timeline();
     world.settle("the leader says its epoch", || epoch(&world, leader).is_some());
     world.wait_writes(leader);
@@ -43,16 +42,8 @@ struct Before {
     since: BootTime,
 }
 
-fn get(world: &World, index: usize, path: &str) -> Option<(u16, String)> {
-    http::ask("GET", world.cluster.plan.nodes[index].api_listen, path, Duration::from_secs(5)).ok()
-}
-
-fn patroni(world: &World, index: usize) -> serde_json::Value {
-    get(world, index, "/patroni").and_then(|(_, body)| serde_json::from_str(&body).ok()).unwrap_or_default()
-}
-
 fn epoch(world: &World, index: usize) -> Option<u64> {
-    patroni(world, index)["pgherd"]["epoch"].as_u64()
+    world.json(index, "/patroni")["pgherd"]["epoch"].as_u64()
 }
 
 /// For several ttls: the primary calls itself one all the while, says that it is in failsafe, and its writers see nothing of it.
@@ -60,8 +51,9 @@ fn epoch(world: &World, index: usize) -> Option<u64> {
 fn goes_on(world: &World, before: &Before) {
     let leads = || world.http(before.leader, "/primary") == Some(200);
     assert!(holds_throughout(AWAY_TTLS * ttl(), leads), "{} does not go on", world.name(before.leader));
-    assert_eq!(patroni(world, before.leader)["failsafe_mode_is_active"], true);
-    let metrics = get(world, before.leader, "/metrics").unwrap().1;
+    assert_eq!(world.json(before.leader, "/patroni")["failsafe_mode_is_active"], true);
+    assert_eq!(world.json(before.leader, "/health")["pgherd"]["degraded"], true, "and says that it is not as it should be");
+    let metrics = world.get(before.leader, "/metrics").unwrap().1;
     assert!(metrics.lines().any(|line| line.starts_with("patroni_failsafe_mode_is_active{") && line.ends_with(" 1")), "{metrics}");
 }
 
@@ -69,7 +61,7 @@ fn goes_on(world: &World, before: &Before) {
 #[track_caller]
 fn nothing_happened(world: &World, before: &Before) {
     world.wait_whole("after etcd was back");
-    world.settle("the leader is proved by etcd", || patroni(world, before.leader)["failsafe_mode_is_active"].is_null());
+    world.settle("the leader is proved by etcd", || world.json(before.leader, "/patroni")["failsafe_mode_is_active"].is_null());
     assert_eq!((world.leader(), world.timeline()), (before.leader, before.timeline), "no failover");
     world.wait_writes(before.leader);
     let prober = world.prober();
@@ -106,7 +98,7 @@ fn primary_alone_cut_from_etcd(network: Network) {
     nothing_happened(&world, &before);
     assert!(epoch(&world, before.leader) > before.epoch, "taken anew");
     // And it can happen again.
-    world.settle("the others are relied on again", || get(&world, before.leader, "/failsafe").is_some_and(|(code, _)| code == 200));
+    world.settle("the others are relied on again", || world.get(before.leader, "/failsafe").is_some_and(|(code, _)| code == 200));
     world.finish();
 }
 
@@ -121,7 +113,7 @@ fn row_15_a_primary_that_etcd_alone_is_silent_to_goes_on_and_takes_the_lock_anew
 }
 
 #[test]
-fn a_primary_cut_from_etcd_and_from_one_member_is_stopped_by_f_and_another_leads_once_promises_are_over() {
+fn row_15_a_primary_cut_from_etcd_and_from_one_member_is_stopped_by_f_and_another_leads_once_promises_are_over() {
     let (world, before) = up(&setup());
     let silent = world.others(before.leader)[1];
     world.set_api_network(silent, Network::Silent);

@@ -56,7 +56,7 @@ fn a_switchover_to_a_member_that_is_down_or_unknown_is_refused_before_anything_i
 }
 
 #[test]
-fn a_standby_promoted_by_hand_is_fenced_and_never_gains_the_lock() {
+fn row_66_a_standby_promoted_by_hand_is_fenced_and_never_gains_the_lock() {
     let world = World::up(&Setup::default());
     let (leader, timeline, replica) = (world.leader(), world.timeline(), world.replica());
     let connection = world.cluster.connection(world.cluster.plan.nodes[replica].declared.port).unwrap();
@@ -110,18 +110,24 @@ fn delete_keys(world: &World, prefix: &'static str) {
 }
 
 #[test]
-fn a_leader_key_deleted_by_hand_ends_the_leadership_at_once_and_an_election_follows() {
-    let world = World::up(&Setup::default());
-    let timeline = world.timeline();
+fn row_37_a_leader_key_deleted_by_hand_ends_the_leadership_at_once_and_an_election_follows() {
+    // Its deadline is far away, and so is the next renewal, whose proof would fail: what ends the leadership is the watch.
+    let world = World::up(&Setup { ttl_s: 30, ..Setup::default() });
+    let (former, timeline) = (world.leader(), world.timeline());
+    let postmaster = world.postmaster(former);
     delete_keys(&world, "/pgherd/live/leader");
     world.settle("a later timeline", || world.status().timeline.is_some_and(|now| now > timeline));
     world.wait_whole("after the election");
+    assert_eq!(world.timeline(), timeline + 1, "one election");
+    assert!(!postmaster.is_alive(), "the primary of before was ended");
+    assert_eq!(world.entered(former, "demoting"), ["the lock or the server is gone: the lock's key was deleted or replaced"]);
+    assert_eq!(world.why_elected(), "the lock expired or was deleted", "not after a release in good order");
     world.wait_writes(world.leader());
     world.finish();
 }
 
 #[test]
-fn deleting_all_keys_stops_writes_runs_no_initdb_and_an_apply_brings_the_cluster_back() {
+fn row_72_deleting_all_keys_stops_writes_runs_no_initdb_and_an_apply_brings_the_cluster_back() {
     let world = World::up(&Setup::default());
     let identity = |index| std::fs::read(world.cluster.data_dir(index).join("global/pg_control")).unwrap()[..8].to_vec();
     let before: Vec<_> = (0..world.nodes()).map(identity).collect();

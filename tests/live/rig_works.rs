@@ -1,9 +1,11 @@
 //! The rig judged by worlds that are wrong on purpose, without pgherd: a checker that has never failed has proved nothing.
 
 use nix::sys::signal::Signal;
+use pgherd::cli::demo::runtime::in_own_thread;
 use pgherd::clock::BootTime;
 
 use crate::rig::checker::two_writers;
+use crate::rig::secrets;
 use crate::rig::world::{Setup, World};
 
 /// Plain servers with the prober at work.
@@ -37,6 +39,25 @@ fn one_server_that_is_killed_and_started_again_is_no_offence_and_its_outage_is_s
     assert_eq!(two_writers(&world.prober().acks()), None);
     assert!(!world.prober().longest_gap(begun).is_zero());
     assert!(world.cluster.household().living().iter().any(|found| found.name == "postgres"));
+}
+
+#[test]
+fn a_password_that_got_out_is_found_wherever_it_stands() {
+    let world = World::lay_out(&Setup::default());
+    world.start_etcd_and_apply();
+    world.foreign_initdb(0);
+    assert_eq!(secrets::found(&world), Vec::<String>::new());
+    let read = |name: &str| std::fs::read_to_string(world.cluster.plan.dir.join("secrets").join(name)).unwrap();
+    let settings = world.cluster.data_dir(0).join("postgresql.auto.conf");
+    std::fs::write(&settings, format!("primary_conninfo = 'password={}'", read("replication").trim())).unwrap();
+    let endpoints: Vec<String> = world.cluster.plan.etcd.iter().map(|member| member.client_url()).collect();
+    let told = read("superuser");
+    in_own_thread(async move {
+        etcd_client::Client::connect(endpoints, None).await?.put("/pgherd/live/members/n2", told, None).await?;
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(secrets::found(&world), [settings.display().to_string(), "etcd's /pgherd/live/members/n2".to_owned()]);
 }
 
 #[test]

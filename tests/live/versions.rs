@@ -1,4 +1,4 @@
-//! The newest PostgreSQL that is supported here, and what no clock on the wall may change.
+//! The newest PostgreSQL that is supported here, and the newer line of etcd.
 
 use nix::sys::signal::Signal;
 

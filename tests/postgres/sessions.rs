@@ -66,7 +66,7 @@ async fn a_standby_that_is_not_consistent_yet_says_not_yet() {
 }
 
 #[tokio::test]
-async fn roles_are_made_once_and_their_passwords_reach_no_log() {
+async fn row_77_roles_are_made_once_and_their_passwords_reach_no_log() {
     for installation in installations().await {
         let root = place();
         let server = Server::primary(&installation, root.path(), "a").await;
@@ -99,7 +99,7 @@ async fn roles_are_made_once_and_their_passwords_reach_no_log() {
 }
 
 #[tokio::test]
-async fn hostile_names_and_texts_come_back_as_they_were() {
+async fn row_76_hostile_names_and_texts_come_back_as_they_were() {
     let hostile =
         ["a\"b", "a'b", "'; drop table t; --", "\\'", "a\nb", "$1", "\u{e4}\u{1F418}", "../../etc/passwd", "A b", "E'\\x'", "\"", "\\"];
     for installation in installations().await {

@@ -4,6 +4,8 @@
 pub mod checker;
 pub mod prober;
 pub mod proxy;
+mod said;
+pub mod secrets;
 pub mod wait;
 pub mod wall_clock;
 pub mod world;

@@ -15,7 +15,6 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use pgherd::cli::demo::cluster::{LocalCluster, NodePlan, Plan, Said, run};
 use pgherd::cli::demo::documents::ClusterDocument;
-use pgherd::cli::demo::http;
 use pgherd::cli::demo::ledger::{judge, switch_points};
 use pgherd::cli::demo::ports::PortBlock;
 use pgherd::cli::demo::process::{ProcessId, end_of};
@@ -30,6 +29,7 @@ use pgherd::types::TimelineId;
 use super::checker::{broken_history, two_primaries_claimed, two_writers};
 use super::prober::{Prober, Target};
 use super::proxy::{Network, Proxy};
+use super::secrets;
 use super::wait::{holds_within, settles_within};
 
 /// How long bringing up, a failover or a rejoin may take on a busy machine before a test gives up.
@@ -63,6 +63,11 @@ impl Default for Setup {
     fn default() -> Setup {
         Setup { nodes: 3, etcd_members: 1, ttl_s: 4, postgres_17: false, etcd_3_5: false, proxied: false, document: |_| {} }
     }
+}
+
+/// For tests of what happens without failsafe: with it the others promise, and the primary goes on (tests/live/failsafe.rs).
+pub fn without_failsafe(document: &mut ClusterDocument) {
+    document.failsafe = Some(false);
 }
 
 /// A cluster under test.
@@ -102,7 +107,6 @@ impl World {
         document.pg_hba = ["all", "replication"].map(|database| format!("host {database} all 127.0.0.0/8 scram-sha-256")).into();
         // Segments that a killed server leaves behind are in its data directory, and go with it.
         document.parameters.insert("dynamic_shared_memory_type".into(), "mmap".into());
-        document.parameters.insert("wal_retrieve_retry_interval".into(), "1s".into());
         (setup.document)(&mut document);
         World { cluster, document, prober: None, etcd_proxies, node_proxies, ports, _place: place }
     }
@@ -270,11 +274,6 @@ impl World {
         }
     }
 
-    /// What OPTIONS of a path says on a node; None when nobody answers.
-    pub fn http(&self, index: usize, path: &str) -> Option<u16> {
-        http::ask("OPTIONS", self.cluster.plan.nodes[index].api_listen, path, LIMIT).ok().map(|(code, _)| code)
-    }
-
     /// Runs initdb as the servers' user into a node's data directory, past pgherd.
     pub fn foreign_initdb(&self, index: usize) {
         let user = &self.cluster.household().user;
@@ -303,13 +302,6 @@ impl World {
             in_own_thread(async move { Writer::create_table(&connection, LIMIT).await }).is_ok()
         };
         self.settle("the table is made", made);
-    }
-
-    /// Whether the status shows a condition for this member whose text has `word` in it.
-    pub fn has_condition(&self, index: usize, word: &str) -> bool {
-        let Ok(status) = self.cluster.status() else { return false };
-        let own = status.member(self.name(index)).map(|member| member.conditions.clone()).unwrap_or_default();
-        own.iter().chain(&status.conditions).any(|condition| condition.to_string().contains(word))
     }
 
     /// The name of the etcd member that leads etcd.
@@ -362,6 +354,7 @@ impl World {
     #[track_caller]
     pub fn finish_after_a_promote_by_hand(mut self) {
         self.judge(false);
+        self.no_secret_got_out();
         self.cluster.end().unwrap();
     }
 
@@ -391,19 +384,11 @@ impl World {
         }
     }
 
-    /// I14: the passwords are in no log and in no process's arguments.
+    /// I14: the passwords are nowhere but where they have to be.
     #[track_caller]
     fn no_secret_got_out(&self) {
-        let read = |path: PathBuf| (path.display().to_string(), String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned());
-        let secrets = ["superuser", "replication"].map(|name| read(self.cluster.plan.dir.join("secrets").join(name)).1);
-        let mut places: Vec<PathBuf> = (0..self.nodes()).map(|index| self.cluster.node_log(index)).collect();
-        for index in 0..self.nodes() {
-            places.extend(fs::read_dir(self.cluster.node_dir(index).join("log")).into_iter().flatten().flatten().map(|entry| entry.path()));
-        }
-        places.extend(self.cluster.household().living().iter().map(|found| format!("/proc/{}/cmdline", found.id.pid).into()));
-        for (place, text) in places.into_iter().map(read) {
-            assert!(!secrets.iter().any(|secret| text.contains(secret.trim())), "a password stands in {place}");
-        }
+        let found = secrets::found(self);
+        assert!(found.is_empty(), "a password stands in {found:?}");
     }
 
     fn history_file(&self, index: usize, timeline: TimelineId) -> String {

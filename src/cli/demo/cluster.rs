@@ -390,7 +390,7 @@ impl LocalCluster {
             members: self.plan.nodes.iter().map(|node| node.declared.clone()).collect(),
             ttl_s: 5,
             loop_wait_s: 1,
-            failsafe: false,
+            failsafe: None,
             mode: "async".into(),
             version: self.plan.programs.postgres_major()?,
             parameters: [("max_connections", "50"), ("shared_buffers", "16MB"), ("wal_keep_size", "128MB")]

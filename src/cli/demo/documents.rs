@@ -32,8 +32,8 @@ pub struct ClusterDocument {
     pub ttl_s: u32,
     /// Time between rounds when nothing happens, in seconds.
     pub loop_wait_s: u32,
-    /// Whether the leader may go on without etcd while all members answer.
-    pub failsafe: bool,
+    /// Whether the leader may go on without etcd while all members answer. None = not typed: the default.
+    pub failsafe: Option<bool>,
     /// `async`, `quorum` or `sync`.
     pub mode: String,
     /// PostgreSQL's major version.
@@ -58,8 +58,7 @@ impl ClusterDocument {
     ttl: {ttl}s
     loop_wait: {loop_wait}s
     retry_timeout: 3s
-    failsafe: {failsafe}
-  replication:
+{failsafe}  replication:
     mode: {mode}
   watchdog:
     mode: \"off\"
@@ -68,7 +67,7 @@ impl ClusterDocument {
 ",
             ttl = self.ttl_s,
             loop_wait = self.loop_wait_s,
-            failsafe = self.failsafe,
+            failsafe = self.failsafe.map(|on| format!("    failsafe: {on}\n")).unwrap_or_default(),
             mode = self.mode,
             version = self.version,
         );
@@ -168,8 +167,7 @@ spec:
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_cluster_document_is_one_that_apply_takes() {
+    fn cluster_document() -> ClusterDocument {
         let member = |name: &str, port| DeclaredMember {
             name: name.into(),
             address: "127.0.0.1".into(),
@@ -177,19 +175,36 @@ mod tests {
             api_port: port + 1,
             tags: [("nofailover".to_owned(), "true".to_owned())].into(),
         };
-        let document = ClusterDocument {
+        ClusterDocument {
             name: "demo".into(),
             members: vec![member("n1", 1025), member("n2", 1027)],
             ttl_s: 5,
             loop_wait_s: 1,
-            failsafe: false,
+            failsafe: None,
             mode: "async".into(),
             version: 15,
             parameters: [("log_line_prefix".to_owned(), r#"test "a\b" = 'c'"#.to_owned())].into(),
             pg_hba: vec!["host all all 127.0.0.0/8 scram-sha-256".into()],
-        };
-        let loaded = crate::spec::cluster::load("cluster.yaml", &document.to_yaml()).unwrap();
-        assert_eq!(crate::spec::unbuilt::refusals(&loaded.spec), Vec::new());
+        }
+    }
+
+    fn load(document: &ClusterDocument) -> crate::spec::cluster::ClusterSpec {
+        crate::spec::cluster::load("cluster.yaml", &document.to_yaml()).unwrap().spec
+    }
+
+    #[test]
+    fn the_cluster_document_is_one_that_apply_takes() {
+        assert_eq!(crate::spec::unbuilt::refusals(&load(&cluster_document())), Vec::new());
+    }
+
+    #[test]
+    fn failsafe_is_the_products_default_unless_it_is_typed() {
+        let document = cluster_document();
+        assert!(!document.to_yaml().contains("failsafe"));
+        assert!(load(&document).ha.failsafe, "what is measured and shown is what a document gets that does not name it");
+        for typed in [true, false] {
+            assert_eq!(load(&ClusterDocument { failsafe: Some(typed), ..document.clone() }).ha.failsafe, typed);
+        }
     }
 
     #[test]

@@ -1,9 +1,7 @@
-//! Tests of the machine as a whole: every state against every kind of event, the claims of SAFETY 3 against any sequence of events, and
-//! small clusters of machines over a toy etcd and toy servers.
+//! Tests of the machine as a whole: every state against every kind of event, found cases, and small clusters of machines over a toy etcd
+//! and toy servers; all of them judged by the claims of SAFETY 3. Sequences that nobody wrote are the simulator's (tests/simulation).
 
-#[allow(dead_code)]
 mod checked;
-#[allow(dead_code)]
 pub(crate) mod fixtures;
 mod toy;
 

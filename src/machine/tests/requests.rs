@@ -14,6 +14,20 @@ use super::cluster::s;
 use super::fixtures::*;
 use super::reactions::worlds::{leads, led_by_us};
 
+#[test]
+fn row_60_a_document_that_means_nothing_is_said_and_the_last_good_one_stays_in_force() {
+    let mut primary = Checked::resume(leads(), State::Primary);
+    let in_force = primary.world().spec.clone();
+    assert!(in_force.is_some());
+    primary.handle(T0, Event::SpecUnreadable(9, "spec.members: this key is missing".to_owned()));
+    assert_eq!((primary.state(), &primary.world().spec), (&State::Primary, &in_force), "and its generation is the one that is shown");
+    let said = primary.world().conditions["spec_unreadable"].message.clone();
+    assert!(said.contains("generation 9") && said.contains("spec.members: this key is missing"), "{said}");
+    primary.handle(T0, Event::SpecRead(10, in_force.unwrap().1));
+    assert_eq!(primary.world().spec.as_ref().map(|(generation, _)| *generation), Some(10));
+    assert!(!primary.world().conditions.contains_key("spec_unreadable"));
+}
+
 /// Found live: a standby that had come a moment before was refused, "its state is `streaming`".
 #[test]
 fn row_69_a_standby_that_says_that_it_streams_is_not_refused_before_the_primary_has_looked_again() {
