@@ -12,7 +12,7 @@ use crate::cli::output::{confirm, print, tell, who};
 use crate::cli::{Asking, Connection};
 use crate::clock::BootTime;
 use crate::etcd::{Etcd, EtcdError};
-use crate::facts::cluster::{Ask, ClusterView, DataDirectoryReport, Initialize, RequestProgress};
+use crate::facts::cluster::{Ask, ClusterView, DataDirectoryReport, Initialize, MemberKey, RequestProgress};
 use crate::types::MemberName;
 
 /// Between two looks at the request.
@@ -45,6 +45,10 @@ fn check_switchover(view: &ClusterView, to: &MemberName) -> Result<String, Strin
     Ok(format!("Switch over from {} to {to}?", one_line(&leader.holder)))
 }
 
+fn has_data((_, key): &(&MemberName, &MemberKey)) -> bool {
+    key.record.data_directory == DataDirectoryReport::Full
+}
+
 fn check_bootstrap(view: &ClusterView, on: &MemberName) -> Result<String, String> {
     if view.spec.is_none() {
         return Err("no cluster document is in force: use `pgherd apply -f CLUSTER.yaml` first".to_owned());
@@ -57,12 +61,12 @@ fn check_bootstrap(view: &ClusterView, on: &MemberName) -> Result<String, String
     if !view.members.contains_key(on) {
         return Err(format!("{on} has no key in etcd: its daemon is not running or cannot reach etcd"));
     }
-    let has_data = |name: &&MemberName| view.members[*name].record.data_directory == DataDirectoryReport::Full;
-    if let Some(other) = view.members.keys().filter(|name| *name != on).find(has_data) {
-        return Err(format!("the data directory of {other} is not empty: it has to lead, or be emptied by hand"));
-    }
-    if has_data(&on) {
-        return Ok(format!("Let {on} lead with the data that it has, and give up what only a member that has not reported may have?"));
+    let with_data: Vec<&str> = view.members.iter().filter(has_data).map(|(name, _)| name.as_str()).collect();
+    if !with_data.is_empty() {
+        let with_data = with_data.join(", ");
+        return Err(format!(
+            "there is data on {with_data}: a cluster with data is not initialized, it leads again once every declared member has reported;              apply a document without those that are lost"
+        ));
     }
     Ok(format!("Initialize an EMPTY cluster on {on}, although not every member has reported an empty data directory?"))
 }
@@ -177,8 +181,10 @@ mod tests {
         view.members.values_mut().for_each(|key| key.record.data_directory = DataDirectoryReport::Empty);
         assert!(check_bootstrap(&view, &name("mdw")).unwrap().contains("EMPTY"));
         holds(&mut view, "mdw", DataDirectoryReport::Full);
-        assert!(check_bootstrap(&view, &name("mdw")).unwrap().contains("with the data that it has"));
-        assert!(check_bootstrap(&view, &name("standby")).unwrap_err().contains("data directory of mdw is not empty"));
+        for on in ["mdw", "standby"] {
+            let refused = check_bootstrap(&view, &name(on)).unwrap_err();
+            assert!(refused.contains("there is data on mdw") && refused.contains("apply a document without"), "{refused}");
+        }
         view.spec = None;
         assert!(check_bootstrap(&view, &name("mdw")).is_err());
     }

@@ -48,6 +48,11 @@ pub struct ClusterView {
 }
 
 impl ClusterView {
+    /// Whether the claim to initialize is on this lease.
+    pub fn is_claimed_on(&self, lease: LeaseId) -> bool {
+        matches!(&self.initialize, Some(Initialize::Claimed { lease: on, .. }) if *on == lease)
+    }
+
     /// Whether `history` names this leadership by its epoch.
     pub fn has_recorded(&self, epoch: Epoch) -> bool {
         self.history.iter().any(|entry| entry.is_of(epoch))

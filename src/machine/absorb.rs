@@ -360,7 +360,7 @@ impl World {
                 }
             }
             Finished::Released(result) => {
-                let epoch = self.releasing.take();
+                let epoch = self.asked.releasing.take();
                 if result.is_ok() {
                     self.released = epoch;
                 } else {
@@ -378,8 +378,9 @@ impl World {
                 self.ended(now, Kind::WriteStatus, result.is_ok());
             }
             Finished::PromotionRecorded(result) => {
-                if let (Ok(true), Some(lock)) = (&result, self.lock.identity()) {
-                    self.recorded = Some(lock.epoch);
+                // A late answer is of the leadership that it was asked for.
+                if matches!(result, Ok(true)) {
+                    self.recorded = self.asked.recording;
                 }
                 self.ended(now, Kind::RecordPromotion, matches!(result, Ok(true)));
             }
@@ -397,6 +398,7 @@ impl World {
             }
             Finished::InitializeGivenUp(result) => {
                 self.ended(now, Kind::GiveUpInitialize, result.is_ok());
+                self.pause(now, Kind::GiveUpInitialize, ANSWERED_PAUSE_MS);
             }
             Finished::RequestAnswered(result) => {
                 self.ended(now, Kind::AnswerRequest, result.is_ok());

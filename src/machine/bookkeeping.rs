@@ -5,14 +5,14 @@
 use std::time::Duration;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::{Condition, Severity};
+use crate::facts::cluster::{Condition, HistoryEntry, Severity};
 use crate::facts::guard::{Rung, StartId};
 use crate::facts::postgres::DataDirectory;
 use crate::policy::rejoin;
 use crate::types::Epoch;
 
 use super::absorb::ANSWERED_PAUSE_MS;
-use super::action::{OperationKind, StopMode};
+use super::action::{Operation, OperationKind, StopMode};
 use super::world::{Backoff, World, knows_of};
 
 /// Longest wait between two attempts of an operation that fails.
@@ -32,7 +32,33 @@ pub const CRASH_WINDOW_S: u64 = 60;
 /// So many starts within the window and another member has to lead.
 pub const CRASH_LIMIT: usize = 3;
 
+/// What etcd was asked for, as far as its answer does not say it.
+#[derive(Debug, Clone, Default)]
+pub struct Asked {
+    /// The leadership that is being given back.
+    pub releasing: Option<Epoch>,
+    /// The leadership whose promotion is being recorded.
+    pub recording: Option<Epoch>,
+    /// `history` as it is written with the lock that was asked for last.
+    pub history: Vec<HistoryEntry>,
+    /// That lock is a new cluster's first, and it was our claim to initialize that it was asked for on.
+    pub first: bool,
+}
+
 impl World {
+    /// What will be needed when the answer comes.
+    pub(super) fn note_asked(&mut self, operation: &Operation) {
+        match operation {
+            Operation::Release { epoch, .. } => self.asked.releasing = Some(*epoch),
+            Operation::RecordPromotion { epoch, .. } => self.asked.recording = Some(*epoch),
+            Operation::Acquire { history, judged_on, .. } => {
+                self.asked.history.clone_from(history);
+                self.asked.first = self.lease.is_some_and(|lease| judged_on.is_claimed_on(lease.lease));
+            }
+            _ => {}
+        }
+    }
+
     /// PostgreSQL takes writes here from now on. Starts before the window are forgotten.
     pub(super) fn note_primary_start(&mut self, now: BootTime) {
         self.primary_starts.push(now);
@@ -114,6 +140,7 @@ impl World {
         // A postmaster that started meanwhile has made this look old.
         if self.proved_empty() {
             self.clear("running_unread");
+            let before = self.promoted;
             self.promoted = match &data {
                 // What the record does not say yet, the start that follows writes into it.
                 DataDirectory::Full(control) => {
@@ -123,6 +150,8 @@ impl World {
                 DataDirectory::Empty => Some(None),
                 DataDirectory::Unknown | DataDirectory::Unusable(_) => None,
             };
+            // Other files than those that were judged.
+            self.judged = self.judged.filter(|_| self.promoted == before);
             self.data = data;
             self.looked_at = now;
         } else {

@@ -84,6 +84,7 @@ impl World {
             _ => Lock::Unproved(identity),
         };
         self.failsafe.lapsed = false;
+        self.initialized_here |= self.asked.first;
     }
 
     /// Whether etcd, and no promise, proved the lock last.

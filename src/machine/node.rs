@@ -49,12 +49,7 @@ impl Context<'_> {
         let may = self.world.may_start(self.now, kind);
         if may {
             self.world.in_flight.insert(kind);
-            if let Operation::Release { epoch, .. } = &operation {
-                self.world.releasing = Some(*epoch);
-            }
-            if let Operation::Acquire { history, .. } = &operation {
-                self.world.with_lock.clone_from(history);
-            }
+            self.world.note_asked(&operation);
             self.actions.push(Action::Do(operation));
         }
         may

@@ -16,6 +16,7 @@ use crate::spec::cluster::{ClusterSpec, Member};
 use crate::types::{Epoch, Incarnation, LeaseIdentity, LockIdentity, MemberName, Revision, TimelineId};
 
 use super::action::{Action, LeaseOrder, OperationKind, StopMode, Upstream};
+use super::bookkeeping::Asked;
 use super::event::{ForeignKey, PeersAnswer};
 use super::failsafe::Failsafe;
 
@@ -179,8 +180,8 @@ pub struct World {
     pub rejoin: Option<Rejoin>,
     /// The checkpoint before a planned stop was made.
     pub checkpointed: bool,
-    /// The leadership that is being given back.
-    pub releasing: Option<Epoch>,
+    /// What etcd was asked for.
+    pub asked: Asked,
     /// The leadership that was given back last.
     pub released: Option<Epoch>,
     /// What peers said.
@@ -203,8 +204,6 @@ pub struct World {
     pub foreign_seen: BootTime,
     /// `status` as last written, and when.
     pub status_written: Option<(StatusRecord, BootTime)>,
-    /// `history` as it is written with the lock that was asked for last.
-    pub with_lock: Vec<HistoryEntry>,
     /// The leadership whose promotion is in `history`.
     pub recorded: Option<Epoch>,
     /// The start whose roles were seen to.
@@ -278,7 +277,7 @@ impl World {
             promoted: None,
             rejoin: None,
             checkpointed: false,
-            releasing: None,
+            asked: Asked::default(),
             released: None,
             peers: None,
             vacancy: None,
@@ -290,7 +289,6 @@ impl World {
             foreign: None,
             foreign_seen: BootTime::default(),
             status_written: None,
-            with_lock: Vec::new(),
             recorded: None,
             roles_for: None,
             not_streaming_since: None,

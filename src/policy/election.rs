@@ -7,9 +7,7 @@
 use std::time::Duration;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::{
-    Ask, ClusterView, DataDirectoryReport, HistoryEntry, Initialize, MemberKey, MemberRecord, RequestProgress, Vote,
-};
+use crate::facts::cluster::{ClusterView, DataDirectoryReport, HistoryEntry, Initialize, MemberKey, MemberRecord, Vote};
 use crate::mutants::{Mutant, mutant};
 use crate::policy::failsafe::{self, HeldBack, Promise};
 use crate::spec::cluster::{ClusterSpec, Member};
@@ -308,12 +306,9 @@ fn all_have_reported_one_identity(inputs: &Inputs<'_>) -> Result<SystemId, Verdi
     let again = inputs.now + Duration::from_millis(VOTERS_GRACE_MS);
     for member in &inputs.spec.members {
         let Some(key) = inputs.view.members.get(&member.name) else {
-            if asked_to_go_on_without_silent_members(inputs) {
-                continue;
-            }
-            let (silent, me) = (&member.name, inputs.me);
-            let way_out = format!("`pgherd bootstrap --on {me} --yes` goes on without it");
-            return Err(wait(again, format!("etcd has no system identifier and `{silent}` has not reported; {way_out}")));
+            let silent = &member.name;
+            let way_out = "start its daemon, or apply a document without it";
+            return Err(wait(again, format!("etcd has no system identifier and `{silent}` has not reported: {way_out}")));
         };
         match (key.record.data_directory, key.record.system_id) {
             (DataDirectoryReport::Empty, _) => {}
@@ -334,13 +329,6 @@ fn all_have_reported_one_identity(inputs: &Inputs<'_>) -> Result<SystemId, Verdi
         }
     }
     Ok(inputs.system_id)
-}
-
-/// An operator said so, to have initdb run here; initdb was done, and this member ended before it took the lock.
-fn asked_to_go_on_without_silent_members(inputs: &Inputs<'_>) -> bool {
-    let open = |progress: &RequestProgress| matches!(progress, RequestProgress::Created | RequestProgress::Claimed { .. });
-    let here = |ask: &Ask| matches!(ask, Ask::Bootstrap { on } if on == inputs.me);
-    inputs.view.requests.values().any(|key| here(&key.record.ask) && open(&key.record.progress))
 }
 
 fn has_said_how_far(inputs: &Inputs<'_>, member: &Member, record: &MemberRecord) -> bool {

@@ -240,9 +240,9 @@ fn foreign_promotion(inputs: Inputs<'_>) -> Option<String> {
         return None;
     }
     match (own_promotion.filter(|record| record.timeline == own), promoted_under) {
-        (Some(OwnPromotion { epoch: Epoch::BY_HAND, .. }), _) if inputs.led_before => {
-            Some(format!("this member was promoted to timeline {own} by hand, the leader's timeline {own} was made by somebody else"))
-        }
+        (Some(OwnPromotion { epoch: Epoch::BY_HAND, .. }), _) if inputs.led_before => Some(format!(
+            "this member was promoted to timeline {own} by hand, the leader's timeline {own} may have been made by somebody else"
+        )),
         // A number from before all leaderships says nothing against a data directory that was there before pgherd.
         (Some(OwnPromotion { epoch: Epoch::BY_HAND, .. }), _) => None,
         (Some(record), Some(epoch)) if record.epoch != epoch => Some(format!(
@@ -254,7 +254,7 @@ fn foreign_promotion(inputs: Inputs<'_>) -> Option<String> {
             record.epoch
         )),
         (None, _) if inputs.led_before && promoted_by_hand(local) == Some(own) => Some(format!(
-            "this member was a primary on timeline {own} without a record of having promoted it; the leader's was made by somebody else"
+            "this member was a primary on timeline {own} without a record of having promoted it; the leader's may have been made by somebody else"
         )),
         _ => None,
     }

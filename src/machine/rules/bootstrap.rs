@@ -15,7 +15,7 @@ use crate::machine::rules::standby;
 use crate::machine::state::{Promotion, State, Way};
 use crate::machine::world::Lock;
 use crate::mutants::{Mutant, mutant};
-use crate::types::{LeaseId, MemberName, TimelineId};
+use crate::types::{MemberName, TimelineId};
 
 /// How much longer each further member in the spec waits before it claims initialization.
 const CLAIM_STEP_MS: u64 = 2_000;
@@ -52,6 +52,8 @@ pub(crate) fn awaiting_leader(context: &mut Context<'_>) -> Outcome<State> {
             context.world.set_info("waiting_to_initialize", why);
             // Somebody may bring the data back that is waited for.
             standby::look_again(context);
+            // Given back before, and etcd may not have heard it.
+            give_back_claim(context);
             Handled
         }
     }
@@ -81,6 +83,9 @@ fn may_initialize(context: &Context<'_>) -> Result<(), String> {
         None => {}
         // Also one that the run before this left on the lease that was taken over.
         Some(Initialize::Claimed { lease: on, .. }) if context.world.lease.is_some_and(|lease| lease.lease == *on) => {}
+        Some(Initialize::Claimed { by, .. }) if !spec.members.iter().any(|member| member.name.as_str() == by) => {
+            return Err(format!("`{by}` has begun to initialize the cluster and is not in spec.members: declare it, or stop its daemon"));
+        }
         Some(Initialize::Claimed { by, .. }) => return Err(format!("`{by}` is initializing the cluster")),
         Some(Initialize::Done(id)) => {
             return Err(format!(
@@ -112,7 +117,7 @@ fn may_initialize(context: &Context<'_>) -> Result<(), String> {
     if let Some(silent) = spec.members.iter().find(|member| !view.members.contains_key(&member.name)) {
         let me = &context.world.me.name;
         let silent = &silent.name;
-        return Err(format!("`{silent}` has not reported an empty data directory; `pgherd bootstrap --on {me} --yes` goes on without it"));
+        return Err(format!("`{silent}` has not reported an empty data directory; `pgherd bootstrap --on {me}` goes on without it"));
     }
     let mut candidates: Vec<_> = spec.members.iter().filter(|member| !member.nofailover()).collect();
     candidates.sort_by_key(|member| std::cmp::Reverse(member.failover_priority));
@@ -133,16 +138,11 @@ fn asked_to_bootstrap(view: &ClusterView, me: &MemberName) -> bool {
         && view.requests.values().any(|key| matches!(&key.record.ask, Ask::Bootstrap { on } if on == me) && open(&key.record.progress))
 }
 
-/// The claim to initialize is on this lease.
-fn claimed_on(view: &ClusterView, lease: LeaseId) -> bool {
-    matches!(&view.initialize, Some(Initialize::Claimed { lease: on, .. }) if *on == lease)
-}
-
 /// A member that the spec names no more gives its claim back, but only when there is nothing in its data directory: what initdb made
 /// there is the cluster's data, and the claim keeps others from making a second one before this member could say so.
 pub(crate) fn give_back_claim(context: &mut Context<'_>) {
     let (Some(view), Some(lease)) = (context.world.fresh_view(), context.world.lease) else { return };
-    if claimed_on(view, lease.lease) && context.world.data == DataDirectory::Empty {
+    if view.is_claimed_on(lease.lease) && context.world.data == DataDirectory::Empty {
         context.start(Operation::GiveUpInitialize);
     }
 }
@@ -170,7 +170,7 @@ pub(crate) fn initializing(context: &mut Context<'_>) -> Outcome<State> {
     if view.leader.is_some() {
         return Transition(State::Following);
     }
-    let claimed_by_us = claimed_on(&view, lease.lease);
+    let claimed_by_us = view.is_claimed_on(lease.lease);
     match context.world.data {
         DataDirectory::Full(ref control) => {
             // Ours, made a moment ago. The lock goes with the identity, in one transaction.

@@ -108,7 +108,7 @@ fn record_promotion(context: &mut Context<'_>, lock: LockIdentity, timeline: Tim
         context.world.recorded = Some(lock.epoch);
         return;
     }
-    let mut history = view.map_or_else(|| context.world.with_lock.clone(), |view| view.history.clone());
+    let mut history = view.map_or_else(|| context.world.asked.history.clone(), |view| view.history.clone());
     let ours = |entry: &&mut HistoryEntry| entry.awaits(&context.world.me.name, lock.lease.lease);
     let Some(entry) = history.iter_mut().rev().find(ours) else { return };
     // A lock won to start in place keeps the timeline it has; the reserved id then stays unused for good.

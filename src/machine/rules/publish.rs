@@ -19,7 +19,7 @@ const VANISHED_AFTER_MS: u64 = 1_000;
 
 /// Writes the member key if it has to be written.
 pub(crate) fn publish(context: &mut Context<'_>, state: &State) {
-    if context.world.lease.is_none() || matches!(state, State::Undeclared) || context.world.exited {
+    if context.world.lease.is_none() || context.world.exited {
         return;
     }
     let Some(record) = record(context.world, state) else { return };

@@ -80,7 +80,9 @@ fn why_not(context: &Context<'_>, to: &MemberName) -> Option<Obstacle> {
         return lasting(format!("`{to}` never leads: failover_priority is 0 or the tag nofailover is set"));
     }
     let Some(key) = view.members.get(to) else { return lasting(format!("the daemon of `{to}` is not there: it has no member key")) };
-    let replica = sql.replicas.iter().find(|replica| replica.application_name == to.as_str());
+    // A walsender of a connection that is half gone can stand beside the one at work.
+    let of_it = || sql.replicas.iter().filter(|replica| replica.application_name == to.as_str());
+    let replica = of_it().find(|replica| replica.state == "streaming").or_else(|| of_it().next());
     let own = &key.record.state;
     let Some(flushed) = replica.filter(|replica| replica.state == "streaming").and_then(|replica| replica.flush_lsn) else {
         let seen = replica.map_or("the leader does not see it", |replica| replica.state.as_str());

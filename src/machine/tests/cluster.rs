@@ -472,4 +472,5 @@ fn row_32_a_member_removed_from_the_spec_while_it_runs_initdb_keeps_others_from_
     toy.apply(spec(&THREE));
     toy.converges(s(40));
     assert_eq!(toy.leader(), Some("a"), "with what it made");
+    assert!(toy.post_init.contains(&name("a")), "and what follows initdb is made too");
 }

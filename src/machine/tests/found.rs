@@ -10,6 +10,7 @@ use crate::facts::guard::{StartId, Word};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{DataDirectory, DatabaseState, Probe, SqlFacts, WalReceiverFacts};
 use crate::machine::action::{Action, LeaseOrder, Operation, OperationKind, StartAs, StopMode};
+use crate::machine::bookkeeping::Asked;
 use crate::machine::event::{Event, Finished, ForeignKey, PutOutcome};
 use crate::machine::state::{HandOver, HandOverStage, State, Then};
 use crate::machine::world::{Lock, World};
@@ -273,6 +274,11 @@ fn what_hangs_on_our_lease_moves_to_another_only_once_history_names_our_leadersh
 
     let earlier = World { recorded: Some(Epoch(299)), ..checked.world().clone() };
     assert_eq!(earlier.key_to_move(), None, "an earlier leadership was recorded");
+    let mut late = World { recorded: None, ..checked.world().clone() };
+    late.asked.recording = Some(Epoch(299));
+    let mut late = Checked::resume(World { in_flight: [OperationKind::RecordPromotion].into(), ..late }, State::Primary);
+    late.handle(T0, Event::Finished(Finished::PromotionRecorded(Ok(true))));
+    assert_eq!(late.world().recorded, Some(Epoch(299)), "an answer that comes late is of the leadership before");
     assert!(World { lock: Lock::None, ..earlier.clone() }.key_to_move().is_some(), "a member without a lock moves its key alone");
     assert_eq!(World { lock: Lock::None, written: None, ..earlier }.key_to_move(), None, "there is nothing to move");
 }
@@ -476,7 +482,7 @@ fn a_promotion_is_recorded_although_the_view_of_our_lock_is_late() {
     let mut late = led_by_b();
     late.revision = Revision(299);
     let history = vec![entry(2, "a", 7)];
-    let won = World { view: Some(Arc::new(late)), with_lock: history, recorded: None, ..leads() };
+    let won = World { view: Some(Arc::new(late)), asked: Asked { history, ..Asked::default() }, recorded: None, ..leads() };
     let actions = Checked::resume(won, State::Primary).handle(T0, Event::Tick);
     let recorded = actions.iter().find_map(|action| match action {
         Action::Do(Operation::RecordPromotion { epoch, history }) => Some((*epoch, history.last()?.epoch)),

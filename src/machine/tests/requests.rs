@@ -58,7 +58,8 @@ fn row_69_a_standby_that_says_that_it_streams_is_not_refused_before_the_primary_
         sync_state: "async".to_owned(),
     };
     let looked = |seconds, replicas| Event::Probed(probe(T0 + s(seconds), SqlFacts { replicas, ..sql(false, 2, 1_000) }));
-    let answer = answers(checked.handle(T0 + s(1), looked(1, vec![sees])));
+    let half_gone = ReplicaFacts { state: "catchup".to_owned(), flush_lsn: None, ..sees.clone() };
+    let answer = answers(checked.handle(T0 + s(1), looked(1, vec![half_gone, sees])));
     assert!(matches!(answer, Some(RequestProgress::Claimed { .. })), "{answer:?}");
     assert_eq!(answers(blind.handle(T0 + s(2), looked(2, Vec::new()))), None);
     let answer = answers(blind.handle(T0 + s(3), looked(3, Vec::new())));

@@ -5,7 +5,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::facts::cluster::{FailsafeRecord, MemberRole, ReleaseRecord, RequestKey, RequestRecord, StatusRecord};
+use crate::facts::cluster::{FailsafeRecord, MemberRole, ReleaseRecord, StatusRecord};
 use crate::machine::tests::fixtures::{SYSTEM, T0, empty_record, entry, key, ms, name, record, recorded, spec, view};
 use crate::types::{Epoch, Revision};
 
@@ -374,14 +374,6 @@ fn rows_13_and_72_without_an_identity_in_etcd_all_declared_members_have_to_repor
         other => panic!("{other:?}"),
     }
     assert!(matches!(wiped().gone("c").judge_after(60_000), Verdict::Wait { why, .. } if why.contains("`c`")));
-    let asked = |on: &str, progress| {
-        let record = RequestRecord { ask: Ask::Bootstrap { on: name(on) }, by: "op".to_owned(), at: String::new(), progress };
-        wiped().gone("c").with(|view| drop(view.requests.insert("1".to_owned(), RequestKey { record, mod_revision: Revision(1) })))
-    };
-    let me = wiped().me.to_string();
-    assert!(asked(&me, RequestProgress::Created).runs_after(60_000), "an operator goes on without the silent member");
-    assert!(!asked("c", RequestProgress::Created).runs_after(60_000), "by name of this one only");
-    assert!(!asked(&me, RequestProgress::Refused { reason: String::new() }).runs_after(60_000));
     let unknown = wiped().with(|view| view.members.get_mut(&name("c")).unwrap().record.data_directory = DataDirectoryReport::Unknown);
     assert!(matches!(unknown.judge_after(60_000), Verdict::Wait { why, .. } if why.contains("`c`")));
     let empty = wiped().with(|view| view.members.get_mut(&name("c")).unwrap().record = empty_record());

@@ -205,7 +205,7 @@ fn asked(world: &World, finished: &Finished) -> Option<World> {
     match finished {
         Finished::Released(_) if world.lock == Lock::None || !world.cannot_write(T0) => return None,
         Finished::Acquired(_) if world.lock != Lock::None => return None,
-        Finished::Released(_) => world.releasing = Some(ours().epoch),
+        Finished::Released(_) => world.asked.releasing = Some(ours().epoch),
         _ => {}
     }
     Some(world)

@@ -323,7 +323,7 @@ fn handing_over() -> Vec<Case> {
 fn demoting() -> Vec<Case> {
     let state = |then| State::Demoting { demotion: Demotion { why: "a test".to_owned(), then } };
     let mut releases = busy(locked(idle(), Lock::Unproved(ours())), OperationKind::Release);
-    releases.releasing = Some(ours().epoch);
+    releases.asked.releasing = Some(ours().epoch);
     let by_scan = World { guard: None, guard_gone: true, ..busy(idle(), OperationKind::FenceByScan) };
     let ending = PostmasterFacts::Ending { start: StartId(1), rung: Rung::KillAll };
     vec![
@@ -338,7 +338,7 @@ fn demoting() -> Vec<Case> {
 fn stopping() -> Vec<Case> {
     let of = |world: World| World { stop_requested: true, ..world };
     let mut releases = busy(locked(idle(), Lock::Unproved(ours())), OperationKind::Release);
-    releases.releasing = Some(ours().epoch);
+    releases.asked.releasing = Some(ours().epoch);
     vec![
         case("it takes writes under the lock", State::Stopping, of(writes())),
         case("a standby runs", State::Stopping, of(standby())),

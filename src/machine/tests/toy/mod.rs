@@ -69,6 +69,8 @@ pub(crate) struct Toy {
     specs: BTreeMap<u64, Arc<ClusterSpec>>,
     /// Who promoted to which timeline id: each id once, ever (I9).
     pub(crate) promoted: BTreeMap<TimelineId, MemberName>,
+    /// Who made what follows initdb: the application's roles and databases.
+    pub(crate) post_init: BTreeSet<MemberName>,
     tokens: u64,
     /// Clients write.
     pub(crate) load: bool,
@@ -91,6 +93,7 @@ impl Toy {
             hosts: BTreeMap::new(),
             specs: BTreeMap::new(),
             promoted: BTreeMap::new(),
+            post_init: BTreeSet::new(),
             tokens: 0,
             load: true,
             log: Vec::new(),

@@ -170,7 +170,12 @@ impl Toy {
             Operation::Clone { from, found_empty, .. } => Finished::Cloned(self.clone_from(member, &from, found_empty)),
             Operation::PlanRejoin { leader, .. } => Finished::RejoinPlanned(self.plan(member, &leader)),
             Operation::Promote { lock, timeline, .. } => Finished::PromotionAsked(self.promote(member, lock.epoch, timeline)),
-            Operation::EnsureRoles { .. } => Finished::RolesEnsured(Ok(())),
+            Operation::EnsureRoles { post_init, .. } => {
+                if post_init {
+                    self.post_init.insert(member.clone());
+                }
+                Finished::RolesEnsured(Ok(()))
+            }
             Operation::Checkpoint => Finished::Checkpointed(Ok(())),
             Operation::AskPeers { vacancy, peers } => {
                 let writes = |name: &MemberName| {
