@@ -48,10 +48,7 @@ pub async fn acquire(
     mut history: Vec<HistoryEntry>,
     initialize: Option<SystemId>,
 ) -> Event {
-    // A new entry; one that is handed on to the next leadership keeps the time of its promotion.
-    if let Some(entry) = history.last_mut().filter(|entry| entry.at.is_empty()) {
-        entry.at = clock::wall_clock();
-    }
+    stamp(&mut history);
     let request = AcquireRequest::judged_on(judged_on, member, lease, history, initialize);
     done(Finished::Acquired(match etcd.acquire(&request).await {
         Ok(Acquisition::Acquired(lock)) => AcquireOutcome::Won(lock),
@@ -59,6 +56,13 @@ pub async fn acquire(
         Ok(Acquisition::Unknown(why)) => AcquireOutcome::Failed(why),
         Err(error) => AcquireOutcome::Failed(failure(&error)),
     }))
+}
+
+/// A new entry gets the time; one that is handed on to the next leadership keeps the time of its promotion.
+fn stamp(history: &mut [HistoryEntry]) {
+    if let Some(entry) = history.last_mut().filter(|entry| entry.at.is_empty()) {
+        entry.at = clock::wall_clock();
+    }
 }
 
 /// Lets the lock go.
@@ -73,7 +77,8 @@ pub async fn write_status(etcd: Etcd, status: StatusRecord) -> Event {
 }
 
 /// Completes `history`.
-pub async fn record_promotion(etcd: Etcd, epoch: Epoch, history: Vec<HistoryEntry>) -> Event {
+pub async fn record_promotion(etcd: Etcd, epoch: Epoch, mut history: Vec<HistoryEntry>) -> Event {
+    stamp(&mut history);
     done(Finished::PromotionRecorded(fenced(etcd.record_promotion(epoch, &history).await)))
 }
 

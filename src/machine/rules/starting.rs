@@ -109,7 +109,7 @@ fn declared_or(context: &Context<'_>, state: State) -> Outcome<State> {
     if context.world.declared().is_some() { Transition(state) } else { Transition(State::Undeclared) }
 }
 
-/// Serves health, touches nothing, waits to be declared.
+/// Serves health, starts and stops nothing, waits to be declared. Its key goes on saying what is in the data directory.
 pub(crate) fn undeclared(context: &mut Context<'_>) -> Outcome<State> {
     if context.world.declared().is_some() {
         context.world.clear("undeclared");
