@@ -115,9 +115,8 @@ pub fn writable(snapshot: &Snapshot, now: BootTime) -> Writable {
         Some(PostmasterFacts::ProvedEmpty { .. }) => Some(false),
         Some(PostmasterFacts::Running { word: Word::Writable, .. }) => Some(true),
         Some(PostmasterFacts::Running { word: Word::Standby, .. }) => Some(false),
-        Some(PostmasterFacts::Ending { .. }) if snapshot.role == MemberRole::Primary => Some(true),
-        // What nobody vouches for may be writable.
-        Some(PostmasterFacts::Ending { .. } | PostmasterFacts::Unclaimed { .. }) => None,
+        // What is being ended, or what nobody vouches for, may write until it is proved dead, whatever this member is by now.
+        Some(PostmasterFacts::Ending { .. } | PostmasterFacts::Unclaimed { .. }) => Some(true),
     };
     let age = now.since(snapshot.taken);
     let known = match by_guard {

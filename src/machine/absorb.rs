@@ -252,6 +252,12 @@ impl World {
             self.files_failed = end.exit_status.is_some_and(|status| status != 0);
             self.warn("start_failed", format!("PostgreSQL ended with {how} before it took connections; see its log"));
         }
+        // As long as this daemon has no proof of its own, it goes by the guard's deadline: half way between A and E the guard has begun.
+        if let (Lock::None | Lock::Unproved(_), Some(lock), PostmasterFacts::Running { word: Word::Writable, .. }) =
+            (self.lock, &facts.lock, &facts.postmaster)
+        {
+            self.ladder_due = Some(lock.announce_at + lock.valid_until.since(lock.announce_at) / 2);
+        }
         let another = self.guard.as_ref().is_none_or(|known| known.pid != facts.pid);
         // It keeps no deadline of a lock that was proved to the one before.
         if let (Some(identity), true, None) = (self.lock.identity(), another, &facts.lock) {

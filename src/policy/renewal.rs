@@ -257,8 +257,12 @@ impl Book {
         self.silent = false;
     }
 
-    /// Drops what is held and gets a new lease.
+    /// Drops what is held and gets a new lease. One that was granted while the order was on its way stays: it has been said, and a second
+    /// one would be taken for a change of the ttl, while the first is renewed no more.
     pub fn grant(&mut self, now: BootTime) {
+        if self.held.as_ref().is_some_and(|held| held.lock.is_none() && now < held.until) {
+            return;
+        }
         self.forget();
         self.want(now);
     }

@@ -365,6 +365,7 @@ impl Sim {
     pub fn lock_was_taken(&mut self, host: usize, outcome: &Acquired) {
         if let Acquired::Ours(_) = outcome {
             self.checks.leaders.push((self.now, host));
+            self.lock_hangs_on_a_lease(host);
             let name = self.hosts[host].name.clone();
             self.say(Some(host), || format!("etcd: {name} takes the lock"));
         }
@@ -404,7 +405,8 @@ impl Sim {
         let this = &mut self.hosts[host];
         // Guard and daemon both cannot do their work, and there is no watchdog.
         if !guard && !daemon && this.guard.as_ref().is_some_and(|guard| guard.frozen) {
-            this.excused_until = this.excused_until.max(now.after(ms(AWAKE_MS)));
+            let until = now.after(ms(AWAKE_MS) + this.server.dies_within());
+            this.excused_until = this.excused_until.max(until);
         }
         // pg_promote by hand: fenced within one probe while its daemon runs and its server answers.
         if let Some(at) = this.server.postmaster.as_ref().and_then(|postmaster| postmaster.promoted_by_hand) {

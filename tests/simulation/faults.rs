@@ -69,6 +69,7 @@ impl Sim {
         let local = pgherd::clock::BootTime(0) + booted;
         this.clock.boot(now, local);
         this.proved_until = pgherd::clock::BootTime(0);
+        this.renewed_until.clear();
         self.start_daemon(host);
     }
 

@@ -12,7 +12,7 @@ use pgherd::machine::Machine;
 use pgherd::machine::action::{Action, Operation, OperationKind};
 use pgherd::machine::event::Event;
 use pgherd::policy::rejoin::OwnPromotion;
-use pgherd::types::{LeaseIdentity, MemberName, Revision};
+use pgherd::types::{LeaseId, LeaseIdentity, MemberName, Revision};
 
 use super::clock::{HostClock, Real};
 use super::guard::Waiting;
@@ -139,6 +139,8 @@ pub struct Host {
     pub hello_waits: bool,
     /// By true requests and answers: until when this host's lock is proved (I2).
     pub proved_until: BootTime,
+    /// The same of each lease that it has renewed, whether the lock hangs on it or not.
+    pub renewed_until: BTreeMap<LeaseId, BootTime>,
     /// Until then this host is inside a stated limit of P1.
     pub excused_until: Real,
     /// The lock was taken away before its time; until then its holder may not know.
@@ -168,6 +170,7 @@ impl Host {
             stream_due: false,
             hello_waits: false,
             proved_until: BootTime(0),
+            renewed_until: BTreeMap::new(),
             excused_until: Real(0),
             early_loss_until: Real(0),
         }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use pgherd::etcd::AcquireRequest;
 use pgherd::facts::cluster::{FailsafeRecord, HistoryEntry, LeaderKey, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord};
 use pgherd::facts::failsafe::PromiseAsk;
+use pgherd::machine::action::OperationKind;
 use pgherd::machine::event::Event;
 use pgherd::types::{Epoch, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision};
 
@@ -255,7 +256,14 @@ impl Sim {
             }
             EtcdAsk::Release { epoch, record } => {
                 if self.etcd.proves_epoch(epoch) {
-                    self.checks.released(&self.hosts[host]);
+                    let asked = self.hosts[host].daemon.as_ref();
+                    let late = asked.is_none_or(|daemon| !daemon.machine.world().in_flight.contains(&OperationKind::Release));
+                    if late {
+                        // Given up by who asked for it, and carried out all the same: the lock goes before its time.
+                        self.early_loss();
+                    } else {
+                        self.checks.released(&self.hosts[host]);
+                    }
                 }
                 EtcdAnswer::Done(self.etcd.release(epoch, record.as_ref()))
             }

@@ -75,6 +75,9 @@ impl Postmaster {
     }
 }
 
+/// After SIGKILL, on a host that is not slow.
+const DIES_WITHIN_MS: u64 = 8;
+
 /// A process of PostgreSQL whose postmaster is dead.
 #[derive(Debug, Clone)]
 pub struct Orphan {
@@ -275,10 +278,15 @@ impl Server {
         }
     }
 
+    /// So long a process that was sent SIGKILL may take.
+    pub fn dies_within(&self) -> Duration {
+        self.slow(ms(DIES_WITHIN_MS))
+    }
+
     /// SIGKILL to everything that is left. A process is not gone with the signal: its memory has to be given back first, and the lock can
     /// be given back in less.
     pub fn kill_all(&mut self, now: Real, random: &mut Random) {
-        let dying = self.slow(random.between(us(100), ms(8)));
+        let dying = self.slow(random.between(us(100), ms(DIES_WITHIN_MS)));
         if self.postmaster.is_some() {
             self.kill_postmaster(now, dying);
         }

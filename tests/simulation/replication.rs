@@ -252,12 +252,18 @@ impl Sim {
         sent: pgherd::clock::BootTime,
         ttl: std::time::Duration,
     ) {
-        let holds =
-            self.etcd.view.leader.as_ref().is_some_and(|leader| leader.lease == lease && leader.holder == self.hosts[host].name.as_str());
-        if holds {
-            let until = sent + ttl * 995 / 1000;
-            let proved = &mut self.hosts[host].proved_until;
-            *proved = (*proved).max(until);
+        let until = sent + ttl * 995 / 1000;
+        let renewed = self.hosts[host].renewed_until.entry(lease).or_insert(until);
+        *renewed = (*renewed).max(until);
+        self.lock_hangs_on_a_lease(host);
+    }
+
+    /// The lock has what its lease has, also from before it hung there.
+    pub fn lock_hangs_on_a_lease(&mut self, host: usize) {
+        let this = &mut self.hosts[host];
+        let Some(leader) = self.etcd.view.leader.as_ref().filter(|leader| leader.holder == this.name.as_str()) else { return };
+        if let Some(until) = this.renewed_until.get(&leader.lease) {
+            this.proved_until = this.proved_until.max(*until);
         }
     }
 

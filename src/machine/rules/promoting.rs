@@ -25,6 +25,10 @@ const STOP_PATIENCE_S: u64 = 10;
 pub(crate) fn rule(promotion: &mut Promotion, context: &mut Context<'_>) -> Outcome<State> {
     follow_lease(&mut promotion.lock, context);
     let lock = promotion.lock;
+    // What is being given back is not used before it is known whether it is.
+    if context.world.in_flight.contains(&OperationKind::Release) {
+        return Handled;
+    }
     if context.world.holding != Some(lock) {
         context.world.forget_failures(OperationKind::Promote);
         context.world.forget_failures(OperationKind::Start);

@@ -115,6 +115,7 @@ fn judge_operation(world: &World, now: BootTime, operation: &Operation, context:
         }
         Operation::Start { role: StartAs::Primary, .. } => {
             assert!(proved(None), "I2: starts a primary without a proof, {context}");
+            assert!(!world.in_flight.contains(&OperationKind::Release), "starts a primary while it gives the lock back, {context}");
             assert!(world.proved_empty(), "starts a second server, {context}");
         }
         Operation::Start { .. } | Operation::Clone { .. } | Operation::PlanRejoin { .. } | Operation::Initdb { .. } => {

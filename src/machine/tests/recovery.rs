@@ -1,13 +1,16 @@
 //! Small clusters that lose a guard, a data directory, their keys or their etcd, and what becomes of them.
 
-use crate::facts::guard::GuardFacts;
+use crate::facts::guard::{GuardFacts, Word};
+use crate::facts::postgres::DatabaseState;
+use crate::machine::action::{Action, Operation, OperationKind};
 use crate::machine::event::Event;
-use crate::machine::state::State;
+use crate::machine::state::{Promotion, State, Way};
+use crate::machine::world::World;
 
 use super::checked::Checked;
 use super::cluster::{THREE, s};
-use super::fixtures::{T0, guard, name, nothing_runs};
-use super::reactions::worlds::leads;
+use super::fixtures::{T0, guard, lock, lock_facts, me, name, nothing_runs, running};
+use super::reactions::worlds::{full, leads, ours};
 use super::toy::Toy;
 
 #[test]
@@ -81,4 +84,30 @@ fn a_lock_that_was_proved_to_the_guard_before_is_not_proved_to_a_new_one() {
     checked.handle(T0, Event::Guard(another));
     assert_eq!(checked.world().lock.proved(), None);
     assert!(checked.world().key_to_move().is_none());
+}
+
+/// Found by the simulator's seed 26995: etcd was away, so that the daemon knew no ttl, and the guard stood still.
+#[test]
+fn a_daemon_that_has_just_started_ends_what_a_frozen_guard_leaves_running_past_its_deadline() {
+    let mut checked = Checked::new(me("a"));
+    let mut facts = guard(1, running(1, Word::Writable));
+    facts.lock = Some(lock_facts(lock(7, 300), T0));
+    let (announce_at, valid_until) = facts.lock.map(|lock| (lock.announce_at, lock.valid_until)).unwrap();
+    checked.handle(T0, Event::Guard(facts));
+    let fences = |actions: Vec<Action>| actions.iter().any(|action| matches!(action, Action::Do(Operation::FenceByScan)));
+    assert!(!fences(checked.handle(announce_at, Event::Tick)), "the guard has half the time to begin");
+    assert!(fences(checked.handle(announce_at + valid_until.since(announce_at) / 2, Event::Tick)));
+}
+
+/// Found by the simulator's seed 28616: the guard died while the lock was being given back, and the lock was proved still.
+#[test]
+fn a_lock_that_is_being_given_back_starts_no_primary() {
+    let ended = World { guard: Some(guard(2, nothing_runs())), data: full(DatabaseState::ShutDown).data, ..leads() };
+    let starts = |world: World| {
+        let promotion = Promotion { lock: ours(), way: Way::StartInPlace, since: T0 };
+        let actions = Checked::resume(world, State::Promoting { promotion }).handle(T0, Event::Tick);
+        actions.iter().any(|action| matches!(action, Action::Do(Operation::Start { .. })))
+    };
+    assert!(starts(ended.clone()));
+    assert!(!starts(World { in_flight: [OperationKind::Release].into(), ..ended }));
 }
