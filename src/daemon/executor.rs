@@ -68,7 +68,8 @@ impl Executor {
     pub fn before_machine(&mut self, machine: &Machine, event: Event) -> Option<Event> {
         if let Event::Lease(LeaseEvent::Granted { identity, sent, .. }) = &event {
             let world = machine.world();
-            if let Some(old) = world.lease.filter(|old| old != identity) {
+            // One that is being taken over is ours already: what is granted beside it has another ttl.
+            if let Some(old) = world.lease.or(world.adopting).filter(|old| old != identity) {
                 // Otherwise the new lease runs out, and another one is got.
                 if let Some(record) = world.key_to_move().cloned() {
                     self.move_keys(world.lock.identity(), record, old, *identity, *sent);

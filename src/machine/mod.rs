@@ -236,6 +236,7 @@ fn keep_lease(context: &mut Context<'_>, state: &State) {
     if wanted && world.lease.is_none() && !asked && world.declared().is_some() {
         world.lease_asked = true;
         world.lease_asked_at = context.now;
+        world.adopting = None;
         context.actions.push(Action::Lease(LeaseOrder::Grant));
     }
 }

@@ -257,14 +257,17 @@ impl Book {
         self.silent = false;
     }
 
-    /// Drops what is held and gets a new lease. One that was granted while the order was on its way stays: it has been said, and a second
-    /// one would be taken for a change of the ttl, while the first is renewed no more.
-    pub fn grant(&mut self, now: BootTime) {
-        if self.held.as_ref().is_some_and(|held| held.lock.is_none() && now < held.until) {
-            return;
+    /// Gets a new lease. One that is kept up stays, and is said again: the order and the news of it have crossed, and a second one would be
+    /// taken for a change of the ttl, while the first is renewed no more. One that was adopted and never renewed is dropped.
+    pub fn grant(&mut self, now: BootTime) -> Option<LeaseEvent> {
+        if let Some(Held { identity, lock: None, times, until, .. }) = self.held
+            && until > BootTime(0)
+        {
+            return Some(LeaseEvent::Granted { identity, ttl: times.ttl, sent: until.before(times.validity()) });
         }
         self.forget();
         self.want(now);
+        None
     }
 
     /// Keeps nothing up any more. Answers with the lease that was.

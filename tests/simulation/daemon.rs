@@ -273,7 +273,7 @@ impl Sim {
                 let daemon = self.hosts[host].daemon.as_ref()?;
                 let world = daemon.machine.world();
                 let (identity, sent) = (*identity, *sent);
-                if let Some(old) = world.lease.filter(|old| *old != identity) {
+                if let Some(old) = world.lease.or(world.adopting).filter(|old| *old != identity) {
                     if let Some(record) = world.key_to_move().cloned() {
                         let lock = world.lock.identity();
                         self.note_lease(host, identity);

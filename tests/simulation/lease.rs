@@ -349,7 +349,7 @@ impl Sim {
 fn obey(book: &mut Book, command: Command, now: BootTime) -> Option<LeaseEvent> {
     match command {
         Command::Order(LeaseOrder::Adopt(lease, lock)) => book.adopt(lease, lock, now),
-        Command::Order(LeaseOrder::Grant) => book.grant(now),
+        Command::Order(LeaseOrder::Grant) => return book.grant(now),
         Command::Order(LeaseOrder::Hold(lock)) => return book.hold(lock, now).err().map(|why| LeaseEvent::Failed { why }),
         Command::Order(LeaseOrder::LetGo) => book.let_go(),
         Command::Order(LeaseOrder::Failsafe(armed)) => return book.arm(armed, now),

@@ -215,7 +215,10 @@ impl Keeper {
         let now = BootTime::now();
         match order {
             Command::Adopt(lease, lock) => self.book.adopt(lease, lock, now),
-            Command::Grant => self.book.grant(now),
+            Command::Grant => {
+                let said = self.book.grant(now);
+                self.tell(said);
+            }
             Command::Hold(lock) => {
                 let refused = self.book.hold(lock, now).err().map(|why| LeaseEvent::Failed { why });
                 self.tell(refused);

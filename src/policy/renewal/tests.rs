@@ -54,11 +54,14 @@ fn an_order_that_crosses_the_lease_it_asks_for_gets_no_second_one() {
     let mut book = Book::new(times(T_MS));
     book.grant(ms(0));
     assert!(matches!(book.granted(lease(1), ms(1_000)), LeaseEvent::Granted { .. }));
-    book.grant(ms(3_000));
+    let said = LeaseEvent::Granted { identity: lease(1), ttl: Duration::from_millis(T_MS), sent: ms(1_000) };
+    assert_eq!(book.grant(ms(3_000)), Some(said.clone()));
     assert_eq!(kept(&book), Some((lease(1), None)));
-    assert!(matches!(book.next(ms(6_000)), Step::Renew { .. }), "{:?}", book.next(ms(6_000)));
-    book.grant(ms(1_000 + T_MS));
-    assert_eq!(kept(&book), None, "one that has run out is not kept");
+    assert_eq!(book.grant(ms(1_000 + T_MS)), Some(said), "that it has run out is seen at its next renewal, and said");
+    assert!(matches!(book.next(ms(1_000 + T_MS)), Step::Renew { .. }));
+    book.adopt(lease(2), None, ms(40_000));
+    assert_eq!(book.grant(ms(48_000)), None);
+    assert_eq!(kept(&book), None, "one that was never renewed is given up");
 }
 
 /// Found by the simulator's seed 8888.
