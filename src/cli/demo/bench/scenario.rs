@@ -9,13 +9,14 @@ use clap::ValueEnum;
 use nix::sys::signal::Signal;
 use serde::Serialize;
 
-use super::super::cluster::LocalCluster;
+use super::super::cluster::{LocalCluster, remove_dir};
 use super::super::drill::leader;
 use super::super::http;
 use super::super::process::{ProcessId, wait_for, wait_for_every};
 use super::clients::Client;
 use super::statistics::outage;
 use crate::clock::{BootTime, wall_clock};
+use crate::postgres::layout::Layout;
 
 /// Rows that each client has to see acknowledged before a fault, and again after it and after the cluster is whole: 2 s of writing,
 /// two rounds of HAProxy's checks.
@@ -242,6 +243,17 @@ impl<'a> Rounds<'a> {
         });
         ensure!(!self.interrupted(), "interrupted");
         ensure!(ready, "the cluster was not ready again within {} s; its last status: {last:?}", RECOVERY_BOUND_MS / 1000);
+        self.remove_kept()
+    }
+
+    /// What a person would do between two failovers: a member keeps one diverged data directory, and a second waits until that is gone.
+    fn remove_kept(&self) -> Result<()> {
+        for index in 0..self.cluster.plan.nodes.len() {
+            let kept = Layout::new(&self.cluster.data_dir(index), None)?.kept_dir();
+            if kept.exists() {
+                remove_dir(&kept)?;
+            }
+        }
         Ok(())
     }
 
