@@ -12,7 +12,7 @@ use crate::cli::output::{confirm, print, tell, who};
 use crate::cli::{Asking, Connection};
 use crate::clock::BootTime;
 use crate::etcd::{Etcd, EtcdError};
-use crate::facts::cluster::{Ask, ClusterView, DataDirectoryReport, Initialize, MemberKey, RequestProgress};
+use crate::facts::cluster::{Ask, ClusterView, Initialize, RequestProgress};
 use crate::types::MemberName;
 
 /// Between two looks at the request.
@@ -45,10 +45,6 @@ fn check_switchover(view: &ClusterView, to: &MemberName) -> Result<String, Strin
     Ok(format!("Switch over from {} to {to}?", one_line(&leader.holder)))
 }
 
-fn has_data((_, key): &(&MemberName, &MemberKey)) -> bool {
-    key.record.data_directory == DataDirectoryReport::Full
-}
-
 fn check_bootstrap(view: &ClusterView, on: &MemberName) -> Result<String, String> {
     if view.spec.is_none() {
         return Err("no cluster document is in force: use `pgherd apply -f CLUSTER.yaml` first".to_owned());
@@ -61,7 +57,7 @@ fn check_bootstrap(view: &ClusterView, on: &MemberName) -> Result<String, String
     if !view.members.contains_key(on) {
         return Err(format!("{on} has no key in etcd: its daemon is not running or cannot reach etcd"));
     }
-    let with_data: Vec<&str> = view.members.iter().filter(has_data).map(|(name, _)| name.as_str()).collect();
+    let with_data: Vec<&str> = view.members.iter().filter(|(_, key)| key.has_data()).map(|(name, _)| name.as_str()).collect();
     if !with_data.is_empty() {
         let with_data = with_data.join(", ");
         return Err(format!(
@@ -154,6 +150,7 @@ async fn over(etcd: &Etcd, id: &str, end: Result<String, (u8, String)>) -> Outco
 mod tests {
     use super::*;
     use crate::cli::status::testing;
+    use crate::facts::cluster::DataDirectoryReport;
     use crate::types::SystemId;
 
     fn name(text: &str) -> MemberName {

@@ -218,7 +218,7 @@ async fn plan(host: &Host, leader: &Upstream, history: &[HistoryEntry]) -> anyho
     let wal = wal::end_of_wal(&host.settled()?.installation, data_dir, &local, wal::WAL_LIMIT).await;
     let own_promotion = host.layout.promotion_file().read()?;
     let led_before = rejoin::led_before(wal.timeline, history);
-    let promoted_under = history.iter().rev().find(|entry| entry.timeline == wal.timeline).and_then(|entry| entry.epoch);
+    let promoted_under = rejoin::promoted_under(wal.timeline, history);
     let leader = host.leader_server(leader)?.look(LEADER_LIMIT).await.context("asking the leader for its history")?;
     let plan = rejoin::decide(Inputs {
         local: &local,

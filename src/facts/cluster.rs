@@ -101,6 +101,13 @@ pub struct MemberKey {
     pub mod_revision: Revision,
 }
 
+impl MemberKey {
+    /// The member says that there is something in its data directory.
+    pub fn has_data(&self) -> bool {
+        self.record.data_directory == DataDirectoryReport::Full
+    }
+}
+
 /// `members/NAME`: what a member says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemberRecord {

@@ -170,10 +170,7 @@ fn valid_votes<'a>(inputs: &'a Inputs<'_>) -> impl Iterator<Item = (&'a MemberNa
 fn silent_voters<'a>(inputs: &'a Inputs<'_>) -> impl Iterator<Item = &'a MemberName> + 'a {
     let former = inputs.view.history.last().map(|entry| &entry.member);
     inputs.view.members.iter().filter_map(move |(name, key)| {
-        let counts = name != inputs.me
-            && Some(name) != former
-            && may_lead(inputs.spec, name)
-            && key.record.data_directory == DataDirectoryReport::Full;
+        let counts = name != inputs.me && Some(name) != former && may_lead(inputs.spec, name) && key.has_data();
         let voted = key.record.vote.is_some_and(|vote| vote.vacancy == inputs.view.history_revision);
         (counts && !voted).then_some(name)
     })

@@ -276,6 +276,11 @@ pub fn may_be_of_another_promotion(own: TimelineId, promoted: Option<(TimelineId
     !ours && !mutant(Mutant::ForeignPromotionFollowed)
 }
 
+/// Under which leadership a timeline was promoted, as the newest entry of it says; None when that is not recorded.
+pub fn promoted_under(timeline: TimelineId, history: &[HistoryEntry]) -> Option<Epoch> {
+    history.iter().rev().find(|entry| entry.timeline == timeline)?.epoch
+}
+
 /// Whether a leadership reserved that timeline, or one before it. If none did, the timeline was there before pgherd, and everybody has it
 /// from the same promotion; else two members may have been promoted to it by hand, each for itself.
 pub fn led_before(timeline: TimelineId, history: &[HistoryEntry]) -> bool {

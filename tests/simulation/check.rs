@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use pgherd::clock::BootTime;
-use pgherd::facts::cluster::{ClusterView, DataDirectoryReport, Initialize};
+use pgherd::facts::cluster::{ClusterView, Initialize, MemberKey};
 use pgherd::facts::postgres::DataDirectory;
 use pgherd::machine::action::{Action, Operation, StartAs};
 use pgherd::machine::event::Event;
@@ -161,7 +161,7 @@ impl Checks {
             }
             Operation::Initdb { .. } => {
                 let Some(view) = &world.view else { return self.fail("I11", "initdb without a view of etcd".to_owned()) };
-                let full = view.members.values().any(|key| key.record.data_directory == DataDirectoryReport::Full);
+                let full = view.members.values().any(MemberKey::has_data);
                 let ours = world.lease.map(|lease| lease.lease);
                 let claimed = matches!(&view.initialize, Some(Initialize::Claimed { lease, .. }) if Some(*lease) == ours);
                 if full || !claimed {

@@ -186,7 +186,7 @@ impl Sim {
         let local = data.control(own_promotion.as_ref());
         let wal = data.local_wal();
         let led_before = rejoin::led_before(wal.timeline, history);
-        let promoted_under = history.iter().rev().find(|entry| entry.timeline == wal.timeline).and_then(|entry| entry.epoch);
+        let promoted_under = rejoin::promoted_under(wal.timeline, history);
         let other = self.ask_leader(host, leader)?;
         let lineage = self.hosts[other].server.lineage().ok_or("the leader has no data")?;
         Ok(rejoin::decide(Inputs {

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::facts::cluster::{ClusterView, Condition, DataDirectoryReport, Initialize, MemberKey, MemberRole, RequestProgress, Severity};
+use crate::facts::cluster::{ClusterView, Condition, Initialize, MemberKey, MemberRole, RequestProgress, Severity};
 use crate::types::{ClusterName, Lsn, MemberName, SystemId, TimelineId};
 
 /// State of a member whose key is not there.
@@ -250,8 +250,7 @@ impl World<'_> {
             }
             (Some(Initialize::Claimed { by, .. }), None) => add("initializing", Severity::Warning, format!("{by} is running initdb")),
             (None, None) => {
-                let holds = |key: &MemberKey| key.record.data_directory == DataDirectoryReport::Full;
-                let why = match self.view.members.iter().find(|(_, key)| holds(key)) {
+                let why = match self.view.members.iter().find(|(_, key)| key.has_data()) {
                     Some((name, _)) => format!(
                         "etcd does not know the cluster's identity, and {name} has data: nobody leads until a document is in force and every \
                          declared member has reported"

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use statig::prelude::*;
 
-use crate::facts::cluster::{Ask, ClusterView, DataDirectoryReport, Initialize, MemberRole, RequestProgress};
+use crate::facts::cluster::{Ask, ClusterView, DataDirectoryReport, Initialize, MemberKey, MemberRole, RequestProgress};
 use crate::facts::postgres::DataDirectory;
 use crate::machine::action::{Operation, OperationKind};
 use crate::machine::node::Context;
@@ -133,7 +133,7 @@ fn may_initialize(context: &Context<'_>) -> Result<(), String> {
 
 fn asked_to_bootstrap(view: &ClusterView, me: &MemberName) -> bool {
     let open = |progress: &RequestProgress| matches!(progress, RequestProgress::Created | RequestProgress::Claimed { .. });
-    let nobody_has_data = view.members.values().all(|key| key.record.data_directory != DataDirectoryReport::Full);
+    let nobody_has_data = !view.members.values().any(MemberKey::has_data);
     nobody_has_data
         && view.requests.values().any(|key| matches!(&key.record.ask, Ask::Bootstrap { on } if on == me) && open(&key.record.progress))
 }
@@ -197,8 +197,7 @@ pub(crate) fn initializing(context: &mut Context<'_>) -> Outcome<State> {
         }
         DataDirectory::Unusable(_) => Transition(State::Following),
         DataDirectory::Empty if claimed_by_us => {
-            let full = view.members.values().any(|key| key.record.data_directory == DataDirectoryReport::Full)
-                && !mutant(Mutant::InitdbBesideData);
+            let full = view.members.values().any(MemberKey::has_data) && !mutant(Mutant::InitdbBesideData);
             if full || context.world.backs_off(context.now, OperationKind::Initdb) {
                 context.start(Operation::GiveUpInitialize);
                 return Transition(State::AwaitingLeader);
