@@ -51,15 +51,27 @@ fn places(world: &World) -> Vec<Place> {
     places
 }
 
+/// Asks the members one by one: a client of several sends a request to one of them, and a test may have killed that one.
 fn keys(world: &World) -> Vec<Place> {
     let endpoints: Vec<String> = world.cluster.plan.etcd.iter().map(|member| member.client_url()).collect();
     let found = in_own_thread(async move {
-        let mut client = etcd_client::Client::connect(endpoints, None).await?;
-        let all = client.get(PREFIX, Some(etcd_client::GetOptions::new().with_prefix())).await?;
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        Ok(all.kvs().iter().map(|key| (format!("etcd's {}", text(key.key())), text(key.value()))).collect::<Vec<_>>())
+        let mut refusals = Vec::new();
+        for endpoint in endpoints {
+            match keys_at(&endpoint).await {
+                Ok(keys) => return Ok(keys),
+                Err(refusal) => refusals.push(format!("{endpoint}: {refusal}")),
+            }
+        }
+        anyhow::bail!("no member of etcd answers: {}", refusals.join("; "))
     })
     .unwrap();
     assert!(!found.is_empty(), "etcd has keys of the cluster");
     found
+}
+
+async fn keys_at(endpoint: &str) -> Result<Vec<Place>, etcd_client::Error> {
+    let mut client = etcd_client::Client::connect([endpoint], None).await?;
+    let all = client.get(PREFIX, Some(etcd_client::GetOptions::new().with_prefix())).await?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ok(all.kvs().iter().map(|key| (format!("etcd's {}", text(key.key())), text(key.value()))).collect())
 }
