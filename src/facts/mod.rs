@@ -8,3 +8,4 @@ pub mod failsafe;
 pub mod guard;
 pub mod lease;
 pub mod postgres;
+pub mod synchrony;

@@ -7,4 +7,5 @@ pub mod hba;
 pub mod parameters;
 pub mod rejoin;
 pub mod renewal;
+pub mod synchrony;
 pub mod timelines;
