@@ -37,6 +37,8 @@ enumerated! {
         ProofNeverRunsOut,
         /// The lock is given back before PostgreSQL is proved dead.
         ReleasedBeforeDeath,
+        /// A release that is carried out late deletes the lock although its holder went on with it.
+        LateReleaseObeyed,
         /// Positions are compared by number, whatever timeline they are on.
         PositionsWithoutTimeline,
         /// A member that lost the lock takes it back from a timeline that was left behind.

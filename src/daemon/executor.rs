@@ -243,6 +243,7 @@ impl Executor {
                 self.spawn(records::release(etcd, epoch, record));
             }
             Operation::WriteStatus(status) => self.spawn(records::write_status(etcd, status)),
+            Operation::Reaffirm(epoch) => self.spawn(records::reaffirm(etcd, name, epoch)),
             Operation::RecordPromotion { epoch, history } => {
                 let host = Arc::clone(&self.host);
                 self.spawn(async move {

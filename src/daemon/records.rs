@@ -76,6 +76,11 @@ pub async fn write_status(etcd: Etcd, status: StatusRecord) -> Event {
     done(Finished::StatusWritten(fenced(etcd.write_status(status.epoch, &status).await)))
 }
 
+/// Writes the lock's key again.
+pub async fn reaffirm(etcd: Etcd, member: MemberName, epoch: Epoch) -> Event {
+    done(Finished::Reaffirmed(fenced(etcd.reaffirm(epoch, &member).await)))
+}
+
 /// Completes `history`.
 pub async fn record_promotion(etcd: Etcd, epoch: Epoch, mut history: Vec<HistoryEntry>) -> Event {
     stamp(&mut history);

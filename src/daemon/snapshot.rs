@@ -26,6 +26,7 @@ pub fn take(now: BootTime, cluster: &ClusterName, machine: &Machine, kept: &Kept
     snapshot.lock = world.lock.proved();
     snapshot.sustained = world.failsafe.sustained;
     snapshot.postmaster = world.guard.as_ref().map(|guard| guard.postmaster.clone());
+    snapshot.unguarded = world.guard_gone;
     snapshot.probe = world.probe.clone();
     snapshot.view = world.view.clone().map(|view| (world.view_as_of, view));
     snapshot.etcd_reachable = world.etcd == Etcd::Reachable;

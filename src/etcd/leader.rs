@@ -151,6 +151,17 @@ impl Etcd {
         Ok(response.succeeded().then(|| header(&response).1))
     }
 
+    /// Writes the lock's key again, on the lease that it hangs on: a release that was judged on it as it was deletes nothing any more.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or did not answer.
+    pub async fn reaffirm(&self, epoch: Epoch, member: &MemberName) -> Result<Fenced, EtcdError> {
+        let same_lease = PutOptions::new().with_ignore_lease();
+        let again = TxnOp::put(self.keys.leader(), member.as_str(), Some(same_lease));
+        let response = self.transact(Txn::new().when([self.is_epoch(epoch)]).and_then([again])).await?;
+        Ok(if response.succeeded() { Fenced::Written } else { Fenced::NotOurs })
+    }
+
     /// Written a second time it is the same write, so that it may be asked of several endpoints.
     async fn write_fenced(&self, epoch: Epoch, key: &Key, value: Vec<u8>) -> Result<Fenced, EtcdError> {
         let txn = Txn::new().when([self.is_epoch(epoch)]).and_then([TxnOp::put(self.keys.path(key), value, None)]);
@@ -160,27 +171,29 @@ impl Etcd {
     /// Gives the lock up: deletes it and writes how we left, in one transaction. Without a record the others must wait longer. Only
     /// after PostgreSQL is proved dead.
     ///
+    /// It deletes the key as it was read: carried out late, after somebody has gone on with the lock ([`Etcd::reaffirm`]), it does nothing.
+    ///
     /// # Errors
     /// When etcd cannot be asked, or it is not known whether the lock is gone.
     pub async fn release(&self, epoch: Epoch, record: Option<&ReleaseRecord>) -> Result<Released, EtcdError> {
         let (endpoint, held) = self.read(&[&Key::Leader]).await?;
-        if !held.into_iter().flatten().any(|kv| kv.create_revision == epoch.0) {
+        let Some(held) = held.into_iter().flatten().find(|kv| kv.create_revision == epoch.0) else {
             return self.was_released(epoch).await;
-        }
+        };
         let mut writes = vec![TxnOp::delete(self.keys.leader(), None)];
         if let Some(record) = record {
             writes.push(TxnOp::put(self.keys.path(&Key::Release), json(&Key::Release, record)?, None));
         }
-        let txn = Txn::new().when([self.is_epoch(epoch)]).and_then(writes);
-        match self.transact_once(endpoint, txn).await {
-            Ok(response) if response.succeeded() => Ok(Released::Released),
-            Ok(_) => self.was_released(epoch).await,
-            Err(EtcdError::Unknown(why)) => {
-                let still = self.read_one(&Key::Leader).await?.is_some_and(|kv| kv.create_revision == epoch.0);
-                if still { Err(EtcdError::Unknown(why)) } else { self.was_released(epoch).await }
-            }
-            Err(e) => Err(e),
-        }
+        let as_read = Compare::mod_revision(self.keys.leader(), CompareOp::Equal, held.mod_revision);
+        let txn = Txn::new().when([self.is_epoch(epoch), as_read]).and_then(writes);
+        let unsure = match self.transact_once(endpoint, txn).await {
+            Ok(response) if response.succeeded() => return Ok(Released::Released),
+            Ok(_) => "the lock's key was written meanwhile".to_owned(),
+            Err(EtcdError::Unknown(why)) => why,
+            Err(e) => return Err(e),
+        };
+        let still = self.read_one(&Key::Leader).await?.is_some_and(|kv| kv.create_revision == epoch.0);
+        if still { Err(EtcdError::Unknown(unsure)) } else { self.was_released(epoch).await }
     }
 
     /// The lock is not of this epoch any more: was it us who gave it up, the answer having been lost?

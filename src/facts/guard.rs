@@ -75,7 +75,15 @@ pub enum PostmasterFacts {
         start: StartId,
         /// How hard.
         rung: Rung,
+        /// The daemon's word for this start. A guard of an earlier version does not say it.
+        #[serde(default = "may_write")]
+        word: Word,
     },
+}
+
+/// What is assumed of a start that nobody vouches for.
+fn may_write() -> Word {
+    Word::Writable
 }
 
 /// How a postmaster ended.

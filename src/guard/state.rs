@@ -300,10 +300,12 @@ impl GuardState {
         let postmaster = match &self.postmaster {
             Postmaster::Empty(last) => PostmasterFacts::ProvedEmpty { last: *last },
             Postmaster::Unclaimed(pids) => PostmasterFacts::Unclaimed { pids: pids.clone() },
-            Postmaster::Kept(Kept { start, climbed: None, end: Some(_), .. }) => {
-                PostmasterFacts::Ending { start: *start, rung: Rung::KillAll }
+            Postmaster::Kept(Kept { start, word, climbed: None, end: Some(_), .. }) => {
+                PostmasterFacts::Ending { start: *start, rung: Rung::KillAll, word: *word }
             }
-            Postmaster::Kept(Kept { start, climbed: Some(rung), .. }) => PostmasterFacts::Ending { start: *start, rung: *rung },
+            Postmaster::Kept(Kept { start, word, climbed: Some(rung), .. }) => {
+                PostmasterFacts::Ending { start: *start, rung: *rung, word: *word }
+            }
             Postmaster::Kept(Kept { start, pid, word, adopted, climbed: None, end: None, .. }) => {
                 PostmasterFacts::Running { start: *start, pid: *pid, word: *word, adopted: *adopted }
             }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::*;
-use crate::facts::guard::{PostmasterFacts, Rung, StartId};
+use crate::facts::guard::{PostmasterFacts, Rung, StartId, Word};
 use crate::facts::postgres::{Probe, ProbeOutcome};
 use crate::http::testing::{at, moment, primary, replica, seen, start, stopped};
 use crate::types::Lsn;
@@ -318,7 +318,16 @@ fn whoever_may_have_a_writable_server_says_so_and_not_knowing_is_null() {
     let mut by_hand = replica();
     seen(&mut by_hand).in_recovery = false;
     assert_eq!(writable(&by_hand), Value::Bool(true), "promoted by hand");
-    for left in [PostmasterFacts::Ending { start: StartId(1), rung: Rung::KillAll }, PostmasterFacts::Unclaimed { pids: vec![7] }] {
+    let ending = |word| PostmasterFacts::Ending { start: StartId(1), rung: Rung::KillAll, word };
+    assert_eq!(
+        writable(&Snapshot { postmaster: Some(ending(Word::Standby)), ..stopped() }),
+        Value::Bool(false),
+        "nobody waits for a standby"
+    );
+    assert_eq!(writable(&Snapshot { unguarded: true, ..no_guard }), Value::Bool(true), "nobody has looked yet what is left");
+    let about_to_write = Snapshot { lock: primary().lock, ..replica() };
+    assert_eq!(writable(&about_to_write), Value::Bool(true), "it is being promoted");
+    for left in [ending(Word::Writable), PostmasterFacts::Unclaimed { pids: vec![7] }] {
         let not_dead = Snapshot { postmaster: Some(left), ..stopped() };
         assert_eq!(writable(&not_dead), Value::Bool(true), "a former primary's processes are not proved dead (seed 16708)");
     }

@@ -116,11 +116,14 @@ pub fn writable(snapshot: &Snapshot, now: BootTime) -> Writable {
         Some(PostmasterFacts::Running { word: Word::Writable, .. }) => Some(true),
         Some(PostmasterFacts::Running { word: Word::Standby, .. }) => Some(false),
         // What is being ended, or what nobody vouches for, may write until it is proved dead, whatever this member is by now.
-        Some(PostmasterFacts::Ending { .. } | PostmasterFacts::Unclaimed { .. }) => Some(true),
+        Some(PostmasterFacts::Ending { word: Word::Writable, .. } | PostmasterFacts::Unclaimed { .. }) => Some(true),
+        Some(PostmasterFacts::Ending { word: Word::Standby, .. }) => Some(false),
     };
     let age = now.since(snapshot.taken);
+    // A lock that is proved to us is there to be written under, at the next moment if not in this one.
+    let leads = snapshot.lock.as_ref().is_some_and(|lock| now < lock.valid_until);
     let known = match by_guard {
-        _ if promoted_by_hand => Some(true),
+        _ if promoted_by_hand || leads || snapshot.unguarded => Some(true),
         Some(false) if age > snapshot.loop_wait => None,
         other => other,
     };

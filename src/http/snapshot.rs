@@ -40,6 +40,8 @@ pub struct Snapshot {
     pub sustained: Option<BootTime>,
     /// What the guard says of the postmaster; None when the guard cannot be asked.
     pub postmaster: Option<PostmasterFacts>,
+    /// The guard is gone, and nobody has proved yet that no PostgreSQL is left.
+    pub unguarded: bool,
     /// The last probe, whatever it saw.
     pub probe: Option<Probe>,
     /// The last view of etcd, and as of when it was known to be current.
@@ -103,6 +105,7 @@ impl Snapshot {
             lock: None,
             sustained: None,
             postmaster: None,
+            unguarded: false,
             probe: None,
             view: None,
             etcd_reachable: false,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, MemberRole};
-use crate::facts::guard::{GuardFacts, PostmasterFacts, Word};
+use crate::facts::guard::{GuardFacts, PostmasterFacts, Rung, Word};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{DataDirectory, Probe, ProbeOutcome};
 use crate::mutants::{Mutant, mutant};
@@ -16,7 +16,7 @@ use crate::types::{Epoch, LockIdentity};
 
 use super::action::{OperationKind, Upstream};
 use super::event::{AcquireOutcome, Configured, Event, Failure, Finished, PutOutcome};
-use super::world::{Etcd, InForce, Lock, Vacancy, World, knows_of};
+use super::world::{Etcd, InForce, LadderDue, Lock, Vacancy, World, knows_of};
 
 /// The same write is not tried again for so long after an answer that a newer view has to follow.
 pub(super) const ANSWERED_PAUSE_MS: u64 = 250;
@@ -28,10 +28,16 @@ const FOREIGN_AGAIN_MS: u64 = 1_000;
 const NEW_GUARD_MS: u64 = 1_000;
 
 impl World {
-    /// The guard should have begun to end a writable PostgreSQL, and has not: it cannot do its work, and the daemon does it by scan.
+    /// The guard should have gone farther in ending a writable PostgreSQL, and has not: it cannot do its work, and the daemon does it by scan.
     pub fn notice_idle_guard(&mut self, now: BootTime) {
-        let due = self.ladder_due.is_some_and(|due| now >= due);
-        if due && matches!(self.running(), Some((_, Word::Writable))) {
+        let due = self.ladder_due.is_some_and(|due| now >= due.immediate_at);
+        let over = self.ladder_due.is_some_and(|due| now >= due.fenced_by);
+        let behind = match self.guard.as_ref().map(|guard| &guard.postmaster) {
+            Some(PostmasterFacts::Running { word: Word::Writable, .. }) => due,
+            Some(PostmasterFacts::Ending { word: Word::Writable, rung, .. }) => due && *rung < Rung::ImmediateStop || over,
+            _ => false,
+        };
+        if behind {
             self.guard_gone = true;
         }
     }
@@ -167,6 +173,7 @@ impl World {
             }
             LeaseEvent::Proved { lock, sent, until } => {
                 self.lease = Some(lock.lease);
+                self.adopting = None;
                 // The epoch names the leadership; a changed ttl brings it another lease. A proof of a lock that was let go or taken
                 // meanwhile comes too late, and proves nothing about now.
                 if self.goes_on_until(lock, sent, until) {
@@ -229,7 +236,7 @@ impl World {
             self.holding = Some(lock);
             let deadlines = self.times_of(until.since(sent)).map(|times| times.deadlines(sent));
             let announce_at = deadlines.map_or(until, |deadlines| deadlines.announce_at);
-            self.ladder_due = deadlines.map(|deadlines| deadlines.immediate_at);
+            self.ladder_due = deadlines.map(|due| LadderDue { immediate_at: due.immediate_at, fenced_by: due.fenced_by });
             self.lock = Lock::Proved { identity: lock, until, announce_at };
         }
         ours
@@ -253,10 +260,13 @@ impl World {
             self.warn("start_failed", format!("PostgreSQL ended with {how} before it took connections; see its log"));
         }
         // As long as this daemon has no proof of its own, it goes by the guard's deadline: half way between A and E the guard has begun.
-        if let (Lock::None | Lock::Unproved(_), Some(lock), PostmasterFacts::Running { word: Word::Writable, .. }) =
-            (self.lock, &facts.lock, &facts.postmaster)
-        {
-            self.ladder_due = Some(lock.announce_at + lock.valid_until.since(lock.announce_at) / 2);
+        let may_write = matches!(
+            facts.postmaster,
+            PostmasterFacts::Running { word: Word::Writable, .. } | PostmasterFacts::Ending { word: Word::Writable, .. }
+        );
+        if let (Lock::None | Lock::Unproved(_), Some(lock), true) = (self.lock, &facts.lock, may_write) {
+            let half_way = lock.announce_at + lock.valid_until.since(lock.announce_at) / 2;
+            self.ladder_due = Some(LadderDue { immediate_at: half_way, fenced_by: lock.valid_until });
         }
         let another = self.guard.as_ref().is_none_or(|known| known.pid != facts.pid);
         // It keeps no deadline of a lock that was proved to the one before.
@@ -376,6 +386,14 @@ impl World {
                     self.failsafe.proof = None;
                 }
                 self.judge(now, Kind::Release, result, "release_failed");
+            }
+            Finished::Reaffirmed(result) => {
+                let epoch = self.asked.reaffirming.take();
+                if matches!(result, Ok(true)) {
+                    self.sure_of = epoch;
+                }
+                self.ended(now, Kind::Reaffirm, result.is_ok());
+                self.pause(now, Kind::Reaffirm, ANSWERED_PAUSE_MS);
             }
             Finished::StatusWritten(result) => {
                 if result.is_err() {

@@ -193,6 +193,8 @@ pub enum Operation {
         /// How far it got, and who is expected.
         record: Option<ReleaseRecord>,
     },
+    /// Write the lock's key again as it is: a release that may still be on its way to etcd then deletes nothing.
+    Reaffirm(Epoch),
     /// Write `status`.
     WriteStatus(StatusRecord),
     /// Complete `history` under our epoch.
@@ -251,6 +253,7 @@ pub enum OperationKind {
     PutMember,
     Acquire,
     Release,
+    Reaffirm,
     WriteStatus,
     RecordPromotion,
     WriteFailsafe,
@@ -277,6 +280,7 @@ impl Operation {
             Operation::PutMember(_) => OperationKind::PutMember,
             Operation::Acquire { .. } => OperationKind::Acquire,
             Operation::Release { .. } => OperationKind::Release,
+            Operation::Reaffirm(_) => OperationKind::Reaffirm,
             Operation::WriteStatus(_) => OperationKind::WriteStatus,
             Operation::RecordPromotion { .. } => OperationKind::RecordPromotion,
             Operation::WriteFailsafe { .. } => OperationKind::WriteFailsafe,
@@ -295,8 +299,8 @@ impl OperationKind {
         use OperationKind::*;
         match self {
             Look | Start | Configure | Initdb | Clone | PlanRejoin | Promote | EnsureRoles | Checkpoint => true,
-            PutMember | Acquire | Release | WriteStatus | RecordPromotion | WriteFailsafe | ClaimInitialize | GiveUpInitialize
-            | AnswerRequest | AskPeers | FenceByScan => false,
+            PutMember | Acquire | Release | Reaffirm | WriteStatus | RecordPromotion | WriteFailsafe | ClaimInitialize
+            | GiveUpInitialize | AnswerRequest | AskPeers | FenceByScan => false,
         }
     }
 }

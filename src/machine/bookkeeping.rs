@@ -37,6 +37,8 @@ pub const CRASH_LIMIT: usize = 3;
 pub struct Asked {
     /// The leadership that is being given back.
     pub releasing: Option<Epoch>,
+    /// The leadership whose key is being written again.
+    pub reaffirming: Option<Epoch>,
     /// The leadership whose promotion is being recorded.
     pub recording: Option<Epoch>,
     /// `history` as it is written with the lock that was asked for last.
@@ -49,7 +51,11 @@ impl World {
     /// What will be needed when the answer comes.
     pub(super) fn note_asked(&mut self, operation: &Operation) {
         match operation {
-            Operation::Release { epoch, .. } => self.asked.releasing = Some(*epoch),
+            Operation::Release { epoch, .. } => {
+                self.asked.releasing = Some(*epoch);
+                self.sure_of = self.sure_of.filter(|sure| sure != epoch);
+            }
+            Operation::Reaffirm(epoch) => self.asked.reaffirming = Some(*epoch),
             Operation::RecordPromotion { epoch, .. } => self.asked.recording = Some(*epoch),
             Operation::Acquire { history, judged_on, .. } => {
                 self.asked.history.clone_from(history);

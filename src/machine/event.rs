@@ -186,6 +186,8 @@ pub enum Finished {
     StatusWritten(Result<bool, Failure>),
     /// `history` was completed (true) or our epoch is over (false).
     PromotionRecorded(Result<bool, Failure>),
+    /// The lock's key was written again. Ok(false) = it is not ours.
+    Reaffirmed(Result<bool, Failure>),
     /// `failsafe` was written, or deleted, at this revision; None = our epoch is over, or it was not what was judged on.
     FailsafeWritten(Result<Option<Revision>, Failure>),
     /// `initialize` was claimed (true) or somebody else has it (false).
@@ -220,6 +222,7 @@ impl Finished {
             Finished::Released(_) => Kind::Release,
             Finished::StatusWritten(_) => Kind::WriteStatus,
             Finished::PromotionRecorded(_) => Kind::RecordPromotion,
+            Finished::Reaffirmed(_) => Kind::Reaffirm,
             Finished::FailsafeWritten(_) => Kind::WriteFailsafe,
             Finished::InitializeClaimed(_) => Kind::ClaimInitialize,
             Finished::InitializeGivenUp(_) => Kind::GiveUpInitialize,

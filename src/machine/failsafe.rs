@@ -84,6 +84,8 @@ impl World {
             _ => Lock::Unproved(identity),
         };
         self.failsafe.lapsed = false;
+        self.sure_of = Some(identity.epoch);
+        self.forget_failures(OperationKind::Release);
         self.initialized_here |= self.asked.first;
     }
 

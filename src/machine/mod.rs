@@ -145,6 +145,7 @@ impl Machine {
         forget_lock(&mut context, &state);
         release_orphan(&mut context, &state);
         release_useless(&mut context, &state);
+        reaffirm(&mut context, &state);
         without_etcd::keep(&mut context, &state);
         requests::settle(&mut context, &state);
         publish::publish(&mut context, &state);
@@ -190,10 +191,9 @@ impl Machine {
             Lock::Proved { until, .. } => Some(until),
             Lock::None | Lock::Unproved(_) => None,
         };
-        [self.world.next_retry(now), proof.filter(|at| *at > now), self.world.ladder_due.filter(|at| *at > now)]
-            .into_iter()
-            .flatten()
-            .fold(tick, BootTime::min)
+        let ladder = self.world.ladder_due.map(|due| [due.immediate_at, due.fenced_by]);
+        let deadlines = proof.into_iter().chain(ladder.into_iter().flatten()).filter(|at| *at > now);
+        deadlines.chain(self.world.next_retry(now)).fold(tick, BootTime::min)
     }
 
     /// How often PostgreSQL is to be asked.
@@ -223,17 +223,21 @@ fn keep_lease(context: &mut Context<'_>, state: &State) {
         world.holding = world.lock.identity();
         context.actions.push(Action::Lease(LeaseOrder::Adopt(lease, world.holding)));
     }
-    if let (Lock::Unproved(lock), None, false, Some(_)) = (world.lock, world.holding, world.guard_gone, &world.guard) {
+    if let (Lock::Unproved(lock), None, false, Some(_)) = (world.lock, world.holding, world.guard_gone, &world.guard)
+        && !world.gives_back(lock)
+    {
         world.holding = Some(lock);
         context.actions.push(Action::Lease(LeaseOrder::Hold(lock)));
     }
+    // A lock hangs on it: another lease would end the leadership. Its thread says when it is gone.
+    let awaited = world.adopting.is_some() && world.lock != Lock::None;
     let asked = world.lease_asked && context.now.since(world.lease_asked_at) < Duration::from_secs(LEASE_AGAIN_S);
     let wanted = match state {
         State::Undeclared | State::Stopping => false,
         State::Starting => world.lease_asked,
         _ => true,
     };
-    if wanted && world.lease.is_none() && !asked && world.declared().is_some() {
+    if wanted && world.lease.is_none() && !awaited && !asked && world.declared().is_some() {
         world.lease_asked = true;
         world.lease_asked_at = context.now;
         world.adopting = None;
@@ -284,6 +288,17 @@ fn release_orphan(context: &mut Context<'_>, state: &State) {
     }
 }
 
+/// A release whose answer was lost, or that the run before this one asked for, may still be carried out, and its successor asks nobody: before
+/// the lock is used again, its key is written again.
+fn reaffirm(context: &mut Context<'_>, state: &State) {
+    let world = &context.world;
+    let Lock::Proved { identity, .. } = world.lock else { return };
+    let used = matches!(state, State::Following | State::Promoting { .. } | State::Primary);
+    if used && world.etcd == Etcd::Reachable && world.sure_of != Some(identity.epoch) && !world.gives_back(identity) {
+        context.start(Operation::Reaffirm(identity.epoch));
+    }
+}
+
 /// A lock that this member cannot lead with is given back: its data directory is gone, it has to rejoin, was promoted past the lock's
 /// timeline by hand, or just does not get anywhere.
 fn release_useless(context: &mut Context<'_>, state: &State) {
@@ -291,6 +306,10 @@ fn release_useless(context: &mut Context<'_>, state: &State) {
     let idle = *state == State::Following && world.lock != Lock::None && world.etcd == Etcd::Reachable;
     world.idle_lock_since = if idle { world.idle_lock_since.or(Some(context.now)) } else { None };
     let (Some(lock), false) = (world.lock.identity(), world.in_flight.contains(&OperationKind::Release)) else { return };
+    if world.released == Some(lock.epoch) && world.cannot_write(context.now) {
+        world.let_go(context.actions);
+        return;
+    }
     let past_it = || world.timeline_of(lock).zip(world.own_timeline()).is_some_and(|(reserved, own)| own > reserved);
     let patience = world.spec().map_or(Duration::ZERO, |spec| spec.ha.primary_start_timeout).max(Duration::from_secs(IDLE_LOCK_S));
     let useless = match state {
@@ -301,9 +320,7 @@ fn release_useless(context: &mut Context<'_>, state: &State) {
     if !useless || !world.cannot_write(context.now) {
         return;
     }
-    if world.released == Some(lock.epoch) {
-        world.let_go(context.actions);
-    } else if world.etcd == Etcd::Reachable && context.start(Operation::Release { epoch: lock.epoch, record: None }) {
+    if world.etcd == Etcd::Reachable && context.start(Operation::Release { epoch: lock.epoch, record: None }) {
         context.decide("gives_back", "the lock is given back: this member cannot lead with it");
     }
 }

@@ -138,7 +138,7 @@ pub struct World {
     /// Since when the lock is ours and we only follow, although etcd can be asked.
     pub idle_lock_since: Option<BootTime>,
     /// By then the guard has to have begun to end PostgreSQL, unless the lock is proved again: the immediate stop of its ladder.
-    pub ladder_due: Option<BootTime>,
+    pub ladder_due: Option<LadderDue>,
     /// The lock that the lease's thread was told to hold.
     pub holding: Option<LockIdentity>,
     /// The timeline id reserved with a lock that was won and has not been used.
@@ -184,6 +184,8 @@ pub struct World {
     pub asked: Asked,
     /// The leadership that was given back last.
     pub released: Option<Epoch>,
+    /// The leadership of which no release can be on its way to etcd: won in this run of the daemon, or its key was written again since.
+    pub sure_of: Option<Epoch>,
     /// What peers said.
     pub peers: Option<PeersAnswer>,
     /// Since when the lock is absent.
@@ -228,6 +230,15 @@ pub struct World {
     pub initialized_here: bool,
     /// Leading without etcd, and promises to whom does.
     pub failsafe: Failsafe,
+}
+
+/// How far the guard has to have gone, and when.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LadderDue {
+    /// The immediate stop is given.
+    pub immediate_at: BootTime,
+    /// F: nothing is left.
+    pub fenced_by: BootTime,
 }
 
 /// Whether what the guard says takes a start into account.
@@ -279,6 +290,7 @@ impl World {
             checkpointed: false,
             asked: Asked::default(),
             released: None,
+            sure_of: None,
             peers: None,
             vacancy: None,
             stop_requested: false,
@@ -464,6 +476,11 @@ impl World {
     pub fn own_timeline(&self) -> Option<TimelineId> {
         let stopped = self.control().map(|control| control.timeline.max(control.min_recovery_timeline));
         self.sql().map(|sql| sql.timeline).or(stopped)
+    }
+
+    /// The lock is being given back, or was.
+    pub(super) fn gives_back(&self, lock: LockIdentity) -> bool {
+        self.in_flight.contains(&OperationKind::Release) || self.released == Some(lock.epoch)
     }
 
     /// Another member leads and its PostgreSQL takes writes.

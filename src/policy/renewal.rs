@@ -257,10 +257,10 @@ impl Book {
         self.silent = false;
     }
 
-    /// Gets a new lease. One that is kept up stays, and is said again: the order and the news of it have crossed, and a second one would be
-    /// taken for a change of the ttl, while the first is renewed no more. One that was adopted and never renewed is dropped.
+    /// Gets a new lease. One that is kept up stays, with its lock, and is said again: the order and the news of it have crossed, and a second
+    /// one would be taken for a change of the ttl, while the first is renewed no more. One that was adopted and never renewed is dropped.
     pub fn grant(&mut self, now: BootTime) -> Option<LeaseEvent> {
-        if let Some(Held { identity, lock: None, times, until, .. }) = self.held
+        if let Some(Held { identity, times, until, .. }) = self.held
             && until > BootTime(0)
         {
             return Some(LeaseEvent::Granted { identity, ttl: times.ttl, sent: until.before(times.validity()) });

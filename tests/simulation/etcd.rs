@@ -87,6 +87,8 @@ pub struct Etcd {
     pub fenced_writes: Vec<Epoch>,
     /// Transactions that wrote, by the name of what they wrote, for L5.
     pub writes: u64,
+    /// Mod revision of `leader`.
+    pub leader_revision: Revision,
     backup: Option<(Arc<ClusterView>, BTreeMap<LeaseId, Lease>)>,
 }
 
@@ -103,6 +105,7 @@ impl Etcd {
             next_tick: Real(0),
             fenced_writes: Vec::new(),
             writes: 0,
+            leader_revision: Revision(0),
             backup: None,
         }
     }
@@ -306,6 +309,7 @@ impl Etcd {
         if let Some(id) = ask.initialize {
             keys.initialize = Some(Initialize::Done(id));
         }
+        self.leader_revision = revision;
         Acquired::Ours(LockIdentity { lease: LeaseIdentity { cluster: CLUSTER, lease: ask.lease }, epoch })
     }
 
@@ -319,9 +323,9 @@ impl Etcd {
         }
     }
 
-    /// True = the lock of this epoch is released, now or before, by us.
-    pub fn release(&mut self, epoch: Epoch, record: Option<&ReleaseRecord>) -> bool {
-        if !self.is_epoch(epoch) {
+    /// True = the lock of this epoch is released, now or before, by us. The key as it was read is deleted, and no other.
+    pub fn release(&mut self, epoch: Epoch, as_read: Revision, record: Option<&ReleaseRecord>) -> bool {
+        if !self.is_epoch(epoch) || (self.leader_revision != as_read && !mutant(Mutant::LateReleaseObeyed)) {
             return self.view.release.as_ref().is_some_and(|release| release.epoch == epoch);
         }
         self.fenced_writes.push(epoch);
@@ -332,6 +336,17 @@ impl Etcd {
             keys.release = Some(record.clone());
         }
         true
+    }
+
+    /// The lock's key is written again as it is.
+    pub fn reaffirm(&mut self, epoch: Epoch, member: &MemberName) -> bool {
+        let written = self.write_fenced(epoch, |keys, _| {
+            keys.leader.iter_mut().for_each(|leader| leader.holder = member.as_str().to_owned());
+        });
+        if written {
+            self.leader_revision = self.view.revision;
+        }
+        written
     }
 
     /// False = the lock is not of this epoch.
@@ -429,6 +444,7 @@ impl Etcd {
         keys.members.insert(member.clone(), MemberKey { record, lease: new, mod_revision });
         if let (Some(_), Some(leader)) = (lock, &mut keys.leader) {
             (leader.lease, leader.holder) = (new, member.as_str().to_owned());
+            self.leader_revision = mod_revision;
         }
         true
     }

@@ -7,7 +7,6 @@ use std::time::Duration;
 use pgherd::etcd::AcquireRequest;
 use pgherd::facts::cluster::{FailsafeRecord, HistoryEntry, LeaderKey, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord};
 use pgherd::facts::failsafe::PromiseAsk;
-use pgherd::machine::action::OperationKind;
 use pgherd::machine::event::Event;
 use pgherd::types::{Epoch, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision};
 
@@ -72,8 +71,14 @@ pub enum EtcdAsk {
     },
     ReadLeader,
     Acquire(Box<AcquireRequest>),
+    Reaffirm {
+        epoch: Epoch,
+        member: MemberName,
+    },
     Release {
         epoch: Epoch,
+        /// The key's mod revision when it was read.
+        as_read: Revision,
         record: Option<ReleaseRecord>,
     },
     WriteStatus(Box<StatusRecord>),
@@ -127,7 +132,8 @@ pub enum EtcdAnswer {
     MemberAt(Revision),
     Put(Put),
     GrantedTtl(Option<(Duration, u64)>),
-    Leader(Option<LeaderKey>),
+    /// With its mod revision.
+    Leader(Option<LeaderKey>, Revision),
     Acquired(Acquired),
     /// etcd answered with an error: nothing was done.
     Error,
@@ -248,25 +254,21 @@ impl Sim {
             EtcdAsk::PutMember { member, record, lease, expected } => {
                 EtcdAnswer::Put(self.etcd.put_member(&member, *record, lease, expected))
             }
-            EtcdAsk::ReadLeader => EtcdAnswer::Leader(self.etcd.view.leader.clone()),
+            EtcdAsk::ReadLeader => EtcdAnswer::Leader(self.etcd.view.leader.clone(), self.etcd.leader_revision),
             EtcdAsk::Acquire(ask) => {
                 let won = self.etcd.acquire(&ask);
                 self.lock_was_taken(host, &won);
                 EtcdAnswer::Acquired(won)
             }
-            EtcdAsk::Release { epoch, record } => {
-                if self.etcd.proves_epoch(epoch) {
-                    let asked = self.hosts[host].daemon.as_ref();
-                    let late = asked.is_none_or(|daemon| !daemon.machine.world().in_flight.contains(&OperationKind::Release));
-                    if late {
-                        // Given up by who asked for it, and carried out all the same: the lock goes before its time.
-                        self.early_loss();
-                    } else {
-                        self.checks.released(&self.hosts[host]);
-                    }
+            EtcdAsk::Release { epoch, as_read, record } => {
+                let led = self.etcd.proves_epoch(epoch);
+                let done = self.etcd.release(epoch, as_read, record.as_ref());
+                if led && done {
+                    self.checks.released(&self.hosts[host]);
                 }
-                EtcdAnswer::Done(self.etcd.release(epoch, record.as_ref()))
+                EtcdAnswer::Done(done)
             }
+            EtcdAsk::Reaffirm { epoch, member } => EtcdAnswer::Done(self.etcd.reaffirm(epoch, &member)),
             EtcdAsk::WriteStatus(status) => {
                 let lsn = status.lsn;
                 let written = self.etcd.write_status(*status);

@@ -99,6 +99,7 @@ impl Sim {
                 self.lease_command(host, Command::Order(LeaseOrder::LetGo));
                 self.record_asks(host, id, Stage::Read, EtcdAsk::ReadLeader);
             }
+            Operation::Reaffirm(epoch) => self.record_asks(host, id, Stage::Write, EtcdAsk::Reaffirm { epoch, member: name }),
             Operation::WriteStatus(status) => self.record_asks(host, id, Stage::Write, EtcdAsk::WriteStatus(Box::new(status))),
             Operation::WriteFailsafe { epoch, judged_on, record } => {
                 self.record_asks(host, id, Stage::Write, EtcdAsk::WriteFailsafe { epoch, judged_on, record });
@@ -168,7 +169,7 @@ impl Sim {
             (Operation::PutMember(_), Stage::ReadBack, Some(answer @ EtcdAnswer::GrantedTtl(_))) => {
                 self.finish_record(host, id, Some(answer));
             }
-            (Operation::Acquire { .. }, Stage::Read, Some(EtcdAnswer::Leader(leader))) => {
+            (Operation::Acquire { .. }, Stage::Read, Some(EtcdAnswer::Leader(leader, _))) => {
                 let Some(ask) = self.record(host, id).and_then(|record| record.acquire.clone()) else { return };
                 match leader {
                     Some(leader) => self.finish_record(host, id, Some(EtcdAnswer::Acquired(Etcd::read_back(&leader, &ask)))),
@@ -176,15 +177,17 @@ impl Sim {
                 }
             }
             (Operation::Acquire { .. }, Stage::Write, None) => self.record_asks(host, id, Stage::ReadBack, EtcdAsk::ReadLeader),
-            (Operation::Acquire { .. }, Stage::ReadBack, Some(EtcdAnswer::Leader(Some(leader)))) => {
+            (Operation::Acquire { .. }, Stage::ReadBack, Some(EtcdAnswer::Leader(Some(leader), _))) => {
                 let Some(ask) = self.record(host, id).and_then(|record| record.acquire.clone()) else { return };
                 self.finish_record(host, id, Some(EtcdAnswer::Acquired(Etcd::read_back(&leader, &ask))));
             }
-            (Operation::Release { epoch, record }, Stage::Read, Some(EtcdAnswer::Leader(_))) => {
-                self.record_asks(host, id, Stage::Write, EtcdAsk::Release { epoch, record });
+            (Operation::Release { epoch, record }, Stage::Read, Some(EtcdAnswer::Leader(_, as_read))) => {
+                self.record_asks(host, id, Stage::Write, EtcdAsk::Release { epoch, as_read, record });
             }
-            (Operation::Release { .. }, Stage::Write, None) => self.record_asks(host, id, Stage::ReadBack, EtcdAsk::ReadLeader),
-            (Operation::Release { epoch, .. }, Stage::ReadBack, Some(EtcdAnswer::Leader(leader))) => {
+            (Operation::Release { .. }, Stage::Write, None | Some(EtcdAnswer::Done(false))) => {
+                self.record_asks(host, id, Stage::ReadBack, EtcdAsk::ReadLeader)
+            }
+            (Operation::Release { epoch, .. }, Stage::ReadBack, Some(EtcdAnswer::Leader(leader, _))) => {
                 let still = leader.is_some_and(|leader| leader.epoch == epoch);
                 let answer = (!still).then(|| EtcdAnswer::Done(true));
                 self.finish_record(host, id, answer);
@@ -221,6 +224,7 @@ impl Sim {
                 _ => AcquireOutcome::Failed(unknown()),
             }),
             Operation::Release { .. } => Finished::Released(done()),
+            Operation::Reaffirm(_) => Finished::Reaffirmed(done()),
             Operation::WriteStatus(_) => Finished::StatusWritten(done()),
             Operation::RecordPromotion { .. } => Finished::PromotionRecorded(done()),
             Operation::ClaimInitialize => Finished::InitializeClaimed(done()),

@@ -156,9 +156,7 @@ fn release(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<State
 
 /// The way back: the lock is still ours, so PostgreSQL starts again under it; on the way out of the daemon it is given up instead.
 fn give_up(hand_over: &HandOver, context: &mut Context<'_>, why: &str) -> Outcome<State> {
-    // A release whose answer was lost may still be carried out, and its successor does not ask: it is gone on with until it is known.
-    let may_be_released = context.world.failures(OperationKind::Release) > 0;
-    if context.world.stop_requested || may_be_released {
+    if context.world.stop_requested {
         return Transition(State::Demoting { demotion: Demotion { why: why.to_owned(), then: Then::Release(hand_over.lock) } });
     }
     context.decide("hand_over_given_up", why);

@@ -25,8 +25,13 @@ const STOP_PATIENCE_S: u64 = 10;
 pub(crate) fn rule(promotion: &mut Promotion, context: &mut Context<'_>) -> Outcome<State> {
     follow_lease(&mut promotion.lock, context);
     let lock = promotion.lock;
+    if context.world.released == Some(lock.epoch) {
+        context.world.let_go(context.actions);
+        let why = "the lock was given back".to_owned();
+        return Transition(State::Demoting { demotion: Demotion { why, then: Then::Follow } });
+    }
     // What is being given back is not used before it is known whether it is.
-    if context.world.in_flight.contains(&OperationKind::Release) {
+    if context.world.gives_back(lock) {
         return Handled;
     }
     if context.world.holding != Some(lock) {
@@ -46,6 +51,11 @@ pub(crate) fn rule(promotion: &mut Promotion, context: &mut Context<'_>) -> Outc
         // No proof is to be had for now: readers are better served by a standby than by nothing.
         let read_only = promotion.way == Way::StartInPlace && context.world.etcd != Etcd::Reachable && context.world.proved_empty();
         return if read_only { Transition(State::Following) } else { Handled };
+    }
+    // It may still be: only when that is ruled out does anything begin to write under it.
+    let writes = matches!(context.world.running(), Some((_, Word::Writable)));
+    if context.world.sure_of != Some(lock.epoch) && !writes {
+        return Handled;
     }
     match promotion.way {
         // A new timeline is begun on etcd's word only; promises are for what runs already.

@@ -25,6 +25,8 @@ const STUCK_AFTER_S: u64 = 20;
 const DIVERGED_AFTER_S: u64 = 2;
 /// Entries of `history` that are kept: far more than PostgreSQL keeps history files for in practice.
 const HISTORY_MAX_ENTRIES: usize = 1_000;
+/// The others are asked again after so long whether they may write.
+const PEERS_AGAIN_MS: u64 = 200;
 /// A data directory that cannot be used is looked at again after so long.
 const LOOK_AGAIN_S: u64 = 5;
 /// A standby's stop, which holds nobody up.
@@ -46,6 +48,9 @@ fn lock_is_ours(context: &Context<'_>) -> Option<State> {
     let world = context.world.lock.identity().map(|lock| (lock, &context.world));
     let (lock, world) = world?;
     // A lock that was won a moment ago is proved in `Promoting`; any other has to be proved anew first, and until then there are readers.
+    if world.gives_back(lock) {
+        return None;
+    }
     let hopeless = matches!(world.lock, Lock::Unproved(_)) && (world.etcd != Etcd::Reachable || world.reserved.is_none());
     let announced = matches!(world.lock, Lock::Proved { announce_at, .. } if context.now >= announce_at);
     if hopeless || announced {
@@ -311,10 +316,13 @@ fn verdict(context: &Context<'_>) -> Option<Verdict> {
 fn ask_peers(context: &mut Context<'_>) {
     let (Some(vacancy), Some(spec)) = (context.world.vacancy, context.world.spec().cloned()) else { return };
     let released = context.world.view.as_ref().is_some_and(|view| view.release.is_some());
-    let settled = context.world.peers.as_ref().is_some_and(|answer| {
-        answer.vacancy == vacancy.id && (answer.writable.is_empty() || context.now.since(answer.sent) < Duration::from_millis(200))
-    });
-    if released || settled {
+    // Who may write can change: they are asked until this member runs.
+    let fresh = context
+        .world
+        .peers
+        .as_ref()
+        .is_some_and(|answer| answer.vacancy == vacancy.id && context.now.since(answer.sent) < Duration::from_millis(PEERS_AGAIN_MS));
+    if released || fresh {
         return;
     }
     let peers = spec.members.iter().filter(|member| member.name != context.world.me.name);

@@ -111,11 +111,12 @@ fn judge_operation(world: &World, now: BootTime, operation: &Operation, context:
         Operation::Promote { lock, timeline, .. } => {
             assert!(proved(Some(*lock)), "I3: promotes without a proof, {context}");
             assert_eq!(world.timeline_of(*lock), Some(*timeline), "I9: promotes onto another id than was reserved, {context}");
-            assert!(!world.in_flight.contains(&OperationKind::Release), "promotes while it gives the lock back, {context}");
+            assert_eq!(world.sure_of, Some(lock.epoch), "I1: promotes although a release may be on its way, {context}");
         }
         Operation::Start { role: StartAs::Primary, .. } => {
             assert!(proved(None), "I2: starts a primary without a proof, {context}");
-            assert!(!world.in_flight.contains(&OperationKind::Release), "starts a primary while it gives the lock back, {context}");
+            let held = world.lock.identity().map(|lock| lock.epoch);
+            assert_eq!(world.sure_of, held, "I1: starts a primary although a release may be on its way, {context}");
             assert!(world.proved_empty(), "starts a second server, {context}");
         }
         Operation::Start { .. } | Operation::Clone { .. } | Operation::PlanRejoin { .. } | Operation::Initdb { .. } => {

@@ -219,6 +219,7 @@ pub(crate) fn failed(operation: &Operation, why: String) -> Finished {
         Operation::PutMember(_) => Finished::MemberPut(PutOutcome::Failed(why)),
         Operation::Acquire { .. } => Finished::Acquired(AcquireOutcome::Failed(why)),
         Operation::Release { .. } => Finished::Released(Err(why)),
+        Operation::Reaffirm(_) => Finished::Reaffirmed(Err(why)),
         Operation::WriteStatus(_) => Finished::StatusWritten(Err(why)),
         Operation::RecordPromotion { .. } => Finished::PromotionRecorded(Err(why)),
         Operation::WriteFailsafe { .. } => Finished::FailsafeWritten(Err(why)),

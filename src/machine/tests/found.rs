@@ -12,18 +12,18 @@ use crate::facts::postgres::{DataDirectory, DatabaseState, Probe, SqlFacts, WalR
 use crate::machine::action::{Action, LeaseOrder, Operation, OperationKind, StartAs, StopMode};
 use crate::machine::bookkeeping::Asked;
 use crate::machine::event::{Event, Finished, ForeignKey, PutOutcome};
-use crate::machine::state::{HandOver, HandOverStage, State, Then};
+use crate::machine::state::State;
 use crate::machine::world::{Lock, World};
 use crate::types::{Epoch, LeaseId, Revision, TimelineId};
 
 use super::checked::Checked;
 use super::cluster::{THREE, s};
 use super::fixtures::*;
-use super::reactions::worlds::{busy, empty, full, idle, leads, led_by_b, led_by_us, locked, ours, proved, standby, vacant, without_us};
+use super::reactions::worlds::{busy, empty, full, idle, leads, led_by_b, led_by_us, ours, proved, standby, vacant, without_us};
 use super::toy::Toy;
 
 /// The operations that were ordered.
-fn operations(actions: &[Action]) -> Vec<OperationKind> {
+pub(super) fn operations(actions: &[Action]) -> Vec<OperationKind> {
     let ordered = |action: &Action| if let Action::Do(operation) = action { Some(operation.kind()) } else { None };
     actions.iter().filter_map(ordered).collect()
 }
@@ -36,7 +36,7 @@ fn told_to_follow(actions: &[Action]) -> Option<&str> {
     })
 }
 
-fn starts(actions: &[Action], wanted: &StartAs) -> bool {
+pub(super) fn starts(actions: &[Action], wanted: &StartAs) -> bool {
     actions.iter().any(|action| matches!(action, Action::Do(Operation::Start { role, .. }) if role == wanted))
 }
 
@@ -330,46 +330,6 @@ fn a_way_back_that_could_not_be_judged_is_looked_at_again_since_the_data_may_be_
     assert_eq!(checked.state(), &State::Cloning);
 }
 
-/// `a` is stopped and hands over to `c`, which lacks the last record; so often the release failed.
-fn gives_up_after(failed_releases: u32) -> (Checked, BootTime) {
-    let mut world = locked(full(DatabaseState::ShutDown), proved());
-    let mut view = led_by_us();
-    view.members.insert(name("c"), key(record(MemberRole::Replica, 2, 900), 9));
-    world.view = Some(Arc::new(view));
-    (0..failed_releases).for_each(|_| world.retry_later(T0, OperationKind::Release));
-    let (to, request) = (Some(name("c")), Some("1".to_owned()));
-    let hand_over = HandOver { lock: ours(), to, request, since: T0, stage: HandOverStage::Wait { since: T0 } };
-    let mut checked = Checked::resume(world, State::HandingOver { hand_over });
-    checked.handle(T0 + s(1), Event::Tick);
-    assert_eq!(checked.state().name(), "handing_over", "it has patience");
-    (checked, T0 + s(4))
-}
-
-#[test]
-fn i1_after_a_release_whose_answer_was_lost_no_primary_starts_under_that_lock_again() {
-    let (mut checked, mut now) = gives_up_after(1);
-    let renewed = |now: BootTime| LeaseEvent::Proved { lock: ours(), sent: now, until: now + times().validity() };
-    for _ in 0..60 {
-        for event in [Event::Lease(renewed(now)), Event::Tick] {
-            let actions = checked.handle(now, event);
-            assert!(!starts(&actions, &StartAs::Primary), "at {now:?}: {actions:?}");
-            if operations(&actions).contains(&OperationKind::Release) {
-                checked.handle(now, Event::Finished(Finished::Released(Err("the answer was lost".to_owned()))));
-            }
-        }
-        let State::Demoting { demotion } = checked.state() else { panic!("{:?}", checked.state()) };
-        assert_eq!(demotion.then, Then::Release(ours()));
-        now = now + ms(500);
-    }
-    now = now + s(10);
-    let again = checked.handle(now, Event::Tick);
-    assert!(operations(&again).contains(&OperationKind::Release), "{again:?}");
-    let known = checked.handle(now, Event::Finished(Finished::Released(Ok(true))));
-    assert!(known.iter().any(|action| matches!(action, Action::Lease(LeaseOrder::LetGo))), "{known:?}");
-    assert_eq!(checked.world().lock, Lock::None);
-    assert_eq!(checked.state(), &State::Following);
-}
-
 #[test]
 fn i2_a_proof_that_comes_when_its_time_is_over_proves_nothing_whatever_else_was_lost_by_then() {
     let Lock::Proved { until, .. } = proved() else { panic!("{:?}", proved()) };
@@ -380,15 +340,6 @@ fn i2_a_proof_that_comes_when_its_time_is_over_proves_nothing_whatever_else_was_
         assert_eq!(checked.world().lock, Lock::Unproved(ours()));
         assert!(matches!(checked.state(), State::Demoting { .. }), "{:?}", checked.state());
     }
-}
-
-#[test]
-fn a_hand_over_that_gives_up_before_it_released_anything_starts_in_place() {
-    let (mut checked, now) = gives_up_after(0);
-    let proof = LeaseEvent::Proved { lock: ours(), sent: now, until: now + times().validity() };
-    let mut actions = checked.handle(now, Event::Lease(proof));
-    actions.extend(checked.handle(now, Event::Tick));
-    assert!(starts(&actions, &StartAs::Primary), "{actions:?}");
 }
 
 #[test]

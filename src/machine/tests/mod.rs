@@ -9,5 +9,6 @@ mod cluster;
 mod found;
 mod reactions;
 mod recovery;
+mod releases;
 mod requests;
 mod without_etcd;

@@ -1,15 +1,17 @@
 //! Small clusters that lose a guard, a data directory, their keys or their etcd, and what becomes of them.
 
-use crate::facts::guard::{GuardFacts, Word};
+use crate::facts::guard::{GuardFacts, LockFacts, PostmasterFacts, Rung, StartId, Word};
+use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::DatabaseState;
-use crate::machine::action::{Action, Operation, OperationKind};
+use crate::machine::action::{Action, LeaseOrder, Operation, OperationKind};
 use crate::machine::event::Event;
 use crate::machine::state::{Promotion, State, Way};
 use crate::machine::world::World;
 
 use super::checked::Checked;
 use super::cluster::{THREE, s};
-use super::fixtures::{T0, guard, lock, lock_facts, me, name, nothing_runs, running};
+use super::fixtures::*;
+use super::found::operations;
 use super::reactions::worlds::{full, leads, ours};
 use super::toy::Toy;
 
@@ -110,4 +112,51 @@ fn a_lock_that_is_being_given_back_starts_no_primary() {
     };
     assert!(starts(ended.clone()));
     assert!(!starts(World { in_flight: [OperationKind::Release].into(), ..ended }));
+}
+
+fn tells_lease(actions: &[Action], wanted: &LeaseOrder) -> bool {
+    actions.iter().any(|action| matches!(action, Action::Lease(order) if order == wanted))
+}
+
+/// A daemon that has just started beside a guard that keeps a lock.
+fn beside(postmaster: PostmasterFacts) -> (Checked, LockFacts) {
+    let mut checked = Checked::new(me("a"));
+    let deadlines = times().deadlines(T0);
+    let kept = LockFacts { identity: ours(), valid_until: deadlines.valid_until, announce_at: deadlines.announce_at };
+    let facts = GuardFacts { lock: Some(kept), lease: Some(ours().lease), ..guard(1, postmaster) };
+    checked.handle(T0 + ms(500), Event::Guard(facts));
+    (checked, kept)
+}
+
+#[test]
+fn row_3_a_guard_that_is_frozen_after_its_first_rung_is_replaced_by_a_daemon_that_cannot_ask_etcd() {
+    let ending = PostmasterFacts::Ending { start: StartId(1), rung: Rung::FastStop, word: Word::Writable };
+    let (mut checked, kept) = beside(ending);
+    let early = checked.handle(kept.announce_at, Event::Tick);
+    assert!(!operations(&early).contains(&OperationKind::FenceByScan), "it has time: {early:?}");
+    let late = checked.handle(kept.valid_until, Event::Tick);
+    assert!(operations(&late).contains(&OperationKind::FenceByScan), "{late:?}");
+}
+
+#[test]
+fn a_standby_that_takes_long_to_end_is_no_reason_to_replace_the_guard() {
+    let ending = PostmasterFacts::Ending { start: StartId(1), rung: Rung::FastStop, word: Word::Standby };
+    let (mut checked, kept) = beside(ending);
+    let late = checked.handle(kept.valid_until + s(60), Event::Tick);
+    assert!(!operations(&late).contains(&OperationKind::FenceByScan), "{late:?}");
+}
+
+#[test]
+fn row_36_a_lock_that_was_taken_over_from_the_guard_is_waited_for_however_long_etcd_is_silent() {
+    let (mut checked, kept) = beside(running(1, Word::Writable));
+    let adopts = checked.handle(T0 + ms(600), Event::SpecRead(1, spec(&THREE)));
+    assert!(tells_lease(&adopts, &LeaseOrder::Adopt(ours().lease, Some(ours()))), "{adopts:?}");
+    let mut now = T0 + s(1);
+    while now < kept.valid_until + s(60) {
+        let actions = checked.handle(now, Event::Tick);
+        assert!(!tells_lease(&actions, &LeaseOrder::Grant), "another lease would end the leadership, at {now:?}: {actions:?}");
+        now = now + ms(500);
+    }
+    let gone = checked.handle(now, Event::Lease(LeaseEvent::Lost { why: LeaseLoss::LeaseNotFound }));
+    assert!(tells_lease(&gone, &LeaseOrder::Grant), "{gone:?}");
 }

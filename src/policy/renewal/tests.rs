@@ -59,6 +59,11 @@ fn an_order_that_crosses_the_lease_it_asks_for_gets_no_second_one() {
     assert_eq!(kept(&book), Some((lease(1), None)));
     assert_eq!(book.grant(ms(1_000 + T_MS)), Some(said), "that it has run out is seen at its next renewal, and said");
     assert!(matches!(book.next(ms(1_000 + T_MS)), Step::Renew { .. }));
+    let lock = lock_on(1);
+    book.hold(lock, ms(31_000)).unwrap();
+    book.renewed(ms(31_000));
+    assert!(book.grant(ms(32_000)).is_some());
+    assert_eq!(kept(&book), Some((lease(1), Some(lock))), "the lock on it was proved while the order was on its way");
     book.adopt(lease(2), None, ms(40_000));
     assert_eq!(book.grant(ms(48_000)), None);
     assert_eq!(kept(&book), None, "one that was never renewed is given up");

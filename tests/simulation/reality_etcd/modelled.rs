@@ -150,8 +150,10 @@ impl Modelled {
                 Said::At(at.map(|revision| names.counted(revision)))
             }
             Step::Release { lock, record } => {
-                Said::Did(self.etcd.release(names.epoch(*lock), record.then(|| names.release(*lock)).as_ref()))
+                let as_read = self.etcd.leader_revision;
+                Said::Did(self.etcd.release(names.epoch(*lock), as_read, record.then(|| names.release(*lock)).as_ref()))
             }
+            Step::Reaffirm { member, lock } => Said::Did(self.etcd.reaffirm(names.epoch(*lock), &name(member))),
             Step::Move { member, lock, from, to } => {
                 let lock = lock.map(|lock| names.epoch(lock));
                 Said::Did(self.etcd.move_to_lease(&name(member), record(1), lock, names.lease(*from), names.lease(*to)))

@@ -94,6 +94,11 @@ pub enum Step {
         lock: Lock,
         record: bool,
     },
+    /// The lock's key is written again.
+    Reaffirm {
+        member: &'static str,
+        lock: Lock,
+    },
     Move {
         member: &'static str,
         lock: Option<Lock>,

@@ -5,7 +5,7 @@ use super::generated::generated;
 use super::script::Judged::{Before, Now};
 use super::script::Step::{
     Acquire, Answer, Ask, ByHand, Claim, ClearRequest, Failsafe, GiveUp, Grant, GrantedTtl, Halfway, KeepAlive, KeepAliveLate,
-    LeaderKilled, LeaderMoves, Move, Prove, Put, PutOver, RecordPromotion, Release, Remember, Revoke, RunOut, Status,
+    LeaderKilled, LeaderMoves, Move, Prove, Put, PutOver, Reaffirm, RecordPromotion, Release, Remember, Revoke, RunOut, Status,
 };
 use super::script::{Hand, Judged, Lease, Script, Step, Thing};
 
@@ -271,6 +271,20 @@ fn writes() -> Vec<Script> {
                 delete(Thing::Release),
                 Release { lock: 0, record: true },
                 Release { lock: 9, record: true },
+            ]),
+        ),
+        script(
+            "the lock's key is written again",
+            led(vec![
+                Reaffirm { member: "a", lock: 0 },
+                Prove { lock: 0, on: None },
+                Release { lock: 0, record: true },
+                Reaffirm { member: "a", lock: 0 },
+                acquire("b", 2, Now),
+                Reaffirm { member: "a", lock: 0 },
+                Reaffirm { member: "b", lock: 1 },
+                RunOut { lease: 2 },
+                Reaffirm { member: "b", lock: 1 },
             ]),
         ),
         script(

@@ -120,9 +120,9 @@ fn of_the_guard(world: &World) -> Vec<Event> {
         running(start.0, Word::Writable),
         running(next.0, Word::Standby),
         running(next.0, Word::Writable),
-        PostmasterFacts::Ending { start, rung: Rung::Announce },
-        PostmasterFacts::Ending { start, rung: Rung::FastStop },
-        PostmasterFacts::Ending { start, rung: Rung::KillAll },
+        PostmasterFacts::Ending { start, rung: Rung::Announce, word: Word::Standby },
+        PostmasterFacts::Ending { start, rung: Rung::FastStop, word: Word::Writable },
+        PostmasterFacts::Ending { start, rung: Rung::KillAll, word: Word::Writable },
     ];
     let mut events = Vec::new();
     for postmaster in postmasters {
@@ -186,7 +186,9 @@ fn answers() -> Vec<Finished> {
     for done in [Finished::InitializeGivenUp, Finished::FencedByScan] {
         all.extend([done(Ok(())), done(Err(why()))]);
     }
-    for done in [Finished::Released, Finished::StatusWritten, Finished::PromotionRecorded, Finished::InitializeClaimed] {
+    for done in
+        [Finished::Released, Finished::Reaffirmed, Finished::StatusWritten, Finished::PromotionRecorded, Finished::InitializeClaimed]
+    {
         all.extend([done(Ok(true)), done(Ok(false)), done(Err(why()))]);
     }
     all.extend([Ok(true), Ok(false), Err(why())].map(Finished::RequestAnswered));
@@ -205,7 +207,12 @@ fn asked(world: &World, finished: &Finished) -> Option<World> {
     match finished {
         Finished::Released(_) if world.lock == Lock::None || !world.cannot_write(T0) => return None,
         Finished::Acquired(_) if world.lock != Lock::None => return None,
-        Finished::Released(_) => world.asked.releasing = Some(ours().epoch),
+        Finished::Reaffirmed(_) if world.lock == Lock::None => return None,
+        Finished::Reaffirmed(_) => world.asked.reaffirming = Some(ours().epoch),
+        Finished::Released(_) => {
+            world.asked.releasing = Some(ours().epoch);
+            world.sure_of = None;
+        }
         _ => {}
     }
     Some(world)

@@ -237,6 +237,7 @@ impl Healed {
                 self.b_leads();
                 Finished::Released(Ok(true))
             }
+            Operation::Reaffirm(_) => Finished::Reaffirmed(Ok(true)),
             Operation::WriteStatus(_) => Finished::StatusWritten(Ok(true)),
             Operation::RecordPromotion { .. } => Finished::PromotionRecorded(Ok(true)),
             Operation::ClaimInitialize => Finished::InitializeClaimed(Ok(false)),

@@ -113,7 +113,8 @@ pub(crate) fn standby() -> World {
 
 /// The lock is ours, and etcd says so too.
 pub(crate) fn locked(world: World, lock: Lock) -> World {
-    World { lock, holding: lock.identity(), view: Some(Arc::new(led_by_us())), ..world }
+    let sure_of = lock.identity().map(|lock| lock.epoch);
+    World { lock, holding: lock.identity(), sure_of, view: Some(Arc::new(led_by_us())), ..world }
 }
 
 pub(crate) fn proved() -> Lock {
@@ -325,7 +326,7 @@ fn demoting() -> Vec<Case> {
     let mut releases = busy(locked(idle(), Lock::Unproved(ours())), OperationKind::Release);
     releases.asked.releasing = Some(ours().epoch);
     let by_scan = World { guard: None, guard_gone: true, ..busy(idle(), OperationKind::FenceByScan) };
-    let ending = PostmasterFacts::Ending { start: StartId(1), rung: Rung::KillAll };
+    let ending = PostmasterFacts::Ending { start: StartId(1), rung: Rung::KillAll, word: Word::Writable };
     vec![
         case("it takes writes without a lock", state(Then::Follow), World { lock: Lock::None, holding: None, ..writes() }),
         case("it takes writes under the lock", state(Then::StartAgain(ours())), writes()),

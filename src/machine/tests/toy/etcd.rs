@@ -176,6 +176,14 @@ impl ToyEtcd {
         true
     }
 
+    pub(crate) fn reaffirm(&mut self, epoch: Epoch) -> bool {
+        let ours = self.is_epoch(epoch);
+        if ours {
+            self.wrote("leader");
+        }
+        ours
+    }
+
     pub(crate) fn write_status(&mut self, status: StatusRecord) -> bool {
         let ours = self.is_epoch(status.epoch);
         if ours {

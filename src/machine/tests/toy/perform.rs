@@ -206,6 +206,7 @@ impl Toy {
                 None => AcquireOutcome::Beaten,
             }),
             Operation::Release { epoch, record } => Finished::Released(Ok(self.etcd.release(epoch, record))),
+            Operation::Reaffirm(epoch) => Finished::Reaffirmed(Ok(self.etcd.reaffirm(epoch))),
             Operation::WriteStatus(status) => Finished::StatusWritten(Ok(self.etcd.write_status(status))),
             Operation::RecordPromotion { epoch, mut history } => {
                 let wal = self.hosts[member].server.data.as_ref().map(|data| data.wal.clone()).unwrap_or_default();

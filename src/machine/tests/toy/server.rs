@@ -142,7 +142,9 @@ impl Server {
         let postmaster = match self.process {
             Process::None => PostmasterFacts::ProvedEmpty { last: self.last },
             Process::Running { start, word, .. } => PostmasterFacts::Running { start, pid: 4000, word, adopted: false },
-            Process::Ending { start, rung, .. } => PostmasterFacts::Ending { start, rung },
+            Process::Ending { start, rung, was_recovering, .. } => {
+                PostmasterFacts::Ending { start, rung, word: if was_recovering { Word::Standby } else { Word::Writable } }
+            }
         };
         let lock = guard.lock.map(|(identity, d)| LockFacts { identity, valid_until: d.valid_until, announce_at: d.announce_at });
         Some(GuardFacts {
