@@ -134,7 +134,7 @@ impl World {
         });
         let led = self.present_epoch();
         self.note_leader(&view);
-        let absent_or_ours = view.leader.as_ref().is_none_or(|leader| self.is_taken_anew(leader));
+        let absent_or_ours = view.leader.as_ref().is_none_or(|leader| self.is_taken_anew(leader)) && self.led_last(&view);
         self.view = Some(view);
         self.view_as_of = as_of;
         if self.present_epoch() != led {

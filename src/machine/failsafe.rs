@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::{ClusterView, LeaderKey};
+use crate::facts::cluster::{ClusterView, HistoryEntry, LeaderKey};
 use crate::facts::failsafe::{Armed, PromiseAsk};
 use crate::facts::guard::Word;
 use crate::mutants::{Mutant, mutant};
@@ -68,6 +68,14 @@ impl World {
     pub(super) fn is_taken_anew(&self, leader: &LeaderKey) -> bool {
         let ours = leader.holder == self.me.name.as_str() && self.lease.is_some_and(|lease| lease.lease == leader.lease);
         ours && self.lock.identity().is_some_and(|lock| lock.lease.lease != leader.lease && lock.epoch < leader.epoch)
+    }
+
+    /// Nobody has led since: ours is the last leadership in `history`. Promises say so too, but not to a clock that stood still (row 26).
+    pub(super) fn led_last(&self, view: &ClusterView) -> bool {
+        let ours = |entry: &HistoryEntry| {
+            self.lock.identity().is_some_and(|lock| entry.is_of(lock.epoch) || entry.awaits(&self.me.name, lock.lease.lease))
+        };
+        view.history.last().is_none_or(ours)
     }
 
     /// etcd proved the lock: promises are not relied on any more.

@@ -309,6 +309,22 @@ fn a_lapse_that_cannot_be_bridged_by_a_ends_the_leadership_at_once() {
 }
 
 #[test]
+fn i9_a_leader_whose_clock_stood_still_takes_nothing_anew_when_another_has_led_meanwhile() {
+    let mut toy = failsafe();
+    toy.host("a").connected = false;
+    writes_throughout(&mut toy, "a", s(25));
+    // What became of the cluster in a time that `a` does not know of: another leadership, which is over.
+    toy.etcd.by_hand(|keys| {
+        let mut led = keys.history.last().unwrap().clone();
+        (led.timeline, led.member, led.epoch) = (TimelineId(led.timeline.0 + 1), name("b"), Some(Epoch(i64::MAX)));
+        keys.history.push(led);
+    });
+    toy.host("a").connected = true;
+    toy.until("a leads no more", s(3), |toy| toy.daemon("a").checked.world().lock == Lock::None);
+    assert!(!toy.story().contains("takes_anew"), "{}", toy.story());
+}
+
+#[test]
 fn a_lapse_ends_the_leadership_of_a_primary_that_is_on_its_way_out() {
     let mut toy = lapsed();
     toy.stop_daemon("a");
