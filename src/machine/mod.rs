@@ -44,6 +44,8 @@ pub const PROBE_IDLE_MS: u64 = 1_000;
 pub const TICK_MS: u64 = 1_000;
 /// A lease that was asked for and did not come is asked for again after so long.
 const LEASE_AGAIN_S: u64 = 5;
+/// A lock is given back when PostgreSQL did not come up so often in a row.
+const STARTS_MAX: u32 = 3;
 /// Least time for which a lock is kept without getting anywhere.
 const IDLE_LOCK_S: u64 = 60;
 /// Beyond ttl: how long a member key of another run is waited for.
@@ -311,10 +313,11 @@ fn release_useless(context: &mut Context<'_>, state: &State) {
         return;
     }
     let past_it = || world.timeline_of(lock).zip(world.own_timeline()).is_some_and(|(reserved, own)| own > reserved);
+    let cannot_start = world.failures(OperationKind::Start) >= STARTS_MAX;
     let patience = world.spec().map_or(Duration::ZERO, |spec| spec.ha.primary_start_timeout).max(Duration::from_secs(IDLE_LOCK_S));
     let useless = match state {
         State::Undeclared | State::AwaitingLeader | State::Cloning | State::Rejoining => true,
-        State::Following => past_it() || world.idle_lock_since.is_some_and(|since| context.now.since(since) > patience),
+        State::Following => past_it() || cannot_start || world.idle_lock_since.is_some_and(|since| context.now.since(since) > patience),
         _ => false,
     };
     if !useless || !world.cannot_write(context.now) {

@@ -58,6 +58,8 @@ pub struct Checks {
     last_fenced: Epoch,
     /// etcd was restored from a backup: ids and epochs may come twice, and who leads is the operator's to see to (SAFETY row 43).
     pub restored: bool,
+    /// Hosts whose daemons had last seen an empty data directory when the lock was taken last.
+    seen_empty: BTreeSet<usize>,
     /// The WAL that a promotion by hand began, and who was promoted. None once its data directory is another.
     by_hand: BTreeMap<u64, Option<usize>>,
     /// A standby received WAL of a promotion by hand, and follows the leadership that took the same number (a stated limit): from here on
@@ -283,9 +285,9 @@ impl Checks {
         let shared = ours.iter().zip(theirs).take_while(|(ours, theirs)| ours == theirs).count();
         let (Some(stayed), Some(left)) = (ours.get(shared), theirs.get(shared)) else { return };
         let token = theirs.last().map_or(0, |segment| segment.token);
-        // A directory that was put back a moment ago, and that its daemon has not looked at since, is not there yet.
-        let seen = |host: &Host| host.daemon.as_ref().is_none_or(|daemon| daemon.machine.world().data != DataDirectory::Empty);
-        let still_there = hosts.iter().filter(|other| seen(other)).any(|other| {
+        // A directory that was put back a moment before the election, and that its daemon had not looked at since, was not there yet.
+        let seen = |index: usize| !self.seen_empty.contains(&index);
+        let still_there = hosts.iter().enumerate().filter(|(index, _)| seen(*index)).any(|(_, other)| {
             let extent = other.server.data.as_ref().and_then(|data| data.wal.extent_of(token));
             extent.is_some_and(|extent| extent >= published.lsn)
         });
@@ -365,6 +367,8 @@ impl Sim {
     pub fn lock_was_taken(&mut self, host: usize, outcome: &Acquired) {
         if let Acquired::Ours(_) = outcome {
             self.checks.leaders.push((self.now, host));
+            let is_empty = |host: &Host| host.daemon.as_ref().is_some_and(|daemon| daemon.machine.world().data == DataDirectory::Empty);
+            self.checks.seen_empty = (0..self.hosts.len()).filter(|index| is_empty(&self.hosts[*index])).collect();
             self.lock_hangs_on_a_lease(host);
             let name = self.hosts[host].name.clone();
             self.say(Some(host), || format!("etcd: {name} takes the lock"));

@@ -148,6 +148,11 @@ impl Sim {
             }
             Kind::Switchover => self.request_switchover(((fault.choice >> 8) % self.hosts.len() as u64) as usize),
             Kind::FrozenInRenewal => self.hosts[host].freezes_in_renewal = true,
+            Kind::LostRelease => {
+                self.hosts[host].loses_release = true;
+                let step = 1 + (fault.choice >> 8) as usize % (self.hosts.len() - 1);
+                self.request_switchover((host + step) % self.hosts.len());
+            }
             Kind::OldEtcdLeader => self.etcd_leader_is_deposed(host),
             Kind::LeadsByPromises => self.leader_goes_on_by_promises(&fault, host),
             Kind::Namesake => self.start_namesake(index, &fault),
@@ -284,6 +289,7 @@ impl Sim {
                 [out, back].into_iter().for_each(|link| link.delay = Some((ms(5), most)));
             }
             Kind::DuplicatedRequests => self.links[host].0.duplicates_percent = 40,
+            Kind::LateRequests => self.links[host].0.late_percent = 40,
             Kind::CutPeers => {
                 let other = (host + 1 + (fault.choice % (self.hosts.len() as u64 - 1)) as usize) % self.hosts.len();
                 self.peers_cut.insert((host.min(other), host.max(other)), true);
@@ -352,6 +358,15 @@ impl Sim {
             self.follows(ms(0), (Kind::MemberRemoved, fault.choice), host, rewritten + ms(500));
             self.follows(rewritten, (Kind::CutEtcd, 0), host, ttl * 2 + secs(4));
         }
+    }
+
+    /// Whether this release gets lost on the way: then its daemon ends at once, and is back before the lock is fenced.
+    pub fn loses_release(&mut self, host: usize) -> bool {
+        let loses = std::mem::take(&mut self.hosts[host].loses_release) && !self.healed;
+        if loses {
+            self.follows(ms(1), (Kind::KillDaemon, 0), host, ms(0));
+        }
+        loses
     }
 
     /// A fault that another one brings with it.

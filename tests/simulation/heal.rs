@@ -49,7 +49,13 @@ impl Sim {
             Kind::DataMoved => self.data_comes_back(host),
             Kind::AllPowerOff => (0..self.hosts.len()).for_each(|host| self.power_on(host)),
             Kind::Suspend | Kind::HypervisorPause => self.goes_on(host),
-            Kind::CutEtcd | Kind::CutAnswers | Kind::FlappingEtcd | Kind::LossyEtcd | Kind::SlowEtcd | Kind::DuplicatedRequests => {
+            Kind::CutEtcd
+            | Kind::CutAnswers
+            | Kind::FlappingEtcd
+            | Kind::LossyEtcd
+            | Kind::SlowEtcd
+            | Kind::DuplicatedRequests
+            | Kind::LateRequests => {
                 self.links[host] = (Link::default(), Link::default());
             }
             Kind::CutPeers => {
@@ -60,6 +66,7 @@ impl Sim {
                 self.links[host] = (Link::default(), Link::default());
                 self.peers_cut.retain(|(one, two), _| *one != host && *two != host);
             }
+            Kind::LostRelease => self.hosts[host].loses_release = false,
             Kind::WatchStalls => {
                 if let Some(daemon) = &mut self.hosts[host].daemon {
                     daemon.watch.stalled = false;

@@ -119,6 +119,8 @@ pub struct Host {
     pub server: Server,
     /// The next renewal is the one in which its daemon stands still.
     pub freezes_in_renewal: bool,
+    /// Its next release is carried out late.
+    pub loses_release: bool,
     /// Until then a deposed leader of etcd answers its keepalives, in this raft term.
     pub old_etcd_leader: Option<(Real, u64)>,
     /// A data directory that somebody took away.
@@ -158,6 +160,7 @@ impl Host {
             disk: Disk::default(),
             server: Server::default(),
             freezes_in_renewal: false,
+            loses_release: false,
             old_etcd_leader: None,
             moved_away: None,
             guard: None,

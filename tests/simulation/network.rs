@@ -18,6 +18,8 @@ use super::world::{DaemonDue, Sim, What};
 pub const REQUEST_TIMEOUT_MS: u64 = 3_000;
 /// A server without a leader holds requests back; they are looked at again so often.
 const HELD_BACK_MS: u64 = 70;
+/// After its caller has given up, a late request is carried out within so long.
+const LATE_MS: u64 = 5_000;
 /// And so long at most, before it answers with an error.
 const HOLD_BACK_MAX_MS: u64 = 5_000;
 
@@ -29,6 +31,8 @@ pub struct Link {
     pub delay: Option<(Duration, Duration)>,
     /// Requests are carried out twice now and then.
     pub duplicates_percent: u64,
+    /// Writes are carried out late now and then.
+    pub late_percent: u64,
 }
 
 /// Who waits for the answer.
@@ -190,7 +194,10 @@ impl Sim {
             if link.cut || self.random.percent(link.loss_percent) {
                 continue;
             }
-            let latency = self.latency(&link);
+            let is_late = matches!(caller, Caller::Record(_)) && ask.writes() && self.random.percent(link.late_percent)
+                || matches!(ask, EtcdAsk::Release { .. }) && self.loses_release(host);
+            let beyond = if is_late { patience + self.random.between(ms(0), ms(LATE_MS)) } else { ms(0) };
+            let latency = self.latency(&link) + beyond;
             self.later(latency, What::Arrive { host, run, call: id, ask: Box::new(ask.clone()), held: 0 });
         }
         id

@@ -150,3 +150,15 @@ fn a_lock_that_was_taken_over_from_the_guard_is_written_again_once_and_one_that_
         assert!(!operations(&actions).contains(&OperationKind::Reaffirm), "{actions:?}");
     }
 }
+
+/// Found by the simulator's seed 9230: nobody else may lead as long as it has the lock.
+#[test]
+fn l2_a_lock_whose_holder_cannot_start_postgresql_is_given_back() {
+    for (failures, gives_back) in [(2, false), (3, true)] {
+        let mut world = locked(full(DatabaseState::InArchiveRecovery), Lock::Unproved(ours()));
+        (0..failures).for_each(|_| world.retry_later(T0, OperationKind::Start));
+        let mut checked = Checked::resume(world, State::Following);
+        let actions = checked.handle(T0, Event::Tick);
+        assert_eq!(operations(&actions).contains(&OperationKind::Release), gives_back, "{actions:?}");
+    }
+}
