@@ -9,6 +9,7 @@ use pgherd::types::MemberName;
 use super::check::AWAKE_MS;
 use super::clock::{ms, secs};
 use super::etcd::Serving;
+use super::network::RACES_LATE_MS;
 use super::plan::{Fault, Kind};
 use super::world::{Sim, What, member, spec_of};
 
@@ -152,6 +153,12 @@ impl Sim {
                 self.hosts[host].loses_release = true;
                 let step = 1 + (fault.choice >> 8) as usize % (self.hosts.len() - 1);
                 self.request_switchover((host + step) % self.hosts.len());
+            }
+            Kind::LateRace => {
+                let leads = self.lock_runs_until().is_some_and(|(leader, _)| leader == host);
+                let other = if leads { (host + 1) % self.hosts.len() } else { host };
+                self.hosts[other].races_late = true;
+                self.follows(ms(0), (Kind::LockDeleted, 0), host, ms(0));
             }
             Kind::OldEtcdLeader => self.etcd_leader_is_deposed(host),
             Kind::LeadsByPromises => self.leader_goes_on_by_promises(&fault, host),
@@ -367,6 +374,15 @@ impl Sim {
             self.follows(ms(1), (Kind::KillDaemon, 0), host, ms(0));
         }
         loses
+    }
+
+    /// Whether this request for the lock is overtaken: by another's, and by the end of that leadership.
+    pub fn races_late(&mut self, host: usize) -> bool {
+        let late = std::mem::take(&mut self.hosts[host].races_late) && !self.healed;
+        if late {
+            self.follows(ms(RACES_LATE_MS - 200), (Kind::LockDeleted, 0), host, ms(0));
+        }
+        late
     }
 
     /// A fault that another one brings with it.

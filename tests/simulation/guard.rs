@@ -168,8 +168,8 @@ impl Sim {
             let this = &mut self.hosts[host];
             let Some(guard) = this.guard.as_mut().filter(|guard| !guard.frozen && !this.stands) else { return };
             guard.state.check_clock(local);
-            let climb = decide(local, &guard.state).climb;
-            if let Some(rung) = climb.filter(|_| !mutant(Mutant::LadderNotClimbed)) {
+            let climb = decide(local, &guard.state).climb.filter(|_| !mutant(Mutant::LadderNotClimbed));
+            if let Some(rung) = climb {
                 match rung {
                     Rung::Announce => {}
                     Rung::FastStop => this.server.fast_stop(now, &mut self.random),

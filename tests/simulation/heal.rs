@@ -66,6 +66,7 @@ impl Sim {
                 self.links[host] = (Link::default(), Link::default());
                 self.peers_cut.retain(|(one, two), _| *one != host && *two != host);
             }
+            Kind::LateRace => self.hosts.iter_mut().for_each(|host| host.races_late = false),
             Kind::LostRelease => self.hosts[host].loses_release = false,
             Kind::WatchStalls => {
                 if let Some(daemon) = &mut self.hosts[host].daemon {

@@ -121,6 +121,8 @@ pub struct Host {
     pub freezes_in_renewal: bool,
     /// Its next release is carried out late.
     pub loses_release: bool,
+    /// Its next request for the lock is carried out late.
+    pub races_late: bool,
     /// Until then a deposed leader of etcd answers its keepalives, in this raft term.
     pub old_etcd_leader: Option<(Real, u64)>,
     /// A data directory that somebody took away.
@@ -161,6 +163,7 @@ impl Host {
             server: Server::default(),
             freezes_in_renewal: false,
             loses_release: false,
+            races_late: false,
             old_etcd_leader: None,
             moved_away: None,
             guard: None,

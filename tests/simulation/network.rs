@@ -18,8 +18,10 @@ use super::world::{DaemonDue, Sim, What};
 pub const REQUEST_TIMEOUT_MS: u64 = 3_000;
 /// A server without a leader holds requests back; they are looked at again so often.
 const HELD_BACK_MS: u64 = 70;
-/// After its caller has given up, a late request is carried out within so long.
+/// A late request is carried out within so long, mostly when its caller has given up; one that is lost so long after that.
 const LATE_MS: u64 = 5_000;
+/// A request for the lock that is overtaken comes so late: another has led by then.
+pub const RACES_LATE_MS: u64 = 2_500;
 /// And so long at most, before it answers with an error.
 const HOLD_BACK_MAX_MS: u64 = 5_000;
 
@@ -194,10 +196,15 @@ impl Sim {
             if link.cut || self.random.percent(link.loss_percent) {
                 continue;
             }
-            let is_late = matches!(caller, Caller::Record(_)) && ask.writes() && self.random.percent(link.late_percent)
-                || matches!(ask, EtcdAsk::Release { .. }) && self.loses_release(host);
-            let beyond = if is_late { patience + self.random.between(ms(0), ms(LATE_MS)) } else { ms(0) };
-            let latency = self.latency(&link) + beyond;
+            let is_lost = matches!(ask, EtcdAsk::Release { .. }) && self.loses_release(host);
+            let is_late = matches!(caller, Caller::Record(_)) && ask.writes() && self.random.percent(link.late_percent);
+            let late = match (is_lost, is_late) {
+                _ if matches!(ask, EtcdAsk::Acquire(_)) && self.races_late(host) => ms(RACES_LATE_MS),
+                (true, _) => patience + self.random.between(ms(0), ms(LATE_MS)),
+                (false, true) => self.random.between(ms(200), ms(LATE_MS)),
+                (false, false) => ms(0),
+            };
+            let latency = self.latency(&link) + late;
             self.later(latency, What::Arrive { host, run, call: id, ask: Box::new(ask.clone()), held: 0 });
         }
         id

@@ -42,7 +42,7 @@ pgherd::enumerated! {
         LossyEtcd,
         SlowEtcd,
         DuplicatedRequests,
-        /// Writes are carried out when whoever asked has long given up.
+        /// Writes are carried out late, also when whoever asked has long given up.
         LateRequests,
         CutPeers,
         Isolate,
@@ -69,6 +69,8 @@ pgherd::enumerated! {
         FrozenInRenewal,
         /// The leader hands over; its release gets lost on the way, its daemon is started again, and the release is carried out after all.
         LostRelease,
+        /// A member's request for the lock is on its way while another takes it, leads, and loses it again.
+        LateRace,
         /// A deposed leader of etcd goes on to answer keepalives for a moment; then etcd is out of reach.
         OldEtcdLeader,
         /// The leader is cut off from etcd for longer than its lease lasts; meanwhile a member forgets what it promised, or one comes back
@@ -86,7 +88,7 @@ impl Kind {
     fn weight(self) -> u64 {
         match self {
             Kind::Strike => 14,
-            Kind::FrozenInRenewal | Kind::OldEtcdLeader | Kind::LeadsByPromises | Kind::LostRelease => 4,
+            Kind::FrozenInRenewal | Kind::OldEtcdLeader | Kind::LeadsByPromises | Kind::LostRelease | Kind::LateRace => 4,
             Kind::KillDaemon | Kind::KillPostmaster | Kind::PowerOff | Kind::CutEtcd | Kind::FreezeDaemon | Kind::Switchover => 5,
             Kind::Isolate | Kind::CutPeers | Kind::SlowEtcd | Kind::EtcdLeaderLost | Kind::KillGuard | Kind::StopDaemon => 4,
             Kind::EtcdRestored | Kind::EtcdWiped | Kind::AllPowerOff | Kind::HypervisorPause | Kind::DataLost => 1,

@@ -29,6 +29,8 @@ use super::trace::Trace;
 
 /// How often clients try every server.
 const CLIENT_EVERY_MS: u64 = 40;
+/// More events than that at one instant are a circle (L5).
+const AT_ONCE_MAX: u32 = 10_000;
 /// Hosts boot long before a run begins, so that nothing saturates at zero.
 const BOOTED_BEFORE_S: u64 = 1_000;
 
@@ -199,6 +201,8 @@ impl Ord for Entry {
 
 pub struct Sim {
     pub now: Real,
+    /// Events since time went by last.
+    at_once: u32,
     queue: BinaryHeap<Reverse<Entry>>,
     entries: u64,
     pub ids: u64,
@@ -262,6 +266,7 @@ impl Sim {
     pub fn of_hosts(seed: u64, hosts: usize, traced: bool) -> Self {
         let mut sim = Sim {
             now: Real(0),
+            at_once: 0,
             queue: BinaryHeap::new(),
             entries: 0,
             ids: 0,
@@ -338,6 +343,10 @@ impl Sim {
             }
         }
         let Some(Reverse(entry)) = self.queue.pop() else { return false };
+        self.at_once = if entry.at == self.now { self.at_once + 1 } else { 0 };
+        if self.at_once > AT_ONCE_MAX {
+            self.checks.fail("L5", format!("{AT_ONCE_MAX} events without any time between them"));
+        }
         self.now = entry.at;
         self.trace.mark(entry.at, &entry.what);
         self.happen(entry.what);
