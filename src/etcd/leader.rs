@@ -53,6 +53,9 @@ pub struct AcquireRequest {
     pub sync_revision: Revision,
     /// The mod revision of `failsafe` that eligibility was judged on.
     pub failsafe_revision: Revision,
+    /// The mod revision of `spec` that eligibility was judged on. What is absent may have been there in between; a spec that was deleted is
+    /// another one when it is there again.
+    pub spec_revision: Revision,
     /// The whole new history, with the entry that reserves our timeline id.
     pub history: Vec<HistoryEntry>,
     /// The system identifier, when this is the first lock of the cluster.
@@ -74,6 +77,7 @@ impl AcquireRequest {
             vacancy: view.history_revision,
             sync_revision: view.sync_revision,
             failsafe_revision: view.failsafe_revision,
+            spec_revision: view.spec_revision,
             history,
             initialize,
         }
@@ -106,6 +110,8 @@ pub enum Beaten {
     SyncMoved,
     /// Who may lead while etcd is away has changed.
     FailsafeMoved,
+    /// The spec has changed, or all keys were deleted and a spec was applied again.
+    SpecMoved,
     /// Our member key is not there, or not on our lease.
     MemberKeyNotOurs,
     /// The cluster has another identity, or somebody else is initializing it.
@@ -246,6 +252,7 @@ impl Etcd {
             Compare::mod_revision(path(&Key::History), CompareOp::Equal, request.vacancy.0),
             Compare::mod_revision(path(&Key::Sync), CompareOp::Equal, request.sync_revision.0),
             Compare::mod_revision(path(&Key::Failsafe), CompareOp::Equal, request.failsafe_revision.0),
+            Compare::mod_revision(path(&Key::Spec), CompareOp::Equal, request.spec_revision.0),
             Compare::lease(member.clone(), CompareOp::Equal, request.lease.0),
             Compare::create_revision(member.clone(), CompareOp::Greater, 0),
         ];
@@ -259,7 +266,8 @@ impl Etcd {
             compares.push(Compare::mod_revision(path(&Key::Initialize), CompareOp::Equal, revision.0));
             writes.push(TxnOp::put(path(&Key::Initialize), system_id.to_string(), None));
         }
-        let reasons = [Key::Leader, Key::History, Key::Sync, Key::Failsafe, Key::Member(request.member.clone()), Key::Initialize];
+        let member_key = Key::Member(request.member.clone());
+        let reasons = [Key::Leader, Key::History, Key::Sync, Key::Failsafe, Key::Spec, member_key, Key::Initialize];
         Ok(Txn::new().when(compares).and_then(writes).or_else(reasons.map(|key| TxnOp::get(path(&key), None))))
     }
 
@@ -278,7 +286,7 @@ impl Etcd {
     fn judge_defeat(&self, request: &AcquireRequest, response: &TxnResponse) -> Acquisition {
         let mut seen = found(response).into_iter().map(|kvs| kvs.into_iter().next());
         let mut next = || seen.next().flatten();
-        let (leader, history, sync, failsafe, member, identity) = (next(), next(), next(), next(), next(), next());
+        let (leader, history, sync, failsafe, spec, member, identity) = (next(), next(), next(), next(), next(), next(), next());
         let revision = |kv: &Option<Kv>| Revision(kv.as_ref().map_or(0, |kv| kv.mod_revision));
         if let Some(leader) = leader {
             return self.read_back(request, &leader);
@@ -289,6 +297,8 @@ impl Etcd {
             Beaten::SyncMoved
         } else if revision(&failsafe) != request.failsafe_revision {
             Beaten::FailsafeMoved
+        } else if revision(&spec) != request.spec_revision {
+            Beaten::SpecMoved
         } else if member.is_none_or(|kv| kv.lease != request.lease.0) {
             Beaten::MemberKeyNotOurs
         } else {
@@ -367,6 +377,7 @@ mod tests {
             vacancy: Revision(0),
             sync_revision: Revision(0),
             failsafe_revision: Revision(0),
+            spec_revision: Revision(0),
             history: Vec::new(),
             initialize: initialize.map(SystemId),
         }

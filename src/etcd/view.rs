@@ -85,7 +85,10 @@ fn put(view: &mut ClusterView, keys: &Keys, kv: &Kv) {
 
 fn store(view: &mut ClusterView, key: &Key, kv: &Kv) -> Result<(), String> {
     match key {
-        Key::Spec => view.spec = Some(json(kv)?),
+        Key::Spec => {
+            view.spec_revision = Revision(kv.mod_revision);
+            view.spec = Some(json(kv)?);
+        }
         Key::Leader => {
             view.leader = Some(LeaderKey { holder: text(kv), epoch: Epoch(kv.create_revision), lease: LeaseId(kv.lease) });
         }
@@ -122,7 +125,10 @@ fn store(view: &mut ClusterView, key: &Key, kv: &Kv) -> Result<(), String> {
 fn delete(view: &mut ClusterView, key: &Key) {
     view.unreadable.remove(&relative(key));
     match key {
-        Key::Spec => view.spec = None,
+        Key::Spec => {
+            view.spec = None;
+            view.spec_revision = Revision(0);
+        }
         Key::Leader => view.leader = None,
         Key::Member(name) => {
             view.members.remove(name);

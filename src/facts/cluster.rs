@@ -17,6 +17,8 @@ pub struct ClusterView {
     pub revision: Revision,
     /// The spec as applied.
     pub spec: Option<SpecRecord>,
+    /// Mod revision of `spec`; 0 when absent. Unlike the others it is never absent twice while somebody may run.
+    pub spec_revision: Revision,
     /// The leader lock; None means that it was seen to be absent at `revision`.
     pub leader: Option<LeaderKey>,
     /// Present member keys.

@@ -380,10 +380,9 @@ impl Sim {
         let now = self.now;
         let mut writer: Option<usize> = None;
         for host in 0..self.hosts.len() {
-            if !self.hosts[host].server.acknowledges(now) || self.hosts[host].stands {
-                continue;
-            }
-            if self.excused(host) {
+            // Also of one that does not acknowledge now: what is ended late for such a reason may do so while it ends.
+            let excused = self.excused(host);
+            if excused || !self.hosts[host].server.acknowledges(now) || self.hosts[host].stands {
                 continue;
             }
             let local = self.hosts[host].local(now);
@@ -408,7 +407,8 @@ impl Sim {
         let reaches = self.reaches_etcd(host) && !late(&self.links[host].0) && !late(&self.links[host].1);
         let this = &mut self.hosts[host];
         // Guard and daemon both cannot do their work, and there is no watchdog.
-        if !guard && !daemon && this.guard.as_ref().is_some_and(|guard| guard.frozen) {
+        let frozen = this.guard.as_ref().is_some_and(|guard| guard.frozen) || this.daemon.as_ref().is_some_and(|daemon| daemon.frozen);
+        if !guard && !daemon && frozen {
             let until = now.after(ms(AWAKE_MS) + this.server.dies_within());
             this.excused_until = this.excused_until.max(until);
         }

@@ -291,7 +291,8 @@ impl Etcd {
         let member_is_ours = self.view.members.get(&ask.member).is_some_and(|key| key.lease == ask.lease);
         let as_judged = self.view.history_revision == ask.vacancy
             && self.view.sync_revision == ask.sync_revision
-            && self.view.failsafe_revision == ask.failsafe_revision;
+            && self.view.failsafe_revision == ask.failsafe_revision
+            && self.view.spec_revision == ask.spec_revision;
         let fits = (as_judged || mutant(Mutant::AcquireComparesNothing))
             && member_is_ours
             && self.identity_fits(ask)

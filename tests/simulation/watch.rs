@@ -194,6 +194,7 @@ fn with_gap((known, at_gap): &(Arc<ClusterView>, Arc<ClusterView>), view: &Clust
     }
     if view.spec == at_gap.spec {
         seen.spec.clone_from(&known.spec);
+        seen.spec_revision = known.spec_revision;
     }
     if view.failsafe_revision == at_gap.failsafe_revision {
         seen.failsafe.clone_from(&known.failsafe);

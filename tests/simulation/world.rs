@@ -299,7 +299,7 @@ impl Sim {
         let generation = self.specs.len() as u64 + 1;
         self.specs.insert(generation, spec);
         let record = SpecRecord { generation, document: format!("generation {generation}"), by: "operator".to_owned(), at: String::new() };
-        self.etcd.by_hand(|keys, _| keys.spec = Some(record));
+        self.etcd.by_hand(|keys, revision| (keys.spec, keys.spec_revision) = (Some(record), revision));
         self.etcd_changed();
     }
 

@@ -146,7 +146,8 @@ impl Names {
     pub fn named_view(&self) -> ClusterView {
         let mut view = self.view.clone();
         view.etcd_cluster = Some(CLUSTER);
-        for revision in [&mut view.revision, &mut view.sync_revision, &mut view.failsafe_revision, &mut view.history_revision] {
+        let ClusterView { revision, sync_revision, failsafe_revision, spec_revision, history_revision, .. } = &mut view;
+        for revision in [revision, sync_revision, failsafe_revision, spec_revision, history_revision] {
             self.count(revision);
         }
         for key in view.members.values_mut() {

@@ -147,6 +147,7 @@ impl ToyEtcd {
             && self.keys.history_revision == judged_on.history_revision
             && self.keys.sync_revision == judged_on.sync_revision
             && self.keys.failsafe_revision == judged_on.failsafe_revision
+            && self.keys.spec_revision == judged_on.spec_revision
             && ours
             && identity_fits;
         if !fits {

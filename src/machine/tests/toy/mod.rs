@@ -137,7 +137,10 @@ impl Toy {
         let generation = self.specs.len() as u64 + 1;
         self.specs.insert(generation, spec);
         let record = SpecRecord { generation, document: format!("generation {generation}"), by: "test".to_owned(), at: String::new() };
-        self.etcd.by_hand(|keys| keys.spec = Some(record));
+        self.etcd.by_hand(|keys| {
+            keys.spec = Some(record);
+            keys.spec_revision.0 = keys.revision.0 + 1;
+        });
     }
 
     pub(crate) fn host(&mut self, member: &str) -> &mut Host {
