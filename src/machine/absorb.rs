@@ -16,7 +16,8 @@ use crate::types::{Epoch, LockIdentity};
 
 use super::action::{OperationKind, Upstream};
 use super::event::{AcquireOutcome, Configured, Event, Failure, Finished, PutOutcome};
-use super::world::{Etcd, InForce, LadderDue, Lock, Vacancy, World, knows_of};
+use super::hold::LadderDue;
+use super::world::{Etcd, InForce, Lock, Vacancy, World, knows_of};
 
 /// The same write is not tried again for so long after an answer that a newer view has to follow.
 pub(super) const ANSWERED_PAUSE_MS: u64 = 250;

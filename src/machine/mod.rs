@@ -12,6 +12,7 @@ mod bookkeeping;
 pub mod edges;
 pub mod event;
 pub mod failsafe;
+pub mod hold;
 mod node;
 pub mod reactions;
 mod rules;

@@ -15,10 +15,11 @@ use crate::policy::rejoin::Rejoin;
 use crate::spec::cluster::{ClusterSpec, Member};
 use crate::types::{Epoch, Incarnation, LeaseIdentity, LockIdentity, MemberName, Revision, TimelineId};
 
-use super::action::{Action, LeaseOrder, OperationKind, StopMode, Upstream};
+use super::action::{OperationKind, StopMode, Upstream};
 use super::bookkeeping::Asked;
 use super::event::{ForeignKey, PeersAnswer};
 use super::failsafe::Failsafe;
+use super::hold::LadderDue;
 
 /// How long a standby that was asked to promote is left before it is asked again.
 const PROMOTE_AGAIN_MS: u64 = 2_000;
@@ -230,15 +231,6 @@ pub struct World {
     pub initialized_here: bool,
     /// Leading without etcd, and promises to whom does.
     pub failsafe: Failsafe,
-}
-
-/// How far the guard has to have gone, and when.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LadderDue {
-    /// The immediate stop is given.
-    pub immediate_at: BootTime,
-    /// F: nothing is left.
-    pub fenced_by: BootTime,
 }
 
 /// Whether what the guard says takes a start into account.
@@ -478,36 +470,8 @@ impl World {
         self.sql().map(|sql| sql.timeline).or(stopped)
     }
 
-    /// The lock is being given back, or was.
-    pub(super) fn gives_back(&self, lock: LockIdentity) -> bool {
-        self.in_flight.contains(&OperationKind::Release) || self.released == Some(lock.epoch)
-    }
-
     /// Another member leads and its PostgreSQL takes writes.
     pub fn leader_writes(&self) -> bool {
         self.other_leader().is_some_and(|(_, key)| key.record.role == MemberRole::Primary)
-    }
-
-    /// The lock is given back or was taken: nothing of it stays.
-    pub fn let_go(&mut self, actions: &mut Vec<Action>) {
-        if self.lock != Lock::None || self.holding.is_some() {
-            actions.push(Action::Lease(LeaseOrder::LetGo));
-        }
-        self.lose_lock();
-        self.reserved = None;
-    }
-
-    /// The lock is not ours.
-    pub(super) fn lose_lock(&mut self) {
-        self.lock = Lock::None;
-        self.holding = None;
-        self.failsafe.sustained = None;
-        self.failsafe.lapsed = false;
-    }
-
-    /// The lock may still be ours; what proved it counts no more.
-    pub(super) fn unprove(&mut self, identity: LockIdentity) {
-        self.lock = Lock::Unproved(identity);
-        self.failsafe.sustained = None;
     }
 }
