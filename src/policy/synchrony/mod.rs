@@ -82,7 +82,8 @@ pub enum Step {
     Done,
     /// Write `sync` under our epoch, over the revision that this was judged on. None = delete it.
     Record(Option<SyncRecord>),
-    /// Set the names and prove that new processes have them; from [`Names::Nobody`], or from what is not known, also that backends wait.
+    /// Set the names and prove that new processes have them; from [`Names::Nobody`], or from what is not known, also that backends wait:
+    /// that the checkpointer has read these names, since a backend may wait by those of before which are about to be emptied.
     Names(Names),
     /// Nothing can be done before something is seen: a sentence.
     Wait(String),
@@ -156,7 +157,7 @@ impl InForce {
         }
     }
 
-    /// Takes in what the server showed: who goes by what, and how far the WAL was written just then.
+    /// Takes in what the server showed: who goes by what, and how far the WAL was written just then, asked for after that.
     pub fn seen(&mut self, senders: &[Sender], write_lsn: Lsn, goal: &Goal) {
         let Some(set) = self.set.clone() else { return };
         if senders.iter().all(|sender| shows(&set, sender)) {
@@ -230,13 +231,14 @@ pub struct Inputs<'a> {
     pub me: &'a MemberName,
     /// Its leadership.
     pub epoch: Epoch,
-    /// `sync` as seen at a revision not before anything this leadership wrote.
+    /// `sync` as seen at a revision not before anything this leadership wrote, and when nothing that it sent can land any more: neither a
+    /// write whose answer was lost, nor one of a daemon that was killed.
     pub record: Option<&'a SyncRecord>,
     /// Where to go.
     pub goal: &'a Goal,
     /// What PostgreSQL goes by.
     pub in_force: &'a InForce,
-    /// The walsenders of members.
+    /// The walsenders that bear the name of a member, also of one that is not declared any more: the names of before may count it.
     pub senders: &'a [Sender],
 }
 
@@ -268,20 +270,24 @@ fn towards(inputs: &Inputs<'_>, goal: &Acks) -> Step {
     let recorded = inputs.record.map(SyncRecord::acks);
     let record = |acks: &Acks| Step::Record(Some(SyncRecord::new(inputs.me, inputs.epoch, acks)));
     let as_wanted = inputs.record == Some(&SyncRecord::new(inputs.me, inputs.epoch, goal));
-    if !as_wanted && is_reached(in_force, recorded.as_ref(), goal, inputs.senders) {
-        return record(goal);
-    }
     let not_shown = || Step::Wait("not every walsender has been seen to go by the new synchronous_standby_names".to_owned());
     let Some(next) = next_names(in_force, recorded.as_ref(), goal) else { return not_shown() };
-    if in_force.set.as_ref() == Some(&next) {
+    let is_set = in_force.set.as_ref() == Some(&next);
+    let mut then = in_force.clone();
+    if !is_set {
+        then.ordered(&next);
+    }
+    // What the next names would undo is not recorded: the record would be weakened for them and strengthened again without end.
+    if !as_wanted && then.goes_by(goal) && is_reached(in_force, recorded.as_ref(), goal, inputs.senders) {
+        return record(goal);
+    }
+    if is_set {
         return match (as_wanted, in_force.earlier.is_empty()) {
             (true, _) => Step::Done,
             (false, true) => Step::Wait("not enough standbys have flushed what was written when the names changed".to_owned()),
             (false, false) => not_shown(),
         };
     }
-    let mut then = in_force.clone();
-    then.ordered(&next);
     match recorded {
         Some(recorded) if !then.goes_by(&recorded) => record(&then.loosest().map_or(recorded.clone(), |loosest| recorded.or(&loosest))),
         _ => Step::Names(next),
@@ -324,3 +330,6 @@ fn next_names(in_force: &InForce, recorded: Option<&Acks>, goal: &Acks) -> Optio
         Names::Any(_) | Names::Nobody | Names::Block => Some(Names::First(goal.clone())),
     }
 }
+
+#[cfg(test)]
+mod tests;
