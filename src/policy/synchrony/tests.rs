@@ -149,6 +149,19 @@ fn a_walsender_that_still_shows_any_holds_back_the_greater_number() {
 }
 
 #[test]
+fn a_greater_number_in_the_same_form_is_never_seen() {
+    let mut cluster = Cluster::new("b c");
+    for number in [1, 2] {
+        cluster.file = Names::Any(acks(number, "b c"));
+        cluster.in_force.ordered(&cluster.file);
+        cluster.in_force.took(cluster.file.clone());
+    }
+    cluster.in_force.seen(&cluster.senders(), cluster.written, &goal(2, "b c"));
+    assert!(!cluster.in_force.goes_by(&acks(2, "b c")), "a walsender shows 1 under both");
+    assert!(cluster.in_force.goes_by(&acks(1, "b c")));
+}
+
+#[test]
 fn a_standby_counts_only_when_it_has_flushed_what_was_written_when_the_names_took_effect() {
     let mut cluster = Cluster::new("b c");
     cluster.written = Lsn(200);
