@@ -283,8 +283,6 @@ fn writes() -> Vec<Script> {
                 acquire("b", 2, Now),
                 Reaffirm { member: "a", lock: 0 },
                 Reaffirm { member: "b", lock: 1 },
-                RunOut { lease: 2 },
-                Reaffirm { member: "b", lock: 1 },
             ]),
         ),
         script(
