@@ -61,7 +61,8 @@ fn check_bootstrap(view: &ClusterView, on: &MemberName) -> Result<String, String
     if !with_data.is_empty() {
         let with_data = with_data.join(", ");
         return Err(format!(
-            "there is data on {with_data}: a cluster with data is not initialized, it leads again once every declared member has reported; apply a document without those that are lost"
+            "there is data on {with_data}: a cluster with data is not initialized, it leads again once every declared \
+             member has reported; apply a document without those that are lost"
         ));
     }
     Ok(format!("Initialize an EMPTY cluster on {on}, although not every member has reported an empty data directory?"))

@@ -124,7 +124,7 @@ impl Etcd {
     /// # Errors
     /// When etcd cannot be asked, or did not answer.
     pub async fn write_status(&self, epoch: Epoch, status: &StatusRecord) -> Result<Fenced, EtcdError> {
-        self.write_fenced(epoch, &Key::Status, json(&Key::Status, status)?).await
+        self.write_fenced(epoch, TxnOp::put(self.keys.path(&Key::Status), json(&Key::Status, status)?, None)).await
     }
 
     /// Replaces `history`, once promoted: epoch, parent and switch point of our entry are known now.
@@ -132,7 +132,7 @@ impl Etcd {
     /// # Errors
     /// When etcd cannot be asked, or did not answer.
     pub async fn record_promotion(&self, epoch: Epoch, history: &[HistoryEntry]) -> Result<Fenced, EtcdError> {
-        self.write_fenced(epoch, &Key::History, json(&Key::History, &history)?).await
+        self.write_fenced(epoch, TxnOp::put(self.keys.path(&Key::History), json(&Key::History, &history)?, None)).await
     }
 
     /// Writes, or deletes, `failsafe` over what was judged on. Answers with the revision at which it was done; None = nothing was.
@@ -163,14 +163,12 @@ impl Etcd {
     /// When etcd cannot be asked, or did not answer.
     pub async fn reaffirm(&self, epoch: Epoch, member: &MemberName) -> Result<Fenced, EtcdError> {
         let same_lease = PutOptions::new().with_ignore_lease();
-        let again = TxnOp::put(self.keys.leader(), member.as_str(), Some(same_lease));
-        let response = self.transact(Txn::new().when([self.is_epoch(epoch)]).and_then([again])).await?;
-        Ok(if response.succeeded() { Fenced::Written } else { Fenced::NotOurs })
+        self.write_fenced(epoch, TxnOp::put(self.keys.leader(), member.as_str(), Some(same_lease))).await
     }
 
     /// Written a second time it is the same write, so that it may be asked of several endpoints.
-    async fn write_fenced(&self, epoch: Epoch, key: &Key, value: Vec<u8>) -> Result<Fenced, EtcdError> {
-        let txn = Txn::new().when([self.is_epoch(epoch)]).and_then([TxnOp::put(self.keys.path(key), value, None)]);
+    async fn write_fenced(&self, epoch: Epoch, write: TxnOp) -> Result<Fenced, EtcdError> {
+        let txn = Txn::new().when([self.is_epoch(epoch)]).and_then([write]);
         Ok(if self.transact(txn).await?.succeeded() { Fenced::Written } else { Fenced::NotOurs })
     }
 

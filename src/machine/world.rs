@@ -138,7 +138,7 @@ pub struct World {
     pub lock: Lock,
     /// Since when the lock is ours and we only follow, although etcd can be asked.
     pub idle_lock_since: Option<BootTime>,
-    /// By then the guard has to have begun to end PostgreSQL, unless the lock is proved again: the immediate stop of its ladder.
+    /// How far the guard has to have gone in ending PostgreSQL, and by when, unless the lock is proved again.
     pub ladder_due: Option<LadderDue>,
     /// The lock that the lease's thread was told to hold.
     pub holding: Option<LockIdentity>,

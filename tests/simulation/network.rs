@@ -18,12 +18,12 @@ use super::world::{DaemonDue, Sim, What};
 pub const REQUEST_TIMEOUT_MS: u64 = 3_000;
 /// A server without a leader holds requests back; they are looked at again so often.
 const HELD_BACK_MS: u64 = 70;
+/// And so long at most, before it answers with an error.
+const HOLD_BACK_MAX_MS: u64 = 5_000;
 /// A late request is carried out within so long, mostly when its caller has given up; one that is lost so long after that.
 const LATE_MS: u64 = 5_000;
 /// A request for the lock that is overtaken comes so late: another has led by then.
 pub const RACES_LATE_MS: u64 = 2_500;
-/// And so long at most, before it answers with an error.
-const HOLD_BACK_MAX_MS: u64 = 5_000;
 
 /// One direction between a host and etcd.
 #[derive(Debug, Clone, Default)]

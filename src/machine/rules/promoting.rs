@@ -52,7 +52,7 @@ pub(crate) fn rule(promotion: &mut Promotion, context: &mut Context<'_>) -> Outc
         let read_only = promotion.way == Way::StartInPlace && context.world.etcd != Etcd::Reachable && context.world.proved_empty();
         return if read_only { Transition(State::Following) } else { Handled };
     }
-    // It may still be: only when that is ruled out does anything begin to write under it.
+    // It may still be given back: only when that is ruled out does anything begin to write under it.
     let writes = matches!(context.world.running(), Some((_, Word::Writable)));
     if context.world.sure_of != Some(lock.epoch) && !writes {
         return Handled;

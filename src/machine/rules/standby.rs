@@ -47,10 +47,10 @@ pub(crate) fn following(context: &mut Context<'_>) -> Outcome<State> {
 fn lock_is_ours(context: &Context<'_>) -> Option<State> {
     let world = context.world.lock.identity().map(|lock| (lock, &context.world));
     let (lock, world) = world?;
-    // A lock that was won a moment ago is proved in `Promoting`; any other has to be proved anew first, and until then there are readers.
     if world.gives_back(lock) {
         return None;
     }
+    // A lock that was won a moment ago is proved in `Promoting`; any other has to be proved anew first, and until then there are readers.
     let hopeless = matches!(world.lock, Lock::Unproved(_)) && (world.etcd != Etcd::Reachable || world.reserved.is_none());
     let announced = matches!(world.lock, Lock::Proved { announce_at, .. } if context.now >= announce_at);
     if hopeless || announced {

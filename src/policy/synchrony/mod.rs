@@ -2,7 +2,7 @@
 //!
 //! What holds at every instant (I5, I6): whatever a walsender may still go by lets a commit through only when it is on as many members as
 //! `sync` says, and so does every commit that was acknowledged before. Whoever sees the positions of enough members to be sure of one of
-//! those, and is not behind any, has every acknowledged commit ([`Rule::holds_all`]). So the record is weakened before the names are
+//! those, and is not behind any, has every acknowledged commit ([`SyncRecord::holds_all`]). So the record is weakened before the names are
 //! ([`Step::Record`] with what both allow), and strengthened after: when all walsenders are seen to go by the new names and enough
 //! standbys have flushed what was written by then.
 //!
