@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, MemberRole};
-use crate::facts::guard::{GuardFacts, PostmasterFacts, Rung, Word};
+use crate::facts::guard::{GuardFacts, PostmasterFacts, Word};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{DataDirectory, Probe, ProbeOutcome};
 use crate::mutants::{Mutant, mutant};
 use crate::policy::rejoin::Rejoin;
-use crate::types::{Epoch, LockIdentity};
+use crate::types::Epoch;
 
 use super::action::{OperationKind, Upstream};
 use super::event::{AcquireOutcome, Configured, Event, Failure, Finished, PutOutcome};
@@ -29,20 +29,6 @@ const FOREIGN_AGAIN_MS: u64 = 1_000;
 const NEW_GUARD_MS: u64 = 1_000;
 
 impl World {
-    /// The guard should have gone farther in ending a writable PostgreSQL, and has not: it cannot do its work, and the daemon does it by scan.
-    pub fn notice_idle_guard(&mut self, now: BootTime) {
-        let due = self.ladder_due.is_some_and(|due| now >= due.immediate_at);
-        let over = self.ladder_due.is_some_and(|due| now >= due.fenced_by);
-        let behind = match self.guard.as_ref().map(|guard| &guard.postmaster) {
-            Some(PostmasterFacts::Running { word: Word::Writable, .. }) => due,
-            Some(PostmasterFacts::Ending { word: Word::Writable, rung, .. }) => due && *rung < Rung::ImmediateStop || over,
-            _ => false,
-        };
-        if behind {
-            self.guard_gone = true;
-        }
-    }
-
     /// Takes in an event. Returns why the lock is gone if this event took it away.
     pub fn absorb(&mut self, now: BootTime, event: Event) -> Option<String> {
         match event {
@@ -230,19 +216,6 @@ impl World {
         }
     }
 
-    /// The lock was proved, or promised, from `sent` until then, and the guard knows. False: it is not ours any more.
-    fn goes_on_until(&mut self, lock: LockIdentity, sent: BootTime, until: BootTime) -> bool {
-        let ours = self.lock.identity().map(|known| known.epoch) == Some(lock.epoch);
-        if ours {
-            self.holding = Some(lock);
-            let deadlines = self.times_of(until.since(sent)).map(|times| times.deadlines(sent));
-            let announce_at = deadlines.map_or(until, |deadlines| deadlines.announce_at);
-            self.ladder_due = deadlines.map(|due| LadderDue { immediate_at: due.immediate_at, fenced_by: due.fenced_by });
-            self.lock = Lock::Proved { identity: lock, until, announce_at };
-        }
-        ours
-    }
-
     fn absorb_guard(&mut self, now: BootTime, facts: GuardFacts) {
         if self.guard.as_ref().is_some_and(|known| known.pid == facts.pid && known.sequence > facts.sequence) {
             return;
@@ -388,14 +361,7 @@ impl World {
                 }
                 self.judge(now, Kind::Release, result, "release_failed");
             }
-            Finished::Reaffirmed(result) => {
-                let epoch = self.asked.reaffirming.take();
-                if matches!(result, Ok(true)) {
-                    self.sure_of = epoch;
-                }
-                self.ended(now, Kind::Reaffirm, result.is_ok());
-                self.pause(now, Kind::Reaffirm, ANSWERED_PAUSE_MS);
-            }
+            Finished::Reaffirmed(result) => self.reaffirmed(now, result),
             Finished::StatusWritten(result) => {
                 if result.is_err() {
                     self.status_written = None;

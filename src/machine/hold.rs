@@ -1,8 +1,11 @@
-//! The lock as this member holds it: being given back, let go, lost, not proved any more. Decides nothing.
+//! The lock as this member holds it: proved, being given back, let go, lost, not proved any more. Decides nothing.
 
+use super::absorb::ANSWERED_PAUSE_MS;
 use super::action::{Action, LeaseOrder, OperationKind};
+use super::event::Failure;
 use super::world::{Lock, World};
 use crate::clock::BootTime;
+use crate::facts::guard::{PostmasterFacts, Rung, Word};
 use crate::types::LockIdentity;
 
 /// How far the guard has to have gone, and when.
@@ -15,9 +18,46 @@ pub struct LadderDue {
 }
 
 impl World {
+    /// The guard should have gone farther in ending a writable PostgreSQL, and has not: it cannot do its work, and the daemon does it by scan.
+    pub fn notice_idle_guard(&mut self, now: BootTime) {
+        let due = self.ladder_due.is_some_and(|due| now >= due.immediate_at);
+        let over = self.ladder_due.is_some_and(|due| now >= due.fenced_by);
+        let behind = match self.guard.as_ref().map(|guard| &guard.postmaster) {
+            Some(PostmasterFacts::Running { word: Word::Writable, .. }) => due,
+            Some(PostmasterFacts::Ending { word: Word::Writable, rung, .. }) => due && *rung < Rung::ImmediateStop || over,
+            _ => false,
+        };
+        if behind {
+            self.guard_gone = true;
+        }
+    }
+
+    /// The lock was proved, or promised, from `sent` until then, and the guard knows. False: it is not ours any more.
+    pub(super) fn goes_on_until(&mut self, lock: LockIdentity, sent: BootTime, until: BootTime) -> bool {
+        let ours = self.lock.identity().map(|known| known.epoch) == Some(lock.epoch);
+        if ours {
+            self.holding = Some(lock);
+            let deadlines = self.times_of(until.since(sent)).map(|times| times.deadlines(sent));
+            let announce_at = deadlines.map_or(until, |deadlines| deadlines.announce_at);
+            self.ladder_due = deadlines.map(|due| LadderDue { immediate_at: due.immediate_at, fenced_by: due.fenced_by });
+            self.lock = Lock::Proved { identity: lock, until, announce_at };
+        }
+        ours
+    }
+
     /// The lock is being given back, or was.
     pub(super) fn gives_back(&self, lock: LockIdentity) -> bool {
         self.in_flight.contains(&OperationKind::Release) || self.released == Some(lock.epoch)
+    }
+
+    /// The lock's key was written again, or was not.
+    pub(super) fn reaffirmed(&mut self, now: BootTime, result: Result<bool, Failure>) {
+        let epoch = self.asked.reaffirming.take();
+        if matches!(result, Ok(true)) {
+            self.sure_of = epoch;
+        }
+        self.ended(now, OperationKind::Reaffirm, result.is_ok());
+        self.pause(now, OperationKind::Reaffirm, ANSWERED_PAUSE_MS);
     }
 
     /// The lock is given back or was taken: nothing of it stays.
