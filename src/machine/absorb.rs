@@ -240,7 +240,8 @@ impl World {
         );
         if let (Lock::None | Lock::Unproved(_), Some(lock), true) = (self.lock, &facts.lock, may_write) {
             let half_way = lock.announce_at + lock.valid_until.since(lock.announce_at) / 2;
-            self.ladder_due = Some(LadderDue { immediate_at: half_way, fenced_by: lock.valid_until });
+            let kill_at = half_way + lock.valid_until.since(half_way) / 2;
+            self.ladder_due = Some(LadderDue { immediate_at: half_way, kill_at, fenced_by: lock.valid_until });
         }
         let another = self.guard.as_ref().is_none_or(|known| known.pid != facts.pid);
         // It keeps no deadline of a lock that was proved to the one before.

@@ -13,18 +13,26 @@ use crate::types::LockIdentity;
 pub struct LadderDue {
     /// The immediate stop is given.
     pub immediate_at: BootTime,
+    /// Everything is killed.
+    pub kill_at: BootTime,
     /// F: nothing is left.
     pub fenced_by: BootTime,
 }
 
 impl World {
     /// The guard should have gone farther in ending a writable PostgreSQL, and has not: it cannot do its work, and the daemon does it by scan.
+    /// A rung is missed when the next one is due: what was done at its very moment is heard of a little later.
     pub fn notice_idle_guard(&mut self, now: BootTime) {
-        let due = self.ladder_due.is_some_and(|due| now >= due.immediate_at);
-        let over = self.ladder_due.is_some_and(|due| now >= due.fenced_by);
+        // What a lock that is gone was to be fenced by says nothing about the next server.
+        if self.lock == Lock::None && self.nothing_can_write() {
+            self.ladder_due = None;
+        }
+        let Some(due) = self.ladder_due else { return };
         let behind = match self.guard.as_ref().map(|guard| &guard.postmaster) {
-            Some(PostmasterFacts::Running { word: Word::Writable, .. }) => due,
-            Some(PostmasterFacts::Ending { word: Word::Writable, rung, .. }) => due && *rung < Rung::ImmediateStop || over,
+            Some(PostmasterFacts::Running { word: Word::Writable, .. }) => now >= due.immediate_at,
+            Some(PostmasterFacts::Ending { word: Word::Writable, rung, .. }) => {
+                now >= due.kill_at && *rung < Rung::ImmediateStop || now >= due.fenced_by
+            }
             _ => false,
         };
         if behind {
@@ -39,7 +47,8 @@ impl World {
             self.holding = Some(lock);
             let deadlines = self.times_of(until.since(sent)).map(|times| times.deadlines(sent));
             let announce_at = deadlines.map_or(until, |deadlines| deadlines.announce_at);
-            self.ladder_due = deadlines.map(|due| LadderDue { immediate_at: due.immediate_at, fenced_by: due.fenced_by });
+            self.ladder_due =
+                deadlines.map(|due| LadderDue { immediate_at: due.immediate_at, kill_at: due.kill_at, fenced_by: due.fenced_by });
             self.lock = Lock::Proved { identity: lock, until, announce_at };
         }
         ours

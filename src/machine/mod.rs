@@ -194,7 +194,7 @@ impl Machine {
             Lock::Proved { until, .. } => Some(until),
             Lock::None | Lock::Unproved(_) => None,
         };
-        let ladder = self.world.ladder_due.map(|due| [due.immediate_at, due.fenced_by]);
+        let ladder = self.world.ladder_due.map(|due| [due.immediate_at, due.kill_at, due.fenced_by]);
         let deadlines = proof.into_iter().chain(ladder.into_iter().flatten()).filter(|at| *at > now);
         deadlines.chain(self.world.next_retry(now)).fold(tick, BootTime::min)
     }

@@ -5,7 +5,7 @@ use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::DatabaseState;
 use crate::machine::action::{Action, LeaseOrder, Operation, OperationKind};
 use crate::machine::event::Event;
-use crate::machine::state::{Promotion, State, Way};
+use crate::machine::state::{HandOver, HandOverStage, Promotion, State, Way};
 use crate::machine::world::World;
 
 use super::checked::Checked;
@@ -159,4 +159,43 @@ fn row_36_a_lock_that_was_taken_over_from_the_guard_is_waited_for_however_long_e
     }
     let gone = checked.handle(now, Event::Lease(LeaseEvent::Lost { why: LeaseLoss::LeaseNotFound }));
     assert!(tells_lease(&gone, &LeaseOrder::Grant), "{gone:?}");
+}
+
+/// A handover of a proved primary is under way, and the guard gives no rung but the first.
+fn stopping_in_good_order() -> (Checked, crate::policy::deadlines::Deadlines) {
+    let mut world = leads();
+    world.guard = Some(guard(1, PostmasterFacts::Ending { start: StartId(1), rung: Rung::FastStop, word: Word::Writable }));
+    let hand_over = HandOver { lock: ours(), to: None, request: Some("1".to_owned()), since: T0, stage: HandOverStage::Stop };
+    let mut checked = Checked::resume(world, State::HandingOver { hand_over });
+    let until = T0 + times().validity();
+    checked.handle(T0 + ms(1), Event::Lease(LeaseEvent::Proved { lock: ours(), sent: T0, until }));
+    (checked, times().deadlines(T0))
+}
+
+#[test]
+fn a_guard_that_gives_a_rung_at_its_very_moment_is_not_called_gone() {
+    let (mut checked, due) = stopping_in_good_order();
+    checked.handle(due.immediate_at, Event::Tick);
+    assert!(!checked.world().guard_gone, "its news of the immediate stop is on its way");
+    checked.handle(due.kill_at.before(ms(1)), Event::Tick);
+    assert!(!checked.world().guard_gone);
+}
+
+#[test]
+fn i2_a_guard_that_has_not_given_the_immediate_stop_when_everything_is_to_be_killed_is_replaced_by_a_scan() {
+    let (mut checked, due) = stopping_in_good_order();
+    assert!(checked.machine.next_look(due.kill_at.before(ms(1))) <= due.kill_at, "it looks in time");
+    let actions = checked.handle(due.kill_at, Event::Tick);
+    assert!(operations(&actions).contains(&OperationKind::FenceByScan), "{actions:?}");
+}
+
+#[test]
+fn what_a_lock_was_to_be_fenced_by_is_forgotten_with_it() {
+    let (mut checked, due) = stopping_in_good_order();
+    checked.handle(T0 + ms(5), Event::Lease(LeaseEvent::Lost { why: LeaseLoss::LockNotOurs }));
+    assert!(checked.world().ladder_due.is_some(), "it is being ended yet");
+    checked.handle(T0 + ms(9), Event::Guard(guard(2, nothing_runs())));
+    assert_eq!(checked.world().ladder_due, None);
+    checked.handle(due.fenced_by, Event::Tick);
+    assert!(!checked.world().guard_gone);
 }
