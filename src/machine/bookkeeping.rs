@@ -54,6 +54,8 @@ impl World {
             Operation::Release { epoch, .. } => {
                 self.asked.releasing = Some(*epoch);
                 self.sure_of = self.sure_of.filter(|sure| sure != epoch);
+                // The answer to one that is under way may be older than this release.
+                self.asked.reaffirming = self.asked.reaffirming.filter(|asked| asked != epoch);
             }
             Operation::Reaffirm(epoch) => self.asked.reaffirming = Some(*epoch),
             Operation::RecordPromotion { epoch, .. } => self.asked.recording = Some(*epoch),

@@ -59,11 +59,11 @@ impl World {
         self.in_flight.contains(&OperationKind::Release) || self.released == Some(lock.epoch)
     }
 
-    /// The lock's key was written again, or was not.
+    /// The lock's key was written again, or was not. What was asked for before a release began says nothing about that release.
     pub(super) fn reaffirmed(&mut self, now: BootTime, result: Result<bool, Failure>) {
         let epoch = self.asked.reaffirming.take();
         if matches!(result, Ok(true)) {
-            self.sure_of = epoch;
+            self.sure_of = epoch.or(self.sure_of);
         }
         self.ended(now, OperationKind::Reaffirm, result.is_ok());
         self.pause(now, OperationKind::Reaffirm, ANSWERED_PAUSE_MS);

@@ -9,9 +9,10 @@ use crate::facts::postgres::DataDirectory;
 use crate::machine::Machine;
 use crate::machine::action::{Action, LeaseOrder, Operation, OperationKind, StartAs};
 use crate::machine::edges;
-use crate::machine::event::Event;
+use crate::machine::event::{AcquireOutcome, Event, Finished};
 use crate::machine::state::State;
 use crate::machine::world::{Lock, Me, World};
+use crate::types::Epoch;
 
 /// More orders at once than any event can need.
 pub(crate) const ACTIONS_PER_EVENT_MAX: usize = 16;
@@ -20,17 +21,52 @@ pub(crate) const ACTIONS_PER_EVENT_MAX: usize = 16;
 pub(crate) struct Checked {
     pub(crate) machine: Machine,
     under_way: BTreeSet<OperationKind>,
+    releases: Releases,
     exited: bool,
+}
+
+/// What may be on its way to etcd, told from orders and answers alone.
+#[derive(Debug, Default)]
+struct Releases {
+    /// No release of this leadership can be.
+    sure_of: Option<Epoch>,
+    /// Its key is being written again, and no release was ordered since.
+    reaffirming: Option<Epoch>,
+}
+
+impl Releases {
+    fn answered(&mut self, finished: &Finished) {
+        match finished {
+            Finished::Acquired(AcquireOutcome::Won(lock)) => self.sure_of = Some(lock.epoch),
+            Finished::Reaffirmed(result) => {
+                let epoch = self.reaffirming.take();
+                self.sure_of = if matches!(result, Ok(true)) { epoch.or(self.sure_of) } else { self.sure_of };
+            }
+            _ => {}
+        }
+    }
+
+    fn ordered(&mut self, operation: &Operation) {
+        match operation {
+            Operation::Reaffirm(epoch) => self.reaffirming = Some(*epoch),
+            Operation::Release { epoch, .. } => {
+                let others = |known: Option<Epoch>| known.filter(|known| known != epoch);
+                *self = Releases { sure_of: others(self.sure_of), reaffirming: others(self.reaffirming) };
+            }
+            _ => {}
+        }
+    }
 }
 
 impl Checked {
     pub(crate) fn new(me: Me) -> Self {
-        Checked { machine: Machine::new(me), under_way: BTreeSet::new(), exited: false }
+        Checked { machine: Machine::new(me), under_way: BTreeSet::new(), releases: Releases::default(), exited: false }
     }
 
     pub(crate) fn resume(world: World, state: State) -> Self {
         let under_way = world.in_flight.clone();
-        Checked { machine: Machine::resume(world, state), under_way, exited: false }
+        let releases = Releases { sure_of: world.sure_of, reaffirming: world.asked.reaffirming };
+        Checked { machine: Machine::resume(world, state), under_way, releases, exited: false }
     }
 
     pub(crate) fn world(&self) -> &World {
@@ -45,6 +81,7 @@ impl Checked {
     pub(crate) fn handle(&mut self, now: BootTime, event: Event) -> Vec<Action> {
         if let Event::Finished(finished) = &event {
             finished.kind().map(|kind| self.under_way.remove(&kind));
+            self.releases.answered(finished);
         }
         let said = format!("{event:?}");
         let before = self.state().clone();
@@ -70,7 +107,8 @@ impl Checked {
                 assert!(!self.under_way.contains(&kind), "{kind:?} twice at a time, {context}");
                 let job = self.under_way.iter().find(|under_way| under_way.is_job());
                 assert!(!kind.is_job() || job.is_none(), "{kind:?} while {job:?} is under way, {context}");
-                judge_operation(world, now, operation, context);
+                judge_operation(world, &self.releases, now, operation, context);
+                self.releases.ordered(operation);
                 self.under_way.insert(kind);
             }
             Action::Lease(LeaseOrder::Hold(lock)) => {
@@ -100,7 +138,7 @@ impl Checked {
 }
 
 /// The claims on single operations: I2, I3, I10, I11.
-fn judge_operation(world: &World, now: BootTime, operation: &Operation, context: &str) {
+fn judge_operation(world: &World, releases: &Releases, now: BootTime, operation: &Operation, context: &str) {
     let proved = |identity: Option<crate::types::LockIdentity>| match world.lock {
         Lock::Proved { identity: proved, until, announce_at } => {
             announce_at <= until && now < announce_at && identity.is_none_or(|identity| identity == proved)
@@ -111,12 +149,12 @@ fn judge_operation(world: &World, now: BootTime, operation: &Operation, context:
         Operation::Promote { lock, timeline, .. } => {
             assert!(proved(Some(*lock)), "I3: promotes without a proof, {context}");
             assert_eq!(world.timeline_of(*lock), Some(*timeline), "I9: promotes onto another id than was reserved, {context}");
-            assert_eq!(world.sure_of, Some(lock.epoch), "I1: promotes although a release may be on its way, {context}");
+            assert_eq!(releases.sure_of, Some(lock.epoch), "I1: promotes although a release may be on its way, {context}");
         }
         Operation::Start { role: StartAs::Primary, .. } => {
             assert!(proved(None), "I2: starts a primary without a proof, {context}");
             let held = world.lock.identity().map(|lock| lock.epoch);
-            assert_eq!(world.sure_of, held, "I1: starts a primary although a release may be on its way, {context}");
+            assert_eq!(releases.sure_of, held, "I1: starts a primary although a release may be on its way, {context}");
             assert!(world.proved_empty(), "starts a second server, {context}");
         }
         Operation::Start { .. } | Operation::Clone { .. } | Operation::PlanRejoin { .. } | Operation::Initdb { .. } => {

@@ -151,6 +151,32 @@ fn a_lock_that_was_taken_over_from_the_guard_is_written_again_once_and_one_that_
     }
 }
 
+/// The key is being written again when a hand-over begins; the answer comes after the release was ordered.
+#[test]
+fn i1_the_answer_to_a_key_that_was_written_again_before_a_release_began_rules_that_release_out_not() {
+    let mut world = World { sure_of: None, guard: Some(guard(1, nothing_runs())), ..locked(full(DatabaseState::ShutDown), proved()) };
+    world.in_flight.insert(OperationKind::Reaffirm);
+    world.asked.reaffirming = Some(ours().epoch);
+    let mut view = led_by_us();
+    view.members.insert(name("c"), key(record(MemberRole::Replica, 2, 1_100), 9));
+    world.view = Some(Arc::new(view.clone()));
+    let (to, request) = (Some(name("c")), Some("1".to_owned()));
+    let hand_over = HandOver { lock: ours(), to, request, since: T0, stage: HandOverStage::Wait { since: T0 } };
+    let mut checked = Checked::resume(world, State::HandingOver { hand_over });
+    let released = checked.handle(T0 + ms(1), Event::Tick);
+    assert!(operations(&released).contains(&OperationKind::Release), "{released:?}");
+    checked.handle(T0 + ms(2), Event::Finished(Finished::Reaffirmed(Ok(true))));
+    // The successor is gone, and what became of the release is not known.
+    view.members.remove(&name("c"));
+    checked.handle(T0 + s(1), Event::View(Arc::new(view), T0 + s(1)));
+    let mut ordered = checked.handle(T0 + ms(3_500), Event::Finished(Finished::Released(Err("no answer".to_owned()))));
+    ordered.extend(checked.handle(T0 + ms(3_600), renewed(T0 + ms(3_600))));
+    ordered.extend(checked.handle(T0 + ms(4_000), Event::Tick));
+    assert!(operations(&ordered).contains(&OperationKind::Reaffirm) && !starts(&ordered, &StartAs::Primary), "{ordered:?}");
+    let known = checked.handle(T0 + ms(4_010), Event::Finished(Finished::Reaffirmed(Ok(true))));
+    assert!(starts(&known, &StartAs::Primary), "{known:?}");
+}
+
 /// Found by the simulator's seed 9230: nobody else may lead as long as it has the lock.
 #[test]
 fn l2_a_lock_whose_holder_cannot_start_postgresql_is_given_back() {
