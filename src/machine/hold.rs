@@ -44,7 +44,8 @@ impl World {
     pub(super) fn goes_on_until(&mut self, lock: LockIdentity, sent: BootTime, until: BootTime) -> bool {
         let ours = self.lock.identity().map(|known| known.epoch) == Some(lock.epoch);
         if ours {
-            self.holding = Some(lock);
+            // A proof that was on its way when the lease's thread let go of the lock does not make it hold it again.
+            self.holding = self.holding.map(|_| lock);
             let deadlines = self.times_of(until.since(sent)).map(|times| times.deadlines(sent));
             let announce_at = deadlines.map_or(until, |deadlines| deadlines.announce_at);
             self.ladder_due =

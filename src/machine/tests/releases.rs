@@ -177,6 +177,22 @@ fn i1_the_answer_to_a_key_that_was_written_again_before_a_release_began_rules_th
     assert!(starts(&known, &StartAs::Primary), "{known:?}");
 }
 
+#[test]
+fn a_proof_that_was_on_its_way_when_the_lock_was_let_go_does_not_keep_the_lease_from_being_held_again() {
+    let (mut checked, now) = gives_up_after(0);
+    let mut view = led_by_us();
+    view.members.insert(name("c"), key(record(MemberRole::Replica, 2, 1_100), 9));
+    let released = checked.handle(T0 + s(1), Event::View(Arc::new(view.clone()), T0 + s(1)));
+    assert!(operations(&released).contains(&OperationKind::Release), "{released:?}");
+    view.members.remove(&name("c"));
+    checked.handle(T0 + s(2), Event::View(Arc::new(view), T0 + s(2)));
+    let mut actions = checked.handle(now, Event::Finished(Finished::Released(Err("refused".to_owned()))));
+    actions.extend(checked.handle(now + ms(1), renewed(now.before(ms(5)))));
+    actions.extend(checked.handle(now + ms(2), Event::Tick));
+    let holds = actions.iter().any(|action| matches!(action, Action::Lease(LeaseOrder::Hold(lock)) if *lock == ours()));
+    assert!(holds, "its thread let go of the lock: {actions:?}");
+}
+
 /// Found by the simulator's seed 9230: nobody else may lead as long as it has the lock.
 #[test]
 fn l2_a_lock_whose_holder_cannot_start_postgresql_is_given_back() {
