@@ -1,7 +1,7 @@
 //! The etcd operations: each action becomes one call, and its end one event. Decides nothing.
 
 use crate::clock;
-use crate::etcd::{AcquireRequest, Acquisition, Etcd, EtcdError, Fenced, PutMember, Released};
+use crate::etcd::{AcquireRequest, Acquisition, Beaten, Etcd, EtcdError, Fenced, PutMember, Released};
 use crate::facts::cluster::{
     ClusterView, DecisionRecord, FailsafeRecord, HistoryEntry, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord,
 };
@@ -52,6 +52,7 @@ pub async fn acquire(
     let request = AcquireRequest::judged_on(judged_on, member, lease, history, initialize);
     done(Finished::Acquired(match etcd.acquire(&request).await {
         Ok(Acquisition::Acquired(lock)) => AcquireOutcome::Won(lock),
+        Ok(Acquisition::Beaten(Beaten::SpecMoved)) => AcquireOutcome::SpecMoved,
         Ok(Acquisition::Beaten(_)) => AcquireOutcome::Beaten,
         Ok(Acquisition::Unknown(why)) => AcquireOutcome::Failed(why),
         Err(error) => AcquireOutcome::Failed(failure(&error)),

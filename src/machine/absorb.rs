@@ -86,7 +86,7 @@ impl World {
                 None
             }
             Event::Finished(finished) => {
-                // In a lapse nobody else could have taken the lock, or changed what it is taken on: so it is not what it was.
+                // In a lapse nobody else could have taken the lock, or changed what it is taken on, but for the spec: so it is not what it was.
                 let beaten = self.failsafe.lapsed && matches!(finished, Finished::Acquired(AcquireOutcome::Beaten));
                 self.absorb_finished(now, finished);
                 beaten.then(|| {
@@ -342,7 +342,7 @@ impl World {
                 self.ended(now, Kind::Acquire, !matches!(outcome, AcquireOutcome::Failed(_)));
                 match outcome {
                     AcquireOutcome::Won(identity) => self.won(identity),
-                    AcquireOutcome::Beaten => {
+                    AcquireOutcome::Beaten | AcquireOutcome::SpecMoved => {
                         self.reserved = None;
                         self.pause(now, Kind::Acquire, ANSWERED_PAUSE_MS);
                     }

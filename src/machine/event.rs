@@ -277,6 +277,8 @@ pub enum AcquireOutcome {
     Won(LockIdentity),
     /// Somebody else's, or the records we judged on had changed.
     Beaten,
+    /// Nobody's: the spec had changed since it was judged on, and nothing else had.
+    SpecMoved,
     /// Not known; a later view tells.
     Failed(Failure),
 }

@@ -70,10 +70,12 @@ impl World {
         ours && self.lock.identity().is_some_and(|lock| lock.lease.lease != leader.lease && lock.epoch < leader.epoch)
     }
 
-    /// Nobody has led since: ours is the last leadership in `history`. Promises say so too, but not to a clock that stood still (row 26).
+    /// Nobody has led since: ours is the last leadership in `history`, or the one that was taken anew on our present lease, of which the
+    /// answer is not here yet. Promises say so too, but not to a clock that stood still (row 26).
     pub(super) fn led_last(&self, view: &ClusterView) -> bool {
         let ours = |entry: &HistoryEntry| {
             self.lock.identity().is_some_and(|lock| entry.is_of(lock.epoch) || entry.awaits(&self.me.name, lock.lease.lease))
+                || self.lease.is_some_and(|lease| entry.awaits(&self.me.name, lease.lease))
         };
         view.history.last().is_none_or(ours)
     }

@@ -62,6 +62,8 @@ pub struct Bugs {
 pub enum Acquired {
     Ours(LockIdentity),
     Beaten,
+    /// Nobody's: of what was judged on the spec alone has changed.
+    SpecMoved,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -289,16 +291,16 @@ impl Etcd {
             return Self::read_back(leader, ask);
         }
         let member_is_ours = self.view.members.get(&ask.member).is_some_and(|key| key.lease == ask.lease);
-        let as_judged = self.view.history_revision == ask.vacancy
+        let but_for_the_spec = self.view.history_revision == ask.vacancy
             && self.view.sync_revision == ask.sync_revision
-            && self.view.failsafe_revision == ask.failsafe_revision
-            && self.view.spec_revision == ask.spec_revision;
-        let fits = (as_judged || mutant(Mutant::AcquireComparesNothing))
+            && self.view.failsafe_revision == ask.failsafe_revision;
+        let same_spec = self.view.spec_revision == ask.spec_revision;
+        let fits = (but_for_the_spec && same_spec || mutant(Mutant::AcquireComparesNothing))
             && member_is_ours
             && self.identity_fits(ask)
             && self.leases.contains_key(&ask.lease);
         if !fits {
-            return Acquired::Beaten;
+            return if but_for_the_spec && !same_spec { Acquired::SpecMoved } else { Acquired::Beaten };
         }
         let revision = self.wrote();
         let epoch = Epoch(revision.0);

@@ -220,6 +220,7 @@ impl Sim {
             Operation::Acquire { .. } => Finished::Acquired(match answer {
                 Some(EtcdAnswer::Acquired(Acquired::Ours(lock))) => AcquireOutcome::Won(lock),
                 Some(EtcdAnswer::Acquired(Acquired::Beaten)) => AcquireOutcome::Beaten,
+                Some(EtcdAnswer::Acquired(Acquired::SpecMoved)) => AcquireOutcome::SpecMoved,
                 None if record.lease.is_none() => AcquireOutcome::Beaten,
                 _ => AcquireOutcome::Failed(unknown()),
             }),

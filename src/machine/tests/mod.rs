@@ -7,6 +7,7 @@ mod toy;
 
 mod cluster;
 mod found;
+mod lapses;
 mod reactions;
 mod recovery;
 mod releases;

@@ -115,7 +115,7 @@ impl Modelled {
                         self.names.was_won(lock);
                         Said::Ours(self.names.counted(Revision(lock.epoch.0)))
                     }
-                    Acquired::Beaten => Said::Beaten,
+                    Acquired::Beaten | Acquired::SpecMoved => Said::Beaten,
                 }
             }
             Step::Prove { lock, on } => {

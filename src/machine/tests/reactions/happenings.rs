@@ -167,6 +167,7 @@ fn answers() -> Vec<Finished> {
         Finished::MemberPut(PutOutcome::Failed(why())),
         Finished::Acquired(AcquireOutcome::Won(lock(7, 450))),
         Finished::Acquired(AcquireOutcome::Beaten),
+        Finished::Acquired(AcquireOutcome::SpecMoved),
         Finished::Acquired(AcquireOutcome::Failed(why())),
         Finished::PeersAsked(PeersAnswer { vacancy: Revision(350), sent: T0, writable: Vec::new() }),
         Finished::PeersAsked(PeersAnswer { vacancy: Revision(350), sent: T0, writable: vec![name("b")] }),

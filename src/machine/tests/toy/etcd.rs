@@ -151,7 +151,10 @@ impl ToyEtcd {
             && ours
             && identity_fits;
         if !fits {
-            return AcquireOutcome::Beaten;
+            let spec_alone = self.keys.leader.is_none()
+                && self.keys.history_revision == judged_on.history_revision
+                && self.keys.spec_revision != judged_on.spec_revision;
+            return if spec_alone { AcquireOutcome::SpecMoved } else { AcquireOutcome::Beaten };
         }
         let revision = self.wrote("acquire");
         let epoch = Epoch(revision.0);
