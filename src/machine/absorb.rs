@@ -179,7 +179,10 @@ impl World {
                 self.failsafe.disarmed_at = at;
                 None
             }
-            LeaseEvent::Failed { .. } => None,
+            LeaseEvent::Failed { why } => {
+                self.note_unrenewed(&why);
+                None
+            }
             LeaseEvent::Lost { why: LeaseLoss::LockNotOurs } if mutant(Mutant::LostLockNotSeen) => None,
             LeaseEvent::Lost { why } => {
                 let had = self.lock.identity().is_some();

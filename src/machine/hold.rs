@@ -1,9 +1,9 @@
-//! The lock as this member holds it: proved, being given back, let go, lost, not proved any more. Decides nothing.
+//! The lock as this member holds it: taken over, proved, being given back, let go, lost, not proved any more. Decides nothing.
 
 use super::absorb::ANSWERED_PAUSE_MS;
 use super::action::{Action, LeaseOrder, OperationKind};
 use super::event::Failure;
-use super::world::{Lock, World};
+use super::world::{Etcd, Lock, World};
 use crate::clock::BootTime;
 use crate::facts::guard::{PostmasterFacts, Rung, Word};
 use crate::types::LockIdentity;
@@ -55,6 +55,38 @@ impl World {
         ours
     }
 
+    /// The lease of a lock that was taken over is waited for: another one would end the leadership. Its thread says when it is gone. But a
+    /// lease can be such that it is neither renewed nor found gone, as after a move to another etcd: when etcd could have answered for two
+    /// ttl, nothing is left of what the lock was proved with.
+    pub(super) fn awaits_adoption(&mut self, now: BootTime) -> bool {
+        if !matches!(self.lock, Lock::Unproved(_)) {
+            self.clear("lock_not_renewed");
+        }
+        if self.adopting.is_none() || self.lock == Lock::None {
+            self.adoptable_since = None;
+            return false;
+        }
+        // It does not run out while etcd has no leader.
+        if self.etcd != Etcd::Reachable {
+            self.adoptable_since = None;
+            return true;
+        }
+        let since = *self.adoptable_since.get_or_insert(now);
+        self.times().is_none_or(|times| now.since(since) < times.ttl * 2)
+    }
+
+    /// The lease of a lock that was taken over could not be renewed.
+    pub(super) fn note_unrenewed(&mut self, why: &str) {
+        if let (Some(_), Lock::Unproved(lock)) = (self.adopting, self.lock) {
+            let message = format!(
+                "the lease of the lock that the guard kept, epoch {}, cannot be renewed: {why}; without that PostgreSQL may not write here. \
+                 Look whether this is the etcd that the lock was taken in: after two ttl the lock is given up",
+                lock.epoch
+            );
+            self.warn("lock_not_renewed", message);
+        }
+    }
+
     /// The lock is being given back, or was.
     pub(super) fn gives_back(&self, lock: LockIdentity) -> bool {
         self.in_flight.contains(&OperationKind::Release) || self.released == Some(lock.epoch)
@@ -85,6 +117,7 @@ impl World {
         self.holding = None;
         self.failsafe.sustained = None;
         self.failsafe.lapsed = false;
+        self.clear("lock_not_renewed");
     }
 
     /// The lock may still be ours; what proved it counts no more.

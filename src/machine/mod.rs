@@ -221,7 +221,8 @@ impl Machine {
 /// A lease is asked for again when it is gone. Starting sees to the first one, which may be the guard's.
 fn keep_lease(context: &mut Context<'_>, state: &State) {
     let world = &mut *context.world;
-    if let (true, Some(lease), Some(_), false) = (world.lease_silent, world.lease, &world.guard, world.guard_gone) {
+    let kept_up = world.lease.or(world.adopting);
+    if let (true, Some(lease), Some(_), false) = (world.lease_silent, kept_up, &world.guard, world.guard_gone) {
         world.lease_silent = false;
         world.holding = world.lock.identity();
         context.actions.push(Action::Lease(LeaseOrder::Adopt(lease, world.holding)));
@@ -232,8 +233,7 @@ fn keep_lease(context: &mut Context<'_>, state: &State) {
         world.holding = Some(lock);
         context.actions.push(Action::Lease(LeaseOrder::Hold(lock)));
     }
-    // A lock hangs on it: another lease would end the leadership. Its thread says when it is gone.
-    let awaited = world.adopting.is_some() && world.lock != Lock::None;
+    let awaited = world.awaits_adoption(context.now);
     let asked = world.lease_asked && context.now.since(world.lease_asked_at) < Duration::from_secs(LEASE_AGAIN_S);
     let wanted = match state {
         State::Undeclared | State::Stopping => false,

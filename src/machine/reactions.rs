@@ -40,7 +40,12 @@ pub fn reaction(state: StateKind, event: EventKind) -> Reaction {
     use Reaction::*;
     use StateKind::*;
     match event {
-        E::Tick | E::LeaseFailed => NothingNew,
+        E::Tick => NothingNew,
+        E::LeaseFailed => match state {
+            // Of a lock that is to be taken over it is said.
+            Starting => Noted,
+            _ => NothingNew,
+        },
         E::SpecUnreadable => Noted,
         E::SpecRead => match state {
             Starting | Undeclared | AwaitingLeader | Initializing | Following | Candidate | Promoting | Primary | HandingOver => TakenIn,

@@ -134,6 +134,8 @@ pub struct World {
     pub lease_silent: bool,
     /// The guard's lease, handed to the lease's thread, which has not renewed it yet.
     pub adopting: Option<LeaseIdentity>,
+    /// Since when it could have, etcd being there.
+    pub adoptable_since: Option<BootTime>,
     /// The leader lock.
     pub lock: Lock,
     /// Since when the lock is ours and we only follow, although etcd can be asked.
@@ -256,6 +258,7 @@ impl World {
             lease_asked_at: BootTime::default(),
             lease_silent: false,
             adopting: None,
+            adoptable_since: None,
             lock: Lock::None,
             idle_lock_since: None,
             ladder_due: None,

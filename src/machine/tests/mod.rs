@@ -5,6 +5,7 @@ mod checked;
 pub(crate) mod fixtures;
 mod toy;
 
+mod adoption;
 mod cluster;
 mod found;
 mod lapses;
