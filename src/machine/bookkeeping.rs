@@ -54,6 +54,7 @@ impl World {
             Operation::Release { epoch, .. } => {
                 self.asked.releasing = Some(*epoch);
                 self.sure_of = self.sure_of.filter(|sure| sure != epoch);
+                self.found_writing = self.found_writing.filter(|found| found != epoch);
                 // The answer to one that is under way may be older than this release.
                 self.asked.reaffirming = self.asked.reaffirming.filter(|asked| asked != epoch);
             }

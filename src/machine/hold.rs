@@ -95,11 +95,26 @@ impl World {
     /// The lock's key was written again, or was not. What was asked for before a release began says nothing about that release.
     pub(super) fn reaffirmed(&mut self, now: BootTime, result: Result<bool, Failure>) {
         let epoch = self.asked.reaffirming.take();
-        if matches!(result, Ok(true)) {
-            self.sure_of = epoch.or(self.sure_of);
-        }
         self.ended(now, OperationKind::Reaffirm, result.is_ok());
         self.pause(now, OperationKind::Reaffirm, ANSWERED_PAUSE_MS);
+        match result {
+            Ok(true) => self.sure_of = epoch.or(self.sure_of),
+            Ok(false) => {}
+            Err(why) if epoch.is_some() && self.lock.identity().map(|lock| lock.epoch) == epoch => {
+                let message = format!(
+                    "the lock's key has to be written again before PostgreSQL may be brought up as a primary under it, and etcd does not \
+                     take that: {why}"
+                );
+                return self.warn("reaffirm_failed", message);
+            }
+            Err(_) => return,
+        }
+        self.clear("reaffirm_failed");
+    }
+
+    /// No release of this leadership can be on its way, as far as a server needs it that goes on writing on the timeline it wrote on.
+    pub(super) fn may_start_in_place(&self, lock: LockIdentity) -> bool {
+        [self.sure_of, self.found_writing].contains(&Some(lock.epoch))
     }
 
     /// The lock is given back or was taken: nothing of it stays.
@@ -117,6 +132,7 @@ impl World {
         self.holding = None;
         self.failsafe.sustained = None;
         self.failsafe.lapsed = false;
+        self.clear("reaffirm_failed");
         self.clear("lock_not_renewed");
     }
 

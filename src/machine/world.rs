@@ -189,6 +189,8 @@ pub struct World {
     pub released: Option<Epoch>,
     /// The leadership of which no release can be on its way to etcd: won in this run of the daemon, or its key was written again since.
     pub sure_of: Option<Epoch>,
+    /// The leadership that was taken over from the guard with a server that may write: no release of it had begun, or it would not.
+    pub found_writing: Option<Epoch>,
     /// What peers said.
     pub peers: Option<PeersAnswer>,
     /// Since when the lock is absent.
@@ -286,6 +288,7 @@ impl World {
             asked: Asked::default(),
             released: None,
             sure_of: None,
+            found_writing: None,
             peers: None,
             vacancy: None,
             stop_requested: false,

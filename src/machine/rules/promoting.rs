@@ -54,7 +54,11 @@ pub(crate) fn rule(promotion: &mut Promotion, context: &mut Context<'_>) -> Outc
     }
     // It may still be given back: only when that is ruled out does anything begin to write under it.
     let writes = matches!(context.world.running(), Some((_, Word::Writable)));
-    if context.world.sure_of != Some(lock.epoch) && !writes {
+    let sure = match promotion.way {
+        Way::Promote { .. } => context.world.sure_of == Some(lock.epoch),
+        Way::StartInPlace => context.world.may_start_in_place(lock),
+    };
+    if !sure && !writes {
         return Handled;
     }
     match promotion.way {

@@ -48,6 +48,9 @@ fn adopt_or_ask_for_a_lease(context: &mut Context<'_>) {
         if let Some(lock) = lock {
             context.world.lock = Lock::Unproved(lock);
             context.world.holding = Some(lock);
+            // That word was given when no release of this leadership could be on its way, and none begins while the server may write.
+            let writes = matches!(context.world.running(), Some((_, Word::Writable)));
+            context.world.found_writing = writes.then_some(lock.epoch);
         }
         context.world.lease_asked = true;
         context.world.adopting = Some(identity);

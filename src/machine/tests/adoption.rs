@@ -1,22 +1,28 @@
-//! A lock that a daemon takes over from the guard: how long its lease is waited for.
+//! A lock that a daemon takes over from the guard: how long its lease is waited for, and what may be started under it.
 
 use std::sync::Arc;
 
 use super::checked::Checked;
 use super::cluster::{THREE, s};
 use super::fixtures::*;
-use super::found::operations;
-use super::reactions::worlds::{full, led_by_us, ours};
+use super::found::{operations, starts};
+use super::reactions::worlds::{full, led_by_us, locked, ours, proved};
 use crate::clock::BootTime;
 use crate::facts::cluster::ClusterView;
-use crate::facts::guard::{GuardFacts, PostmasterFacts};
+use crate::facts::guard::{GuardFacts, PostmasterFacts, Word};
 use crate::facts::lease::LeaseEvent;
 use crate::facts::postgres::DatabaseState;
-use crate::machine::action::{Action, LeaseOrder, OperationKind};
+use crate::machine::action::{Action, LeaseOrder, OperationKind, StartAs};
 use crate::machine::event::{Event, Finished, PutOutcome};
-use crate::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity};
+use crate::machine::state::{Demotion, Promotion, State, Then, Way};
+use crate::machine::world::World;
+use crate::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity, Revision};
 
 const FULL: &str = "etcdserver: mvcc: database space exceeded";
+
+fn renewed(now: BootTime) -> Event {
+    Event::Lease(LeaseEvent::Proved { lock: ours(), sent: now, until: now + times().validity() })
+}
 
 fn grants(actions: &[Action]) -> bool {
     actions.iter().any(|action| matches!(action, Action::Lease(LeaseOrder::Grant)))
@@ -115,4 +121,73 @@ fn lives_on(checked: &mut Checked, now: BootTime, event: Event) -> Vec<Action> {
         ordered.extend(checked.handle(now, Event::Finished(answer)));
     }
     ordered
+}
+
+/// The leadership was taken over, with a server that writes or with none; then nothing runs, and etcd takes no writes.
+fn crashes_while_etcd_is_full(before: PostmasterFacts) -> (Checked, Vec<Action>) {
+    let mut checked = takes_over(ours(), before, led_by_us());
+    lives_on(&mut checked, T0 + ms(10), renewed(T0 + ms(5)));
+    let facts = GuardFacts { lock: Some(lock_facts(ours(), T0)), lease: Some(ours().lease), ..guard(2, nothing_runs()) };
+    let mut ordered = lives_on(&mut checked, T0 + ms(20), Event::Guard(facts));
+    let mut now = T0 + ms(20);
+    while now < T0 + s(8) {
+        now = now + ms(500);
+        ordered.extend(lives_on(&mut checked, now, renewed(now)));
+    }
+    (checked, ordered)
+}
+
+/// The daemon that let it write was sure of the lock, and gives back nothing as long as it does.
+#[test]
+fn row_44_a_primary_that_was_found_writing_is_started_again_in_place_although_etcd_takes_no_writes() {
+    let (checked, ordered) = crashes_while_etcd_is_full(running(1, Word::Writable));
+    assert!(starts(&ordered, &StartAs::Primary), "in {}: {ordered:?}", checked.state().name());
+    let said = &checked.world().conditions["reaffirm_failed"].message;
+    assert!(said.contains(FULL), "{said}");
+}
+
+#[test]
+fn i1_a_lock_that_was_taken_over_with_nothing_running_starts_no_primary_before_its_key_was_written_again() {
+    let (checked, ordered) = crashes_while_etcd_is_full(nothing_runs());
+    assert!(!starts(&ordered, &StartAs::Primary), "{ordered:?}");
+    assert!(operations(&ordered).contains(&OperationKind::Reaffirm), "in {}: {ordered:?}", checked.state().name());
+}
+
+#[test]
+fn i1_a_primary_that_was_found_writing_is_not_started_again_after_a_release_of_which_nothing_is_known() {
+    let mut world = World { sure_of: None, found_writing: Some(ours().epoch), ..locked(full(DatabaseState::ShutDown), proved()) };
+    world.guard = Some(guard(1, nothing_runs()));
+    let demotion = Demotion { why: "a test".to_owned(), then: Then::Release(ours()) };
+    let mut checked = Checked::resume(world, State::Demoting { demotion });
+    let released = checked.handle(T0 + ms(1), Event::Tick);
+    assert!(operations(&released).contains(&OperationKind::Release), "{released:?}");
+    assert_eq!(checked.world().found_writing, None);
+}
+
+#[test]
+fn row_44_what_keeps_a_primary_from_being_started_is_said_and_taken_back() {
+    let world = World { sure_of: None, ..locked(full(DatabaseState::InProduction), proved()) };
+    let promotion = Promotion { lock: ours(), way: Way::StartInPlace, since: T0 };
+    let mut checked = Checked::resume(world, State::Promoting { promotion });
+    let asked = checked.handle(T0, Event::Tick);
+    assert!(operations(&asked).contains(&OperationKind::Reaffirm), "{asked:?}");
+    checked.handle(T0 + ms(1), Event::Finished(Finished::Reaffirmed(Err(FULL.to_owned()))));
+    assert!(checked.world().conditions["reaffirm_failed"].message.contains(FULL));
+    checked.handle(T0 + s(1), renewed(T0 + s(1)));
+    let starts_now = checked.handle(T0 + s(1) + ms(1), Event::Finished(Finished::Reaffirmed(Ok(true))));
+    assert!(starts(&starts_now, &StartAs::Primary), "{starts_now:?}");
+    assert!(!checked.world().conditions.contains_key("reaffirm_failed"));
+}
+
+#[test]
+fn what_could_not_be_written_again_is_no_condition_once_the_lock_is_gone() {
+    let world = World { sure_of: None, ..locked(full(DatabaseState::InProduction), proved()) };
+    let promotion = Promotion { lock: ours(), way: Way::StartInPlace, since: T0 };
+    let mut checked = Checked::resume(world, State::Promoting { promotion });
+    checked.handle(T0, Event::Tick);
+    checked.handle(T0 + ms(1), Event::Finished(Finished::Reaffirmed(Err(FULL.to_owned()))));
+    let mut gone = led_by_us();
+    (gone.leader, gone.revision) = (None, Revision(900));
+    checked.handle(T0 + ms(2), Event::View(Arc::new(gone), T0 + ms(2)));
+    assert!(!checked.world().conditions.contains_key("reaffirm_failed"));
 }

@@ -30,6 +30,8 @@ pub(crate) struct Checked {
 struct Releases {
     /// No release of this leadership can be.
     sure_of: Option<Epoch>,
+    /// Nor of this one, which was taken over with a server that may write.
+    found_writing: Option<Epoch>,
     /// Its key is being written again, and no release was ordered since.
     reaffirming: Option<Epoch>,
 }
@@ -51,7 +53,11 @@ impl Releases {
             Operation::Reaffirm(epoch) => self.reaffirming = Some(*epoch),
             Operation::Release { epoch, .. } => {
                 let others = |known: Option<Epoch>| known.filter(|known| known != epoch);
-                *self = Releases { sure_of: others(self.sure_of), reaffirming: others(self.reaffirming) };
+                *self = Releases {
+                    sure_of: others(self.sure_of),
+                    found_writing: others(self.found_writing),
+                    reaffirming: others(self.reaffirming),
+                };
             }
             _ => {}
         }
@@ -65,7 +71,7 @@ impl Checked {
 
     pub(crate) fn resume(world: World, state: State) -> Self {
         let under_way = world.in_flight.clone();
-        let releases = Releases { sure_of: world.sure_of, reaffirming: world.asked.reaffirming };
+        let releases = Releases { sure_of: world.sure_of, found_writing: world.found_writing, reaffirming: world.asked.reaffirming };
         Checked { machine: Machine::resume(world, state), under_way, releases, exited: false }
     }
 
@@ -94,12 +100,12 @@ impl Checked {
             assert!(edges::find(&from, &to).is_some(), "no edge {from} -> {to}, {context}");
         }
         for action in &actions {
-            self.judge(now, action, &context);
+            self.judge(now, &before, action, &context);
         }
         actions
     }
 
-    fn judge(&mut self, now: BootTime, action: &Action, context: &str) {
+    fn judge(&mut self, now: BootTime, before: &State, action: &Action, context: &str) {
         let world = self.machine.world();
         match action {
             Action::Do(operation) => {
@@ -130,6 +136,9 @@ impl Checked {
             }
             Action::Lease(LeaseOrder::Adopt(lease, Some(lock))) => {
                 assert_eq!(lock.lease, *lease, "I2: a lock on one lease is kept up by another, {context}");
+                if *before == State::Starting && matches!(world.running(), Some((_, Word::Writable))) {
+                    self.releases.found_writing = Some(lock.epoch);
+                }
             }
             Action::Lease(_) => {}
             Action::AnswerPromise { result: Err(_), .. } | Action::CancelJob | Action::Stop(_) | Action::Record(_) => {}
@@ -154,7 +163,8 @@ fn judge_operation(world: &World, releases: &Releases, now: BootTime, operation:
         Operation::Start { role: StartAs::Primary, .. } => {
             assert!(proved(None), "I2: starts a primary without a proof, {context}");
             let held = world.lock.identity().map(|lock| lock.epoch);
-            assert_eq!(releases.sure_of, held, "I1: starts a primary although a release may be on its way, {context}");
+            let sure = [releases.sure_of, releases.found_writing].contains(&held);
+            assert!(sure, "I1: starts a primary although a release may be on its way, {context}");
             assert!(world.proved_empty(), "starts a second server, {context}");
         }
         Operation::Start { .. } | Operation::Clone { .. } | Operation::PlanRejoin { .. } | Operation::Initdb { .. } => {
