@@ -27,6 +27,8 @@ const DIVERGED_AFTER_S: u64 = 2;
 const HISTORY_MAX_ENTRIES: usize = 1_000;
 /// The others are asked again after so long whether they may write.
 const PEERS_AGAIN_MS: u64 = 200;
+/// By a member that cannot lead as it is.
+const PEERS_AGAIN_IN_VAIN_MS: u64 = 1_000;
 /// A data directory that cannot be used is looked at again after so long.
 const LOOK_AGAIN_S: u64 = 5;
 /// A standby's stop, which holds nobody up.
@@ -271,8 +273,9 @@ pub(crate) fn candidate(context: &mut Context<'_>) -> Outcome<State> {
         context.world.clear("waiting_to_lead");
         return Transition(State::Following);
     }
-    ask_peers(context);
-    match verdict(context) {
+    let verdict = verdict(context);
+    ask_peers(context, if matches!(verdict, Some(Verdict::NotEligible { .. })) { PEERS_AGAIN_IN_VAIN_MS } else { PEERS_AGAIN_MS });
+    match verdict {
         Some(Verdict::Run { why, initialize }) => {
             context.world.clear("waiting_to_lead");
             run(context, &why, initialize);
@@ -313,7 +316,7 @@ fn verdict(context: &Context<'_>) -> Option<Verdict> {
 }
 
 /// Without a release in good order, a former leader may still be writable (SAFETY 5, promoter's side; rows 37 and 39).
-fn ask_peers(context: &mut Context<'_>) {
+fn ask_peers(context: &mut Context<'_>, again_ms: u64) {
     let (Some(vacancy), Some(spec)) = (context.world.vacancy, context.world.spec().cloned()) else { return };
     let released = context.world.view.as_ref().is_some_and(|view| view.release.is_some());
     // Who may write can change: they are asked until this member runs.
@@ -321,7 +324,7 @@ fn ask_peers(context: &mut Context<'_>) {
         .world
         .peers
         .as_ref()
-        .is_some_and(|answer| answer.vacancy == vacancy.id && context.now.since(answer.sent) < Duration::from_millis(PEERS_AGAIN_MS));
+        .is_some_and(|answer| answer.vacancy == vacancy.id && context.now.since(answer.sent) < Duration::from_millis(again_ms));
     if released || fresh {
         return;
     }

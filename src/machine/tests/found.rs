@@ -11,7 +11,7 @@ use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{DataDirectory, DatabaseState, Probe, SqlFacts, WalReceiverFacts};
 use crate::machine::action::{Action, LeaseOrder, Operation, OperationKind, StartAs, StopMode};
 use crate::machine::bookkeeping::Asked;
-use crate::machine::event::{Event, Finished, ForeignKey, PutOutcome};
+use crate::machine::event::{Event, Finished, ForeignKey, PeersAnswer, PutOutcome};
 use crate::machine::state::State;
 use crate::machine::world::{Lock, World};
 use crate::types::{Epoch, LeaseId, Revision, TimelineId};
@@ -440,4 +440,32 @@ fn a_promotion_is_recorded_although_the_view_of_our_lock_is_late() {
         _ => None,
     });
     assert_eq!(recorded, Some((ours().epoch, Some(ours().epoch))), "{actions:?}");
+}
+
+#[test]
+fn l5_a_candidate_that_cannot_lead_as_it_is_asks_the_others_once_a_second_whether_they_may_write() {
+    for (eligible, least, most) in [(false, 3, 5), (true, 15, 21)] {
+        let mut world = World { vacancy: None, ..standby() };
+        world.promoted = Some(None);
+        let mut view = vacant();
+        if !eligible {
+            view.initialize = Some(crate::facts::cluster::Initialize::Unreadable("by hand".to_owned()));
+        }
+        world.view = Some(Arc::new(view.clone()));
+        let mut checked = Checked::resume(world, State::Following);
+        let (mut now, mut asked) = (T0, 0);
+        let mut event = Event::View(Arc::new(view), now);
+        while now < T0 + s(4) {
+            let actions = checked.handle(now, std::mem::replace(&mut event, Event::Tick));
+            for _ in operations(&actions).iter().filter(|kind| **kind == OperationKind::AskPeers) {
+                asked += 1;
+                // Somebody may write: it waits.
+                let answer = PeersAnswer { vacancy: Revision(350), sent: now, writable: vec![name("b")] };
+                checked.handle(now, Event::Finished(Finished::PeersAsked(answer)));
+            }
+            now = now + ms(20);
+        }
+        assert_eq!(checked.state().name(), "candidate");
+        assert!((least..=most).contains(&asked), "eligible {eligible}: {asked} times in 4 s");
+    }
 }
