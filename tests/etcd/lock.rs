@@ -1,12 +1,14 @@
 //! The lock: taken once, on what was judged, read back when the answer is lost; every write under it fenced by its epoch.
 
+use std::time::Duration;
+
 use etcd_client::PutOptions;
-use pgherd::etcd::{Acquisition, Beaten, Etcd, EtcdError, Fenced, Moved, PutMember, Released};
+use pgherd::etcd::{Acquisition, Beaten, Etcd, EtcdError, Fenced, Moved, PutMember, Released, Settings};
 use pgherd::facts::cluster::{Initialize, ReleaseRecord, StatusRecord};
 use pgherd::types::{Epoch, Lsn, Revision, SystemId, TimelineId};
 
 use crate::support::etcd_server::{EtcdServer, settings};
-use crate::support::lossy::{Afterwards, lose_answer_to};
+use crate::support::lossy::{Afterwards, hold_back, lose_answer_to};
 use crate::support::{NEVER, lease_of_a_minute, name, record, request, take_lock};
 
 against_both! { 1, &[];
@@ -16,6 +18,7 @@ against_both! { 1, &[];
     an_acquisition_whose_answer_is_lost_is_read_back,
     an_acquisition_that_cannot_be_read_back_is_unknown_and_not_tried_again,
     a_release_says_how_and_is_the_same_said_twice,
+    i1_a_release_that_comes_late_deletes_nothing_once_the_locks_key_was_written_again,
     i11_initialize_is_claimed_once_and_becomes_the_identity_with_the_first_lock,
     a_member_key_of_another_run_is_not_overwritten,
     a_record_on_a_lease_that_is_gone_is_told_apart,
@@ -61,6 +64,9 @@ async fn the_lock_is_taken_once_and_only_on_what_was_judged(server: EtcdServer) 
     wrong = good.clone();
     wrong.sync_revision = NEVER;
     assert_eq!(beaten(etcd.acquire(&wrong).await.unwrap()), Beaten::SyncMoved);
+    server.stranger().await.put("/pgherd/main/spec", "applied meanwhile", None).await.unwrap();
+    assert_eq!(beaten(etcd.acquire(&good).await.unwrap()), Beaten::SpecMoved);
+    let good = request(&etcd, "a", ours).await;
 
     let Acquisition::Acquired(lock) = etcd.acquire(&good).await.unwrap() else { panic!("everything holds") };
     let view = etcd.read_view().await.unwrap();
@@ -127,6 +133,31 @@ async fn a_release_says_how_and_is_the_same_said_twice(server: EtcdServer) {
     take_lock(&etcd, "b", lease_of_a_minute(&server).await).await;
     assert_eq!(etcd.read_view().await.unwrap().release, None, "whoever takes the lock takes the record away");
     assert_eq!(etcd.release(lock.epoch, Some(&left)).await.unwrap(), Released::NotOurs);
+}
+
+async fn i1_a_release_that_comes_late_deletes_nothing_once_the_locks_key_was_written_again(server: EtcdServer) {
+    let etcd = server.etcd();
+    for written_again in [false, true] {
+        let lock = take_lock(&etcd, "a", lease_of_a_minute(&server).await).await;
+        let (url, on_its_way) = hold_back("held-back", server.port(0)).await;
+        let impatient = Settings { request_timeout: Duration::from_secs(1), ..settings(vec![url]) };
+        let left = ReleaseRecord { epoch: lock.epoch, timeline: TimelineId(2), lsn: Lsn(9), to: Some(name("held-back")) };
+        let released = Etcd::new(impatient).unwrap().release(lock.epoch, Some(&left)).await;
+        assert!(matches!(released, Err(EtcdError::Unknown(_))), "{released:?}");
+        if written_again {
+            assert_eq!(etcd.reaffirm(lock.epoch, &name("a")).await.unwrap(), Fenced::Written);
+        }
+        let before = etcd.read_view().await.unwrap();
+        on_its_way.let_through().await;
+        let after = etcd.read_view().await.unwrap();
+        if written_again {
+            assert_eq!(after, before, "not even the revision moved");
+            assert_eq!(after.leader.map(|leader| leader.epoch), Some(lock.epoch));
+        } else {
+            assert_eq!((after.leader, after.release), (None, Some(left)), "it was carried out after all");
+            etcd.revoke(lock.lease.lease).await.unwrap();
+        }
+    }
 }
 
 async fn i11_initialize_is_claimed_once_and_becomes_the_identity_with_the_first_lock(server: EtcdServer) {
