@@ -39,6 +39,10 @@ enumerated! {
         ReleasedBeforeDeath,
         /// A release that is carried out late deletes the lock although its holder went on with it.
         LateReleaseObeyed,
+        /// A lock is used before its key was written again, although a release of it may be on its way.
+        UsedWithoutWritingAgain,
+        /// A lock is used while it is being given back.
+        UsedWhileGivenBack,
         /// Positions are compared by number, whatever timeline they are on.
         PositionsWithoutTimeline,
         /// A member that lost the lock takes it back from a timeline that was left behind.

@@ -6,6 +6,7 @@ use super::event::Failure;
 use super::world::{Etcd, Lock, World};
 use crate::clock::BootTime;
 use crate::facts::guard::{PostmasterFacts, Rung, Word};
+use crate::mutants::{Mutant, mutant};
 use crate::types::LockIdentity;
 
 /// How far the guard has to have gone, and when.
@@ -89,7 +90,8 @@ impl World {
 
     /// The lock is being given back, or was.
     pub(super) fn gives_back(&self, lock: LockIdentity) -> bool {
-        self.in_flight.contains(&OperationKind::Release) || self.released == Some(lock.epoch)
+        let gives = self.in_flight.contains(&OperationKind::Release) || self.released == Some(lock.epoch);
+        gives && !mutant(Mutant::UsedWhileGivenBack)
     }
 
     /// The lock's key was written again, or was not. What was asked for before a release began says nothing about that release.

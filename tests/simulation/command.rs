@@ -3,7 +3,7 @@
 //! ```text
 //! storm [--seconds S] [--first SEED] [--seeds N] [--night]    many seeds, on all cores; --night fails on what was never met
 //! storm --seed SEED                                           one seed, with its trace
-//! mutants [--only NAME] [--seeds N]                           each deliberate bug has to be caught
+//! mutants [--only NAME] [--first SEED] [--seeds N]            each deliberate bug has to be caught
 //! ```
 
 use std::process::ExitCode;
@@ -179,6 +179,7 @@ pub fn mutants(arguments: &[String]) -> ExitCode {
     use super::mutants::{Hunt, Mutant, hunt};
     let most: u64 = value(arguments, "--seeds").unwrap_or(2_000);
     let only: Option<String> = value(arguments, "--only");
+    let first: u64 = value(arguments, "--first").unwrap_or(1);
     let wanted: Vec<Mutant> =
         Mutant::ALL.iter().copied().filter(|mutant| only.as_ref().is_none_or(|only| *only == format!("{mutant:?}"))).collect();
     let (next, survived) = (AtomicU64::new(0), AtomicBool::new(false));
@@ -187,7 +188,7 @@ pub fn mutants(arguments: &[String]) -> ExitCode {
         for _ in 0..cores() {
             scope.spawn(|| {
                 while let Some(mutant) = wanted.get(usize::try_from(next.fetch_add(1, Ordering::Relaxed)).unwrap_or(usize::MAX)) {
-                    let Hunt { mutant, caught } = hunt(*mutant, 1, most);
+                    let Hunt { mutant, caught } = hunt(*mutant, first, most);
                     match caught {
                         Some((seed, by, after)) => println!("{mutant:?}: caught by {by} after {after} seeds (seed {seed})"),
                         None => {

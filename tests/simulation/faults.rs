@@ -7,8 +7,9 @@ use pgherd::machine::event::Event;
 use pgherd::types::MemberName;
 
 use super::check::AWAKE_MS;
-use super::clock::{ms, secs};
+use super::clock::{Real, ms, secs};
 use super::etcd::Serving;
+use super::host::Loss;
 use super::network::RACES_LATE_MS;
 use super::plan::{Fault, Kind};
 use super::world::{Sim, What, member, spec_of};
@@ -18,6 +19,8 @@ const REQUEST_TTL_S: u64 = 120;
 /// A namesake is found out before it could have its name from etcd: from then on it is a member like any other, and failsafe relies on
 /// each name being used once.
 const NAMESAKE_S: u64 = 3;
+/// A release that gets lost is carried out within so long, and mostly before the lock's key is written again.
+const REAFFIRMS_LATE_S: u64 = 8;
 /// The values of ttl that specs are edited to, in seconds.
 const TTLS: [u64; 6] = [3, 4, 5, 6, 8, 10];
 
@@ -150,9 +153,15 @@ impl Sim {
             Kind::Switchover => self.request_switchover(((fault.choice >> 8) % self.hosts.len() as u64) as usize),
             Kind::FrozenInRenewal => self.hosts[host].freezes_in_renewal = true,
             Kind::LostRelease => {
-                self.hosts[host].loses_release = true;
                 let step = 1 + (fault.choice >> 8) as usize % (self.hosts.len() - 1);
-                self.request_switchover((host + step) % self.hosts.len());
+                let successor = (host + step) % self.hosts.len();
+                self.hosts[host].loses_release = Some(match (fault.choice >> 32) % 4 {
+                    0 => Loss::DaemonEnds { reaffirms_late: false },
+                    1 => Loss::DaemonEnds { reaffirms_late: true },
+                    2 => Loss::SuccessorAway { successor },
+                    _ => Loss::GuardEnds,
+                });
+                self.request_switchover(successor);
             }
             Kind::LateRace => {
                 let leads = self.lock_runs_until().is_some_and(|(leader, _)| leader == host);
@@ -367,13 +376,33 @@ impl Sim {
         }
     }
 
-    /// Whether this release gets lost on the way: then its daemon ends at once, and is back before the lock is fenced.
+    /// Whether this release gets lost on the way: then its daemon ends at once, or goes on with the lock since its successor is away.
     pub fn loses_release(&mut self, host: usize) -> bool {
-        let loses = std::mem::take(&mut self.hosts[host].loses_release) && !self.healed;
-        if loses {
-            self.follows(ms(1), (Kind::KillDaemon, 0), host, ms(0));
+        let Some(loss) = self.hosts[host].loses_release.take_if(|loss| *loss != Loss::GuardEnds).filter(|_| !self.healed) else {
+            return false;
+        };
+        let late = self.now.after(secs(REAFFIRMS_LATE_S));
+        match loss {
+            Loss::DaemonEnds { reaffirms_late } => {
+                self.follows(ms(1), (Kind::KillDaemon, 0), host, ms(0));
+                self.hosts[host].reaffirms_late_until = if reaffirms_late { late } else { Real(0) };
+            }
+            Loss::SuccessorAway { successor } => {
+                self.follows(ms(1), (Kind::PowerOff, 0), successor, secs(6));
+                self.follows(ms(2), (Kind::MemberKeyDeleted, 0), successor, ms(0));
+                self.hosts[host].reaffirms_late_until = late;
+            }
+            Loss::GuardEnds => {}
         }
-        loses
+        true
+    }
+
+    /// A release begins by reading the lock's key. Its guard ends meanwhile, and another is there before etcd has answered.
+    pub fn release_begins(&mut self, host: usize) {
+        if self.hosts[host].loses_release.take_if(|loss| *loss == Loss::GuardEnds).is_some() && !self.healed {
+            self.hosts[host].reads_late = Some(self.random.between(ms(1_200), ms(2_600)));
+            self.follows(ms(1), (Kind::KillGuard, 0), host, ms(0));
+        }
     }
 
     /// Whether this request for the lock is overtaken: by another's, and by the end of that leadership.

@@ -67,7 +67,7 @@ impl Sim {
                 self.peers_cut.retain(|(one, two), _| *one != host && *two != host);
             }
             Kind::LateRace => self.hosts.iter_mut().for_each(|host| host.races_late = false),
-            Kind::LostRelease => self.hosts[host].loses_release = false,
+            Kind::LostRelease => self.hosts[host].loses_release = None,
             Kind::WatchStalls => {
                 if let Some(daemon) = &mut self.hosts[host].daemon {
                     daemon.watch.stalled = false;

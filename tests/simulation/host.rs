@@ -108,6 +108,17 @@ pub struct Daemon {
     pub under_way: BTreeSet<OperationKind>,
 }
 
+/// What happens to a leader whose release gets lost, or is slow, on the way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loss {
+    /// Its daemon ends at once, and is back before the lock is fenced.
+    DaemonEnds { reaffirms_late: bool },
+    /// It lives on, and its successor is away for a while: it goes on with the lock.
+    SuccessorAway { successor: usize },
+    /// Nothing is lost: the key is read late, and meanwhile its guard ends.
+    GuardEnds,
+}
+
 pub struct Host {
     pub name: MemberName,
     pub clock: HostClock,
@@ -119,8 +130,12 @@ pub struct Host {
     pub server: Server,
     /// The next renewal is the one in which its daemon stands still.
     pub freezes_in_renewal: bool,
-    /// Its next release is carried out late.
-    pub loses_release: bool,
+    /// Its next release is carried out late, and this happens besides.
+    pub loses_release: Option<Loss>,
+    /// Until then its lock's key is written again late.
+    pub reaffirms_late_until: Real,
+    /// Its next look at the lock's key takes so long.
+    pub reads_late: Option<Duration>,
     /// Its next request for the lock is carried out late.
     pub races_late: bool,
     /// Until then a deposed leader of etcd answers its keepalives, in this raft term.
@@ -162,7 +177,9 @@ impl Host {
             disk: Disk::default(),
             server: Server::default(),
             freezes_in_renewal: false,
-            loses_release: false,
+            loses_release: None,
+            reaffirms_late_until: Real(0),
+            reads_late: None,
             races_late: false,
             old_etcd_leader: None,
             moved_away: None,

@@ -164,7 +164,9 @@ impl EtcdAsk {
             self,
             EtcdAsk::PutMember { .. }
                 | EtcdAsk::WriteStatus(_)
+                | EtcdAsk::WriteFailsafe { .. }
                 | EtcdAsk::RecordPromotion { .. }
+                | EtcdAsk::Reaffirm { .. }
                 | EtcdAsk::KeepAlive { .. }
                 | EtcdAsk::Prove { .. }
                 | EtcdAsk::MoveToLease { .. }
@@ -196,10 +198,14 @@ impl Sim {
             if link.cut || self.random.percent(link.loss_percent) {
                 continue;
             }
-            let is_lost = matches!(ask, EtcdAsk::Release { .. }) && self.loses_release(host);
+            let is_lost = matches!(ask, EtcdAsk::Release { .. }) && self.loses_release(host)
+                || matches!(ask, EtcdAsk::Reaffirm { .. }) && self.now < self.hosts[host].reaffirms_late_until && !self.healed;
             let is_late = matches!(caller, Caller::Record(_)) && ask.writes() && self.random.percent(link.late_percent);
             let late = match (is_lost, is_late) {
                 _ if matches!(ask, EtcdAsk::Acquire(_)) && self.races_late(host) => ms(RACES_LATE_MS),
+                _ if matches!(ask, EtcdAsk::ReadLeader) && self.hosts[host].reads_late.is_some() => {
+                    self.hosts[host].reads_late.take().unwrap_or_default()
+                }
                 (true, _) => patience + self.random.between(ms(0), ms(LATE_MS)),
                 (false, true) => self.random.between(ms(200), ms(LATE_MS)),
                 (false, false) => ms(0),

@@ -67,7 +67,8 @@ pgherd::enumerated! {
         DataMoved,
         /// The leader's daemon stands still between a keepalive and its answer, and is cut off from etcd when it goes on.
         FrozenInRenewal,
-        /// The leader hands over; its release gets lost on the way, its daemon is started again, and the release is carried out after all.
+        /// The leader hands over; its release gets lost on the way, its daemon is started again or its successor is away, and the release is
+        /// carried out after all. Or its guard ends before the release does.
         LostRelease,
         /// A member's request for the lock is on its way while another takes it, leads, and loses it again.
         LateRace,

@@ -97,6 +97,7 @@ impl Sim {
             Operation::Release { .. } => {
                 // Before the key goes, or the lease's thread would take its absence for a loss.
                 self.lease_command(host, Command::Order(LeaseOrder::LetGo));
+                self.release_begins(host);
                 self.record_asks(host, id, Stage::Read, EtcdAsk::ReadLeader);
             }
             Operation::Reaffirm(epoch) => self.record_asks(host, id, Stage::Write, EtcdAsk::Reaffirm { epoch, member: name }),
@@ -371,6 +372,7 @@ fn snapshot(daemon: &super::host::Daemon) -> Snapshot {
     let world = daemon.machine.world();
     let mut snapshot = Snapshot::unknown(BootTime(0), world.me.name.clone(), "main".parse().expect("a cluster's name"));
     snapshot.taken = world.probe.as_ref().map_or(BootTime(0), |probe| probe.begun);
+    snapshot.unguarded = world.guard_gone;
     snapshot.ends_postgres = daemon.machine.state().ends_postgres();
     snapshot.role = daemon.machine.role();
     snapshot.lock = world.lock.proved();

@@ -88,7 +88,11 @@ impl Sim {
             Effect::CutEtcd,
             Effect::LoseAnswers,
         ];
-        let hook = Hook::AIMS[(fault.choice % Hook::AIMS.len() as u64) as usize];
+        let hook = match Hook::AIMS[(fault.choice % Hook::AIMS.len() as u64) as usize] {
+            // Beside the list, so that every other seed's strikes stay what they were.
+            Hook::Do(OperationKind::Configure) if (fault.choice / 4096).is_multiple_of(2) => Hook::Do(OperationKind::Reaffirm),
+            hook => hook,
+        };
         let effect = effects[(fault.choice / 64 % effects.len() as u64) as usize];
         self.armed.push(Armed { hook, before: (fault.choice / 1024).is_multiple_of(2), effect, lasts: fault.lasts.min(secs(8)) });
     }

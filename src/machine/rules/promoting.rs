@@ -58,7 +58,7 @@ pub(crate) fn rule(promotion: &mut Promotion, context: &mut Context<'_>) -> Outc
         Way::Promote { .. } => context.world.sure_of == Some(lock.epoch),
         Way::StartInPlace => context.world.may_start_in_place(lock),
     };
-    if !sure && !writes {
+    if !sure && !writes && !mutant(Mutant::UsedWithoutWritingAgain) {
         return Handled;
     }
     match promotion.way {
