@@ -15,7 +15,7 @@ MUTANT ?=
 TARGET_DIR = $(if $(filter release,$(PROFILE)),target/release,target/debug)
 PGHERD = $(TARGET_DIR)/pgherd
 
-.PHONY: help setup setup-tests build demo demo-down test check sim mutants fmt schemas bench install clean
+.PHONY: help setup setup-tests build demo demo-down test check sim mutants chaos fmt schemas bench install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ sim: setup ## storms from seeds against the core, on all cores for SECONDS=60; S
 
 mutants: setup ## every deliberate bug has to be caught by the simulator; MUTANT=name hunts one
 	$(CARGO) test --locked --quiet --profile sim --features mutants --test simulation -- mutants $(if $(MUTANT),--only $(MUTANT))
+
+chaos: setup-tests ## kill, freeze and cut off a live cluster for MINUTES=2 while commits wait for standbys, from SEED=1: nothing acknowledged is lost
+	PGHERD_CHAOS_SECONDS=$$(($(or $(MINUTES),2) * 60)) PGHERD_CHAOS_SEED=$(or $(SEED),1) $(CARGO) test --locked --test live -- chaos --nocapture --test-threads=1
 
 fmt: ## format the source
 	$(CARGO) fmt

@@ -75,6 +75,30 @@ enumerated! {
         PromiseNotKept,
         /// Failsafe: a member that is not in the record runs.
         OutsidersRun,
+        /// Synchrony: who has every acknowledged commit does not matter to who runs for the lock.
+        RecordNotLooked,
+        /// Synchrony: one member fewer than it takes is enough to know that every acknowledged commit has been seen.
+        OneFewerSeen,
+        /// Synchrony: a member says how far it is while it still receives.
+        VoteWhileReceiving,
+        /// Synchrony: what PostgreSQL has not replayed yet since its start is left out of how far it is.
+        VoteWhileReplaying,
+        /// Synchrony: a member promotes on the record of the leader before.
+        RecordNotTakenOver,
+        /// Synchrony: a new primary acknowledges before anybody has told it for whom to wait.
+        PromotedOpen,
+        /// Synchrony: the names are weakened before the record is.
+        NamesBeforeRecord,
+        /// Synchrony: the record is strengthened before standbys have flushed what was written by then.
+        RecordBeforeFlush,
+        /// Synchrony: every walsender is thought to go by new names as soon as a new session does.
+        WalsendersNotSeen,
+        /// Synchrony: what was asked before the names changed is taken for what came of it.
+        StaleProbeBelieved,
+        /// Synchrony: an answer that was lost is taken for nothing written.
+        LostAnswerForgotten,
+        /// Synchrony: a write of the record that is carried out late is not fenced.
+        LateRecordObeyed,
     }
 }
 

@@ -132,7 +132,7 @@ fn a_document_with_every_default_typed_means_the_same_as_one_without() {
     let text = "apiVersion: pgherd/v1\nkind: Cluster\nmetadata: { name: main }\nspec:\n  members:\n    - { name: alpha, address: 192.0.2.1 }\n    \
                 - { name: bravo, address: 192.0.2.2 }\n    - { name: charlie, address: 192.0.2.3 }\n";
     let bare = cluster::load("bare", text).unwrap_or_else(|problems| panic!("{problems}")).spec;
-    assert!(conditions(&bare).iter().any(|condition| condition.message.starts_with("spec.replication.mode is left out")));
+    assert!(conditions(&bare).iter().any(|condition| condition.message.starts_with("spec.watchdog.mode is left out")));
     typed.typed = bare.typed.clone();
     assert_eq!(typed, bare);
 }

@@ -42,6 +42,8 @@ mod lease;
 mod lock;
 #[path = "etcd/operator.rs"]
 mod operator;
+#[path = "etcd/synchrony.rs"]
+mod synchrony;
 #[path = "etcd/tls.rs"]
 mod tls;
 #[path = "etcd/watch.rs"]

@@ -167,7 +167,12 @@ mod tests {
         "apiVersion: pgherd/v1\nkind: Cluster\nmetadata: { name: main }\nspec:\n  members:\n    - { name: mdw, address: 10.0.12.9 }\n";
 
     fn decide(leader: Option<&str>, in_force: Result<Option<(u64, &str)>, ()>, expected: Option<u64>) -> Result<Plan, String> {
-        let leader = leader.map(|holder| LeaderKey { holder: holder.to_owned(), epoch: Epoch(1), lease: LeaseId(1) });
+        let leader = leader.map(|holder| LeaderKey {
+            holder: holder.to_owned(),
+            epoch: Epoch(1),
+            lease: LeaseId(1),
+            mod_revision: crate::types::Revision(1),
+        });
         let view = ClusterView { leader, ..ClusterView::default() };
         let record = |(generation, document): (u64, &str)| SpecRecord {
             generation,

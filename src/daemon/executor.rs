@@ -244,6 +244,9 @@ impl Executor {
             }
             Operation::WriteStatus(status) => self.spawn(records::write_status(etcd, status)),
             Operation::Reaffirm(epoch) => self.spawn(records::reaffirm(etcd, name, epoch)),
+            Operation::WriteSync { epoch, lock, judged_on, record } => {
+                self.spawn(records::write_sync(etcd, epoch, lock, judged_on, record));
+            }
             Operation::RecordPromotion { epoch, history } => {
                 let host = Arc::clone(&self.host);
                 self.spawn(async move {

@@ -16,10 +16,12 @@ use crate::facts::postgres::StandbyFloor;
 use crate::machine::action::Upstream;
 use crate::policy::hba::{self, HbaInputs};
 use crate::policy::parameters::{self, ConfigInputs, Raised};
+use crate::policy::slots;
 use crate::postgres::conninfo::{self, PassfileEntry, Target};
 use crate::postgres::roles::{Account, Accounts};
+use crate::postgres::sql::DATABASE;
 use crate::postgres::{ConfigFiles, Installation, Layout, LeaderServer, Secret, Sql, files};
-use crate::spec::cluster::ClusterSpec;
+use crate::spec::cluster::{ClusterSpec, PermanentSlot};
 use crate::spec::node::{Credential, NodeSpec};
 use crate::types::{Incarnation, LeaseIdentity};
 
@@ -163,14 +165,25 @@ impl Host {
 
     /// How this member replicates from another.
     pub fn replication_conninfo(&self, from: &Upstream) -> String {
+        self.conninfo_to(from, false)
+    }
+
+    /// With a database, which slots are copied by.
+    fn conninfo_to(&self, from: &Upstream, with_database: bool) -> String {
         conninfo::build(Target {
             host: &from.host,
             port: from.port,
             user: &self.node.postgres.replication.username,
             passfile: &self.passfile(),
             application_name: self.node.name.as_str(),
-            dbname: None,
+            dbname: with_database.then_some(DATABASE),
         })
+    }
+
+    /// Whether standbys keep copies of logical slots: there are some, and this PostgreSQL can.
+    pub fn has_failover_slots(&self, spec: &ClusterSpec) -> anyhow::Result<bool> {
+        let logical = spec.replication.slots.values().any(|slot| matches!(slot, PermanentSlot::Logical { .. }));
+        Ok(logical && spec.replication.use_slots && self.settled()?.installation.major >= slots::FAILOVER_SLOTS_SINCE)
     }
 
     /// What PostgreSQL's configuration is made of.
@@ -181,6 +194,7 @@ impl Host {
         floor: Option<StandbyFloor>,
     ) -> anyhow::Result<ConfigInputs> {
         let member = spec.member(&self.node.name).context("this member is not in spec.members")?;
+        let failover_slots = self.has_failover_slots(spec)?;
         let node = &self.node.postgres;
         Ok(ConfigInputs {
             cluster: spec.name.clone(),
@@ -193,19 +207,21 @@ impl Host {
             member_parameters: spec.postgres.member_parameters.get(&self.node.name).cloned().unwrap_or_default(),
             archive_command: spec.postgres.archive_command.clone(),
             restore_command: spec.postgres.restore_command.clone(),
-            primary_conninfo: upstream.map(|upstream| self.replication_conninfo(upstream)),
-            primary_slot_name: None,
-            synchronous_standby_names: None,
+            primary_conninfo: upstream.map(|upstream| self.conninfo_to(upstream, failover_slots)),
+            primary_slot_name: upstream
+                .filter(|upstream| spec.replication.use_slots && upstream.keeps_slots)
+                .map(|_| slots::slot_of(&self.node.name)),
+            data_dir: self.layout.data_dir().display().to_string(),
+            failover_slots,
             floor,
             syncfs_tells_errors: std::fs::read_to_string(KERNEL_RELEASE_FILE)
                 .is_ok_and(|release| parameters::syncfs_tells_errors(&release)),
         })
     }
 
-    /// The three files.
-    pub fn config_files(&self, spec: &ClusterSpec, inputs: &ConfigInputs) -> anyhow::Result<ConfigFiles> {
+    fn access(&self, spec: &ClusterSpec) -> HbaInputs {
         let node = &self.node.postgres;
-        let access = HbaInputs {
+        HbaInputs {
             members: spec.members.iter().map(|member| member.address.clone()).collect(),
             os_user: node.os_user.clone(),
             superuser: node.superuser.username.clone(),
@@ -213,7 +229,22 @@ impl Host {
             rewind: node.rewind.as_ref().map(|credential| credential.username.clone()),
             pg_hba: spec.postgres.pg_hba.clone(),
             pg_ident: spec.postgres.pg_ident.clone(),
-        };
+        }
+    }
+
+    /// pg_hba.conf as the spec has it.
+    pub fn pg_hba(&self, spec: &ClusterSpec) -> String {
+        hba::pg_hba_conf(&self.access(spec))
+    }
+
+    /// pg_hba.conf that lets no client in.
+    pub fn pg_hba_closed(&self, spec: &ClusterSpec) -> String {
+        hba::pg_hba_closed(&self.access(spec))
+    }
+
+    /// The files.
+    pub fn config_files(&self, spec: &ClusterSpec, inputs: &ConfigInputs) -> anyhow::Result<ConfigFiles> {
+        let access = self.access(spec);
         let configuration = parameters::postgresql_conf(inputs).map_err(anyhow::Error::msg)?;
         let mut said = self.raised.lock().unwrap_or_else(PoisonError::into_inner);
         if *said != configuration.raised {
@@ -225,7 +256,12 @@ impl Host {
             }
             said.clone_from(&configuration.raised);
         }
-        Ok(ConfigFiles { postgresql_conf: configuration.text, pg_hba: hba::pg_hba_conf(&access), pg_ident: hba::pg_ident_conf(&access) })
+        Ok(ConfigFiles {
+            postgresql_conf: configuration.text,
+            pg_hba: hba::pg_hba_conf(&access),
+            pg_ident: hba::pg_ident_conf(&access),
+            upstream: parameters::live::upstream_conf(inputs).map_err(anyhow::Error::msg)?,
+        })
     }
 
     /// The diverged data directory that is kept beside ours.

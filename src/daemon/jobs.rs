@@ -8,11 +8,12 @@ use anyhow::{Context as _, bail};
 use crate::facts::cluster::HistoryEntry;
 use crate::facts::guard::{PostmasterFacts, StartId, Word};
 use crate::facts::postgres::{ControlFacts, DataDirectory};
+use crate::facts::synchrony::Names;
 use crate::guard::protocol::{Request, StartOrder};
 use crate::machine::action::{Operation, StartAs, Upstream};
 use crate::machine::event::{Configured, Event, Finished};
-use crate::policy::parameters;
 use crate::policy::rejoin::{self, Inputs, LostRange, OwnPromotion, Rejoin};
+use crate::policy::{parameters, slots};
 use crate::postgres::{
     CloneJob, InitdbJob, Keep, Outcome, clone_from, configure, data_directory, history_files, initdb, postmaster_command,
     recover_interrupted_swap, set_standby, wal,
@@ -39,7 +40,10 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, operation: Operation) -
     let kind = operation.kind();
     let finished = match operation {
         Operation::Look => look(&host).await,
-        Operation::Start { role, spec, generation, fall_back } => start(&host, &guard, role, &spec, generation, fall_back).await,
+        Operation::Start { role, spec, generation, fall_back, names, closed } => {
+            start(&host, &guard, role, &spec, generation, fall_back, (&names, closed)).await
+        }
+        Operation::Open { spec } => open(&host, &spec).await.map(|()| Finished::Opened(Ok(()))),
         Operation::Configure { spec, generation, upstream } => {
             let result = apply_configuration(&host, &spec, upstream.as_ref()).await.map_err(|error| format!("{error:#}"));
             Ok(Finished::Configured { generation, upstream, result })
@@ -52,6 +56,11 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, operation: Operation) -
         Operation::Promote { lock, timeline, parent } => {
             promote(&host, &guard, lock, timeline, parent).await.map(|()| Finished::PromotionAsked(Ok(())))
         }
+        Operation::SetNames { names, spec, prove_waits, .. } => {
+            set_names(&host, &names, &spec, prove_waits).await.map(|()| Finished::NamesSet(Ok(())))
+        }
+
+        Operation::KeepSlots(changes) => keep_slots(&host, &changes).await.map(|()| Finished::SlotsKept(Ok(()))),
         Operation::EnsureRoles { spec, post_init } => roles(&host, &spec, post_init).await.map(|()| Finished::RolesEnsured(Ok(()))),
         Operation::Checkpoint => checkpoint(&host).await.map(|()| Finished::Checkpointed(Ok(()))),
         other => Err(anyhow::anyhow!("{:?} is not a job", other.kind())),
@@ -80,7 +89,9 @@ async fn start(
     spec: &ClusterSpec,
     generation: u64,
     fall_back: bool,
+    (names, closed): (&Names, bool),
 ) -> anyhow::Result<Finished> {
+    configure::write_names(&host.layout, names, host.has_failover_slots(spec)?)?;
     let (upstream, control) = match &role {
         StartAs::Standby(upstream) => (upstream.as_ref(), Some(control(host).await?)),
         // What the control file says matters to standbys only, and the machine starts a primary on nothing but what it has just read.
@@ -89,6 +100,9 @@ async fn start(
     // What must not be lower on a standby is lowered on the primary first (SAFETY row 50).
     let inputs = host.config_inputs(spec, upstream, control.as_ref().map(|control| control.floor))?;
     let old_files = prepare_files(host, spec, &inputs, fall_back).await?;
+    if closed {
+        configure::close(&host.layout, &host.pg_hba_closed(spec))?;
+    }
     set_standby(host.layout.data_dir(), control.is_some())?;
     if let Some(control) = control {
         history_files::remove_unused_reservations(host.layout.data_dir(), control.timeline.max(control.min_recovery_timeline))?;
@@ -155,6 +169,10 @@ async fn apply_configuration(host: &Host, spec: &ClusterSpec, upstream: Option<&
         Outcome::PutBack { why } => Configured::PutBack(why),
         Outcome::Unchanged | Outcome::Installed { .. } | Outcome::Reloaded { .. } => Configured::Taken,
     })
+}
+
+async fn open(host: &Host, spec: &ClusterSpec) -> anyhow::Result<()> {
+    configure::open(&host.layout, &host.settled()?.sql, &host.pg_hba(spec), SQL_LIMIT).await.context("letting clients in")
 }
 
 async fn make_cluster(host: &Host, spec: &ClusterSpec) -> anyhow::Result<()> {
@@ -248,6 +266,18 @@ async fn promote(host: &Host, guard: &Arc<GuardLink>, lock: LockIdentity, timeli
         ask(guard, Request::Vouch { start, word: Word::Writable }).await.context("having the guard acknowledge the promotion")?;
     }
     host.settled()?.sql.promote(SQL_LIMIT).await.context("promoting PostgreSQL")
+}
+
+async fn set_names(host: &Host, names: &Names, spec: &ClusterSpec, prove_waits: bool) -> anyhow::Result<()> {
+    let names = (names, host.has_failover_slots(spec)?);
+    let sql = &host.settled()?.sql;
+    configure::set_names(&host.layout, sql, names, prove_waits, SQL_LIMIT, CHECKPOINT_LIMIT)
+        .await
+        .context("setting synchronous_standby_names")
+}
+
+async fn keep_slots(host: &Host, changes: &[slots::Change]) -> anyhow::Result<()> {
+    crate::postgres::slots::keep(&host.settled()?.sql, changes, SQL_LIMIT).await.context("seeing to replication slots")
 }
 
 async fn roles(host: &Host, spec: &ClusterSpec, post_init: bool) -> anyhow::Result<()> {

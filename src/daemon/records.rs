@@ -5,6 +5,7 @@ use crate::etcd::{AcquireRequest, Acquisition, Beaten, Etcd, EtcdError, Fenced, 
 use crate::facts::cluster::{
     ClusterView, DecisionRecord, FailsafeRecord, HistoryEntry, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord,
 };
+use crate::facts::synchrony::SyncRecord;
 use crate::machine::action::Decision;
 use crate::machine::event::{AcquireOutcome, Event, Failure, Finished, ForeignKey, PutOutcome};
 use crate::types::{Epoch, LeaseId, MemberName, Revision, SystemId};
@@ -79,7 +80,13 @@ pub async fn write_status(etcd: Etcd, status: StatusRecord) -> Event {
 
 /// Writes the lock's key again.
 pub async fn reaffirm(etcd: Etcd, member: MemberName, epoch: Epoch) -> Event {
-    done(Finished::Reaffirmed(fenced(etcd.reaffirm(epoch, &member).await)))
+    done(Finished::Reaffirmed(etcd.reaffirm(epoch, &member).await.map_err(|error| failure(&error))))
+}
+
+/// Writes `sync`, or deletes it.
+pub async fn write_sync(etcd: Etcd, epoch: Epoch, lock: Revision, judged_on: Revision, record: Option<SyncRecord>) -> Event {
+    let written = etcd.write_sync(epoch, lock, judged_on, record.as_ref()).await;
+    done(Finished::SyncWritten(written.map_err(|error| failure(&error))))
 }
 
 /// Completes `history`.

@@ -105,12 +105,12 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
         }
         let code = step(&mut machine, &mut executor, &mut kept, event, &publish);
         let running = machine.world().running().map(|(start, _)| start);
-        if running != served && machine.world().sql().is_some() {
+        if running != served && machine.world().sql().is_some() && !machine.world().is_closed() {
             served = running;
             super::jobs::note_served(&host);
         }
         pace.send_if_modified(|pace| {
-            let wanted = running.map(|_| machine.probe_every());
+            let wanted = running.map(|_| machine.probe_every(now));
             std::mem::replace(pace, wanted) != wanted
         });
         if let Some(code) = code {

@@ -21,6 +21,7 @@ pub fn take(now: BootTime, cluster: &ClusterName, machine: &Machine, kept: &Kept
     snapshot.declared = world.declared().is_some();
     snapshot.machine_state = machine.state().name().to_owned();
     snapshot.ends_postgres = machine.state().ends_postgres();
+    snapshot.closed = world.is_closed();
     snapshot.role = machine.role();
     snapshot.state = machine.patroni_state().to_owned();
     snapshot.lock = world.lock.proved();
@@ -31,6 +32,7 @@ pub fn take(now: BootTime, cluster: &ClusterName, machine: &Machine, kept: &Kept
     snapshot.view = world.view.clone().map(|view| (world.view_as_of, view));
     snapshot.etcd_reachable = world.etcd == Etcd::Reachable;
     if let Some((generation, spec)) = &world.spec {
+        snapshot.mode = spec.replication.mode;
         snapshot.ttl = spec.ha.ttl;
         snapshot.loop_wait = spec.ha.loop_wait;
         snapshot.retry_timeout = spec.ha.retry_timeout;

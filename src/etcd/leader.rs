@@ -11,6 +11,7 @@ use super::error::EtcdError;
 use super::keys::Key;
 use super::view::{Kv, initialize, text};
 use crate::facts::cluster::{ClusterView, FailsafeRecord, HistoryEntry, Initialize, MemberRecord, ReleaseRecord, StatusRecord};
+use crate::facts::synchrony::SyncRecord;
 use crate::types::{Epoch, LeaseId, LockIdentity, MemberName, Revision, SystemId};
 
 /// How a fenced write ended.
@@ -157,13 +158,41 @@ impl Etcd {
         Ok(response.succeeded().then(|| header(&response).1))
     }
 
-    /// Writes the lock's key again, on the lease that it hangs on: a release that was judged on it as it was deletes nothing any more.
+    /// Writes the lock's key again, on the lease that it hangs on: a release or a write of `sync` that was judged on it as it was does
+    /// nothing any more. Answers with the revision at which it was done; None = the lock is not ours.
     ///
     /// # Errors
     /// When etcd cannot be asked, or did not answer.
-    pub async fn reaffirm(&self, epoch: Epoch, member: &MemberName) -> Result<Fenced, EtcdError> {
+    pub async fn reaffirm(&self, epoch: Epoch, member: &MemberName) -> Result<Option<Revision>, EtcdError> {
         let same_lease = PutOptions::new().with_ignore_lease();
-        self.write_fenced(epoch, TxnOp::put(self.keys.leader(), member.as_str(), Some(same_lease))).await
+        let write = TxnOp::put(self.keys.leader(), member.as_str(), Some(same_lease));
+        let response = self.transact(Txn::new().when([self.is_epoch(epoch)]).and_then([write])).await?;
+        Ok(response.succeeded().then(|| header(&response).1))
+    }
+
+    /// Writes `sync`, or deletes it, over what was judged on: the key as it was read, and the lock's key as it was read. True = written;
+    /// either way as of that revision.
+    ///
+    /// A write whose answer was lost may be carried out late, until the lock's key is written again ([`Etcd::reaffirm`]).
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or did not answer.
+    pub async fn write_sync(
+        &self,
+        epoch: Epoch,
+        lock: Revision,
+        judged_on: Revision,
+        record: Option<&SyncRecord>,
+    ) -> Result<(bool, Revision), EtcdError> {
+        let path = self.keys.path(&Key::Sync);
+        let write = match record {
+            Some(record) => TxnOp::put(path.clone(), json(&Key::Sync, record)?, None),
+            None => TxnOp::delete(path.clone(), None),
+        };
+        let lock_as_read = Compare::mod_revision(self.keys.leader(), CompareOp::Equal, lock.0);
+        let unchanged = Compare::mod_revision(path, CompareOp::Equal, judged_on.0);
+        let response = self.transact(Txn::new().when([self.is_epoch(epoch), lock_as_read, unchanged]).and_then([write])).await?;
+        Ok((response.succeeded(), header(&response).1))
     }
 
     /// Written a second time it is the same write, so that it may be asked of several endpoints.

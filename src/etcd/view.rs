@@ -90,7 +90,12 @@ fn store(view: &mut ClusterView, key: &Key, kv: &Kv) -> Result<(), String> {
             view.spec = Some(json(kv)?);
         }
         Key::Leader => {
-            view.leader = Some(LeaderKey { holder: text(kv), epoch: Epoch(kv.create_revision), lease: LeaseId(kv.lease) });
+            view.leader = Some(LeaderKey {
+                holder: text(kv),
+                epoch: Epoch(kv.create_revision),
+                lease: LeaseId(kv.lease),
+                mod_revision: Revision(kv.mod_revision),
+            });
         }
         Key::Member(name) => {
             let member = MemberKey { record: json(kv)?, lease: LeaseId(kv.lease), mod_revision: Revision(kv.mod_revision) };
@@ -98,7 +103,10 @@ fn store(view: &mut ClusterView, key: &Key, kv: &Kv) -> Result<(), String> {
         }
         Key::Release => view.release = Some(json(kv)?),
         Key::Status => view.status = Some(json(kv)?),
-        Key::Sync => view.sync_revision = Revision(kv.mod_revision),
+        Key::Sync => {
+            view.sync_revision = Revision(kv.mod_revision);
+            view.sync = Some(json(kv)?);
+        }
         Key::Failsafe => {
             view.failsafe_revision = Revision(kv.mod_revision);
             view.failsafe = Some(json(kv)?);
@@ -135,7 +143,10 @@ fn delete(view: &mut ClusterView, key: &Key) {
         }
         Key::Release => view.release = None,
         Key::Status => view.status = None,
-        Key::Sync => view.sync_revision = Revision(0),
+        Key::Sync => {
+            view.sync = None;
+            view.sync_revision = Revision(0);
+        }
         Key::Failsafe => {
             view.failsafe = None;
             view.failsafe_revision = Revision(0);
@@ -208,7 +219,10 @@ mod tests {
     #[test]
     fn a_leader_with_a_name_that_no_member_can_have_is_still_a_leader() {
         let view = view(vec![kv("leader", "Not A Member", 5, 77)]);
-        assert_eq!(view.leader, Some(LeaderKey { holder: "Not A Member".into(), epoch: Epoch(5), lease: LeaseId(77) }));
+        assert_eq!(
+            view.leader,
+            Some(LeaderKey { holder: "Not A Member".into(), epoch: Epoch(5), lease: LeaseId(77), mod_revision: Revision(5) })
+        );
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::facts::synchrony::SyncRecord;
 use crate::types::{Epoch, EtcdClusterId, Incarnation, LeaseId, Lsn, MemberName, Revision, SystemId, TimelineId};
 
 /// All keys of the cluster as of one revision.
@@ -27,6 +28,8 @@ pub struct ClusterView {
     pub release: Option<ReleaseRecord>,
     /// The leader's last published position.
     pub status: Option<StatusRecord>,
+    /// Who may hold every acknowledged commit. None = nothing is promised, if `sync_revision` is 0; otherwise it could not be read.
+    pub sync: Option<SyncRecord>,
     /// Mod revision of `sync`; 0 when absent.
     pub sync_revision: Revision,
     /// Who may lead while etcd is away. None = failsafe is not in force.
@@ -90,6 +93,8 @@ pub struct LeaderKey {
     pub epoch: Epoch,
     /// The lease it hangs on; 0 when it was written without one.
     pub lease: LeaseId,
+    /// When it was last written: what was judged on an earlier one, and compares it, is not carried out any more.
+    pub mod_revision: Revision,
 }
 
 /// A member key and what etcd knows about it.
@@ -248,6 +253,9 @@ pub struct StatusRecord {
     pub timeline: TimelineId,
     /// The leader's write position.
     pub lsn: Lsn,
+    /// Where the permanent slots of the spec are.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub slots: BTreeMap<String, Lsn>,
     /// Cluster-wide conditions.
     #[serde(default)]
     pub conditions: Vec<Condition>,

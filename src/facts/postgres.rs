@@ -116,12 +116,26 @@ pub struct SqlFacts {
     pub receive_lsn: Lsn,
     /// In recovery: replayed. Out of recovery: the write position.
     pub replay_lsn: Lsn,
+    /// In recovery: which process replays. PostgreSQL begins anew by itself, under the same postmaster, when one of its processes crashes.
+    pub startup: String,
+    /// In recovery: replay waits for more, having gone through all that is there.
+    pub replayed_all: bool,
+    /// A walreceiver is there, connected or not yet.
+    pub receives: bool,
     /// Replay is paused, or asked to pause.
     pub replay_paused: bool,
     /// The walreceiver, in recovery.
     pub walreceiver: Option<WalReceiverFacts>,
     /// pg_stat_replication, out of recovery.
     pub replicas: Vec<ReplicaFacts>,
+    /// The write position, asked for after pg_stat_replication; zero in recovery.
+    pub written_by_then: Lsn,
+    /// synchronous_standby_names, as a session that was connected reads it.
+    pub synchronous_standby_names: String,
+    /// Roles and databases whose synchronous_commit is below `on`: their commits wait for no standby to flush.
+    pub lowered: Vec<String>,
+    /// pg_replication_slots.
+    pub slots: Vec<SlotFacts>,
     /// Names of parameters that wait for a restart.
     pub pending_restart: Vec<String>,
     /// `server_version_num`.
@@ -152,6 +166,30 @@ pub struct WalReceiverFacts {
     pub latest_end_lsn: Option<Lsn>,
 }
 
+/// One row of pg_replication_slots; what a version does not have is absent.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SlotFacts {
+    /// Its name.
+    pub name: String,
+    /// Physical otherwise.
+    pub logical: bool,
+    /// Somebody streams by it.
+    pub active: bool,
+    /// It keeps WAL from there on; None = none yet, or none any more.
+    pub restart_lsn: Option<Lsn>,
+    /// `reserved`, `extended`, `unreserved`, `lost`.
+    pub wal_status: Option<String>,
+    /// Bytes that may still be written before it is lost; None = no limit (max_slot_wal_keep_size).
+    pub safe_wal_size: Option<i64>,
+}
+
+impl SlotFacts {
+    /// What it was to keep is gone.
+    pub fn is_lost(&self) -> bool {
+        self.wal_status.as_deref() == Some("lost")
+    }
+}
+
 /// One row of pg_stat_replication.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReplicaFacts {
@@ -165,6 +203,9 @@ pub struct ReplicaFacts {
     pub flush_lsn: Option<Lsn>,
     /// Replayed by the standby.
     pub replay_lsn: Option<Lsn>,
-    /// `async`, `sync`, `quorum`, `potential`.
+    /// `async`, `sync`, `quorum`, `potential`: what the session that asked makes of it.
     pub sync_state: String,
+    /// What the walsender itself made of synchronous_standby_names when it read them last. 0 = it releases nobody.
+    #[serde(default)]
+    pub sync_priority: u32,
 }

@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::types::{Epoch, Lsn, MemberName};
 
+/// What a member key's `features` says when its daemon looks at `sync` before it runs for the lock.
+pub const FEATURE: &str = "synchrony";
+
 /// `sync`: every acknowledged commit is on at least `copies` of `members`, and on `leader`. Without the key nothing is promised.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct SyncRecord {
@@ -19,10 +22,18 @@ pub struct SyncRecord {
     pub copies: u32,
 }
 
+impl SyncRecord {
+    /// Commits wait for this standby, or may be released by it.
+    pub fn is_standby(&self, name: &MemberName) -> bool {
+        self.copies > 1 && *name != self.leader && self.members.contains(name)
+    }
+}
+
 /// `synchronous_standby_names` as pgherd sets it.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub enum Names {
     /// Empty: no commit waits.
+    #[default]
     Nobody,
     /// A name that no member can have: every commit waits.
     Block,

@@ -136,10 +136,15 @@ fn health_path(snapshot: &Snapshot, now: BootTime, path: &str, parameters: &Para
     } else if has("health") {
         health::is_running(snapshot, now)
     } else {
+        // Only etcd says for whom commits wait.
+        let own = snapshot.current_view().map(|view| snapshot.synchronous_role(view, &snapshot.member));
+        let stands_by = |word: &str| own == Some(Some(word)) && replica();
         match path {
-            // Nobody is a synchronous or quorum standby as long as only asynchronous replication is there: `/sync` and `/quorum` are false.
-            "/async" | "/asynchronous" => snapshot.current_view().is_some() && replica(),
-            "/read-only-sync" | "/read-only-synchronous" | "/read-only-quorum" => primary,
+            "/async" | "/asynchronous" => own == Some(None) && replica(),
+            "/sync" | "/synchronous" => stands_by("sync_standby"),
+            "/quorum" => stands_by("quorum_standby"),
+            "/read-only-sync" | "/read-only-synchronous" => primary || stands_by("sync_standby"),
+            "/read-only-quorum" => primary || stands_by("quorum_standby"),
             _ => false,
         }
     };

@@ -124,8 +124,14 @@ pub fn dcs_last_seen(snapshot: &Snapshot, moment: Moment) -> Option<u64> {
 pub fn cluster(snapshot: &Snapshot, view: &ClusterView) -> Value {
     let leader_lsn = view.leader_position();
     let is_leader = |name: &str| view.leader.as_ref().is_some_and(|leader| leader.holder == name);
-    let members: Vec<_> =
-        view.members.iter().map(|(name, key)| cluster_member(name.as_str(), key, is_leader(name.as_str()), leader_lsn)).collect();
+    let members: Vec<_> = view
+        .members
+        .iter()
+        .map(|(name, key)| {
+            let role = snapshot.synchronous_role(view, name).unwrap_or("replica");
+            cluster_member(name.as_str(), key, if is_leader(name.as_str()) { "leader" } else { role }, leader_lsn)
+        })
+        .collect();
     let mut body = Map::new();
     body.insert("members".to_owned(), Value::Array(members));
     body.insert("scope".to_owned(), json!(snapshot.cluster));
@@ -135,12 +141,12 @@ pub fn cluster(snapshot: &Snapshot, view: &ClusterView) -> Value {
     Value::Object(body)
 }
 
-fn cluster_member(name: &str, key: &MemberKey, is_leader: bool, leader_lsn: Option<Lsn>) -> Value {
+fn cluster_member(name: &str, key: &MemberKey, role: &str, leader_lsn: Option<Lsn>) -> Value {
     let record = &key.record;
     let mut member = Map::new();
     let mut put = |key: &str, value: Value| member.insert(key.to_owned(), value);
     put("name", json!(name));
-    put("role", json!(if is_leader { "leader" } else { "replica" }));
+    put("role", json!(role));
     put("state", json!(record.state));
     put("api_url", json!(format!("{}/patroni", record.api_url.trim_end_matches('/'))));
     put("host", json!(record.host));
@@ -155,7 +161,7 @@ fn cluster_member(name: &str, key: &MemberKey, is_leader: bool, leader_lsn: Opti
     if !record.tags.is_empty() {
         put("tags", json!(record.tags));
     }
-    if !is_leader {
+    if role != "leader" {
         let positions = [("receive", record.receive_lsn), ("replay", record.replay_lsn)];
         for (what, lsn) in positions {
             put(&format!("{what}_lsn"), or_unknown(lsn));

@@ -14,7 +14,7 @@ use crate::http::snapshot::Snapshot;
 /// Whether leader paths answer 200.
 pub fn is_primary(snapshot: &Snapshot, now: BootTime) -> bool {
     let lock_holds = snapshot.lock.is_some_and(|lock| now < lock.announce_at);
-    lock_holds && !snapshot.ends_postgres && snapshot.fresh_sql(now).is_some_and(|sql| !sql.in_recovery)
+    lock_holds && !snapshot.ends_postgres && !snapshot.closed && snapshot.fresh_sql(now).is_some_and(|sql| !sql.in_recovery)
 }
 
 /// Whether this member goes on without etcd, or on an etcd that it does not believe (SAFETY row 17): it leads only as long as its lock or

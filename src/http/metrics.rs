@@ -128,8 +128,10 @@ impl Scrape {
         to.gauge("patroni_primary", "1 if this member leads and PostgreSQL takes writes", primary.into())?;
         to.gauge("patroni_standby_leader", "1 if this member leads a standby cluster", 0)?;
         to.gauge("patroni_replica", "1 if PostgreSQL is a running standby", replica.into())?;
-        to.gauge("patroni_sync_standby", "1 if this member is a synchronous standby", 0)?;
-        to.gauge("patroni_quorum_standby", "1 if this member is a quorum standby", 0)?;
+        let view = snapshot.view.as_ref().map(|(_, view)| view);
+        let stands_by = view.and_then(|view| snapshot.synchronous_role(view, &snapshot.member)).filter(|_| replica);
+        to.gauge("patroni_sync_standby", "1 if this member is a synchronous standby", (stands_by == Some("sync_standby")).into())?;
+        to.gauge("patroni_quorum_standby", "1 if this member is a quorum standby", (stands_by == Some("quorum_standby")).into())?;
         to.gauge("patroni_cluster_unlocked", "1 if nobody holds the leader lock", unlocked.into())?;
         let without_etcd = snapshot.leads_without_etcd(now);
         to.gauge("patroni_failsafe_mode_is_active", "1 if this member leads although etcd cannot be asked", without_etcd.into())?;

@@ -11,6 +11,7 @@ use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, Condition, MemberRole};
 use crate::facts::guard::{LockFacts, PostmasterFacts};
 use crate::facts::postgres::{Probe, ProbeOutcome, SqlFacts};
+use crate::spec::cluster::ReplicationMode;
 use crate::types::{ClusterName, MemberName, SystemId};
 
 /// Everything that answers are made of.
@@ -30,6 +31,8 @@ pub struct Snapshot {
     pub machine_state: String,
     /// The machine has ordered PostgreSQL's end, or is about to: leader paths say so before the first session notices.
     pub ends_postgres: bool,
+    /// Clients are kept out of PostgreSQL for now.
+    pub closed: bool,
     /// What this member's PostgreSQL is, as in the member record.
     pub role: MemberRole,
     /// Patroni's word for the state, as in the member record.
@@ -48,6 +51,8 @@ pub struct Snapshot {
     pub view: Option<(BootTime, Arc<ClusterView>)>,
     /// Whether etcd answers.
     pub etcd_reachable: bool,
+    /// `replication.mode`.
+    pub mode: ReplicationMode,
     /// `ha.ttl`.
     pub ttl: Duration,
     /// `ha.loop_wait`: also the greatest age of a probe that health rules accept.
@@ -100,6 +105,7 @@ impl Snapshot {
             declared: false,
             machine_state: "starting".to_owned(),
             ends_postgres: false,
+            closed: false,
             role: MemberRole::Uninitialized,
             state: "starting".to_owned(),
             lock: None,
@@ -109,6 +115,7 @@ impl Snapshot {
             probe: None,
             view: None,
             etcd_reachable: false,
+            mode: ReplicationMode::Async,
             ttl: Duration::from_secs(10),
             loop_wait: Duration::from_secs(5),
             retry_timeout: Duration::from_secs(3),
@@ -138,6 +145,12 @@ impl Snapshot {
     /// Whether this member leads by the promises of the others.
     pub fn leads_without_etcd(&self, now: BootTime) -> bool {
         self.lock.is_some() && self.sustained.is_some_and(|until| now < until)
+    }
+
+    /// The word for a member that commits wait for, as `sync` has it: `sync_standby` or `quorum_standby`. None = it is none.
+    pub fn synchronous_role(&self, view: &ClusterView, name: &MemberName) -> Option<&'static str> {
+        let word = if self.mode == ReplicationMode::Sync { "sync_standby" } else { "quorum_standby" };
+        view.sync.as_ref().is_some_and(|record| record.is_standby(name)).then_some(word)
     }
 
     /// etcd's view, while etcd answers.

@@ -32,9 +32,16 @@ fn sql(in_recovery: bool) -> SqlFacts {
         timeline: TimelineId(3),
         receive_lsn: Lsn(0x0300_0200),
         replay_lsn: Lsn(0x0300_0100),
+        startup: String::new(),
+        receives: false,
+        replayed_all: false,
+        written_by_then: Lsn(0x0300_0200),
+        synchronous_standby_names: String::new(),
         replay_paused: false,
         walreceiver: None,
         replicas: Vec::new(),
+        lowered: Vec::new(),
+        slots: Vec::new(),
         pending_restart: Vec::new(),
         server_version_num: 170_010,
         postmaster_start_time: "2026-11-22 12:00:00.5+00".to_owned(),
@@ -46,8 +53,14 @@ fn member(role: MemberRole, facts: SqlFacts) -> Snapshot {
     let now = start();
     let mut snapshot = Snapshot::unknown(now, "mdw".parse().unwrap(), "main".parse().unwrap());
     let view = ClusterView {
-        leader: Some(LeaderKey { holder: "mdw".to_owned(), epoch: Epoch(40), lease: LeaseId(9) }),
-        status: Some(StatusRecord { epoch: Epoch(40), timeline: TimelineId(3), lsn: Lsn(0x0300_0200), conditions: Vec::new() }),
+        leader: Some(LeaderKey { holder: "mdw".to_owned(), epoch: Epoch(40), lease: LeaseId(9), mod_revision: crate::types::Revision(40) }),
+        status: Some(StatusRecord {
+            epoch: Epoch(40),
+            timeline: TimelineId(3),
+            lsn: Lsn(0x0300_0200),
+            slots: Default::default(),
+            conditions: Vec::new(),
+        }),
         ..ClusterView::default()
     };
     snapshot.view = Some((now, Arc::new(view)));

@@ -9,10 +9,10 @@ use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, MemberRole};
 use crate::facts::guard::{GuardFacts, PostmasterFacts, Word};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
-use crate::facts::postgres::{DataDirectory, Probe, ProbeOutcome};
+use crate::facts::postgres::{DataDirectory, Probe, ProbeOutcome, SqlFacts};
 use crate::mutants::{Mutant, mutant};
 use crate::policy::rejoin::Rejoin;
-use crate::types::Epoch;
+use crate::types::{Epoch, Lsn};
 
 use super::action::{OperationKind, Upstream};
 use super::event::{AcquireOutcome, Configured, Event, Failure, Finished, PutOutcome};
@@ -252,6 +252,10 @@ impl World {
             self.unprove(identity);
             self.holding = None;
         }
+        if another && self.guard.is_some() {
+            // Another guard counts its starts anew.
+            self.synchrony.server = None;
+        }
         self.started = self.started.filter(|start| !another && !knows_of(&facts, *start));
         self.guard = Some(facts);
         self.guard_gone = false;
@@ -266,6 +270,7 @@ impl World {
         self.data = DataDirectory::Unknown;
         self.postmaster_since = now;
         self.not_streaming_since = None;
+        self.replayed_by = None;
     }
 
     fn absorb_probe(&mut self, now: BootTime, probe: Probe) {
@@ -280,6 +285,9 @@ impl World {
         };
         self.not_streaming_since = if streaming { None } else { self.not_streaming_since.or(Some(now)) };
         self.probe = Some(probe);
+        // Before it has, it asks nobody for more.
+        let all = |sql: &&SqlFacts| sql.in_recovery && (sql.replayed_all || sql.receive_lsn > Lsn(0));
+        self.replayed_by = self.sql().filter(all).map(|sql| sql.startup.clone()).or(self.replayed_by.take());
     }
 
     fn absorb_finished(&mut self, now: BootTime, finished: Finished) {
@@ -366,6 +374,10 @@ impl World {
                 self.judge(now, Kind::Release, result, "release_failed");
             }
             Finished::Reaffirmed(result) => self.reaffirmed(now, result),
+            Finished::Opened(result) => self.was_opened(now, result),
+            Finished::SlotsKept(result) => self.slots_were_kept(now, result),
+            Finished::NamesSet(result) => self.names_were_set(now, result),
+            Finished::SyncWritten(result) => self.sync_was_written(now, &result),
             Finished::StatusWritten(result) => {
                 if result.is_err() {
                     self.status_written = None;
@@ -414,6 +426,7 @@ impl World {
 
     fn absorb_configured(&mut self, now: BootTime, generation: u64, upstream: Option<Upstream>, result: Result<Configured, Failure>) {
         self.ended(now, OperationKind::Configure, result.is_ok());
+        self.configured_at = now;
         match result {
             Ok(Configured::Taken) => {
                 self.in_force = Some(InForce { generation, upstream });
@@ -422,13 +435,20 @@ impl World {
                 self.clear("configuration_failed");
             }
             Ok(Configured::PutBack(why)) => {
+                // Whom to follow is in a file of its own, which stays.
+                let generation = self.in_force.as_ref().map_or(0, |files| files.generation);
+                self.in_force = Some(InForce { generation, upstream });
                 self.refused_generation = Some(generation);
                 self.fail(
                     "configuration_refused",
                     format!("PostgreSQL did not take the configuration of generation {generation}, the one before is back: {why}"),
                 );
             }
-            Err(why) => self.warn("configuration_failed", why),
+            Err(why) => {
+                // Whom to follow may have been written, or not.
+                self.in_force = None;
+                self.warn("configuration_failed", why);
+            }
         }
     }
 

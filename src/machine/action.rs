@@ -9,7 +9,10 @@ use std::time::Duration;
 
 use crate::facts::cluster::{ClusterView, FailsafeRecord, HistoryEntry, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord};
 use crate::facts::failsafe::Armed;
+use crate::facts::guard::StartId;
+use crate::facts::synchrony::{Names, SyncRecord};
 use crate::policy::rejoin::LostRange;
+use crate::policy::slots;
 use crate::spec::cluster::ClusterSpec;
 use crate::types::{Epoch, LeaseIdentity, LockIdentity, MemberName, Revision, SystemId, TimelineId};
 
@@ -94,6 +97,8 @@ pub struct Upstream {
     pub host: String,
     /// Port of its PostgreSQL.
     pub port: u16,
+    /// It keeps a slot for every member.
+    pub keeps_slots: bool,
 }
 
 /// What a postmaster is started as.
@@ -120,6 +125,15 @@ pub enum Operation {
         generation: u64,
         /// The start before this one failed: use the files that served last.
         fall_back: bool,
+        /// Whom commits wait for from the first one on.
+        names: Names,
+        /// Clients are kept out until they are let in ([`Operation::Open`]).
+        closed: bool,
+    },
+    /// Let clients in, by the lines of pg_hba.conf that served before, or else the spec's.
+    Open {
+        /// The spec.
+        spec: Arc<ClusterSpec>,
     },
     /// Install files beside the running server, try them, reload.
     Configure {
@@ -195,6 +209,30 @@ pub enum Operation {
     },
     /// Write the lock's key again as it is: a release that may still be on its way to etcd then deletes nothing.
     Reaffirm(Epoch),
+    /// Set synchronous_standby_names on the running server, and see that a new session has them: then every process was told.
+    SetNames {
+        /// Of which postmaster.
+        start: StartId,
+        /// What to set.
+        names: Names,
+        /// The spec, for its slots.
+        spec: Arc<ClusterSpec>,
+        /// See that backends wait, too: that the checkpointer has read them.
+        prove_waits: bool,
+    },
+    /// Make, move on and drop replication slots.
+    KeepSlots(Vec<slots::Change>),
+    /// Write `sync` under our epoch, over what was judged on.
+    WriteSync {
+        /// Under which leadership.
+        epoch: Epoch,
+        /// The mod revision of the lock's key that was judged on: late, after it was written again, nothing is written.
+        lock: Revision,
+        /// The key's mod revision that was judged on; 0 = it is absent.
+        judged_on: Revision,
+        /// What to write; None = delete it.
+        record: Option<SyncRecord>,
+    },
     /// Write `status`.
     WriteStatus(StatusRecord),
     /// Complete `history` under our epoch.
@@ -243,17 +281,21 @@ pub enum Operation {
 pub enum OperationKind {
     Look,
     Start,
+    Open,
     Configure,
     Initdb,
     Clone,
     PlanRejoin,
     Promote,
+    SetNames,
+    KeepSlots,
     EnsureRoles,
     Checkpoint,
     PutMember,
     Acquire,
     Release,
     Reaffirm,
+    WriteSync,
     WriteStatus,
     RecordPromotion,
     WriteFailsafe,
@@ -270,17 +312,21 @@ impl Operation {
         match self {
             Operation::Look => OperationKind::Look,
             Operation::Start { .. } => OperationKind::Start,
+            Operation::Open { .. } => OperationKind::Open,
             Operation::Configure { .. } => OperationKind::Configure,
             Operation::Initdb { .. } => OperationKind::Initdb,
             Operation::Clone { .. } => OperationKind::Clone,
             Operation::PlanRejoin { .. } => OperationKind::PlanRejoin,
             Operation::Promote { .. } => OperationKind::Promote,
+            Operation::SetNames { .. } => OperationKind::SetNames,
+            Operation::KeepSlots(_) => OperationKind::KeepSlots,
             Operation::EnsureRoles { .. } => OperationKind::EnsureRoles,
             Operation::Checkpoint => OperationKind::Checkpoint,
             Operation::PutMember(_) => OperationKind::PutMember,
             Operation::Acquire { .. } => OperationKind::Acquire,
             Operation::Release { .. } => OperationKind::Release,
             Operation::Reaffirm(_) => OperationKind::Reaffirm,
+            Operation::WriteSync { .. } => OperationKind::WriteSync,
             Operation::WriteStatus(_) => OperationKind::WriteStatus,
             Operation::RecordPromotion { .. } => OperationKind::RecordPromotion,
             Operation::WriteFailsafe { .. } => OperationKind::WriteFailsafe,
@@ -298,8 +344,10 @@ impl OperationKind {
     pub fn is_job(self) -> bool {
         use OperationKind::*;
         match self {
-            Look | Start | Configure | Initdb | Clone | PlanRejoin | Promote | EnsureRoles | Checkpoint => true,
-            PutMember | Acquire | Release | Reaffirm | WriteStatus | RecordPromotion | WriteFailsafe | ClaimInitialize
+            Look | Start | Open | Configure | Initdb | Clone | PlanRejoin | Promote | SetNames | KeepSlots | EnsureRoles | Checkpoint => {
+                true
+            }
+            PutMember | Acquire | Release | Reaffirm | WriteSync | WriteStatus | RecordPromotion | WriteFailsafe | ClaimInitialize
             | GiveUpInitialize | AnswerRequest | AskPeers | FenceByScan => false,
         }
     }

@@ -50,6 +50,7 @@ pub struct Asked {
 impl World {
     /// What will be needed when the answer comes.
     pub(super) fn note_asked(&mut self, operation: &Operation) {
+        self.synchrony.note_asked(operation);
         match operation {
             Operation::Release { epoch, .. } => {
                 self.asked.releasing = Some(*epoch);
@@ -83,7 +84,10 @@ impl World {
     pub(super) fn judge_start(&mut self, now: BootTime, result: Result<StartId, String>) {
         self.ended(now, OperationKind::Start, result.is_ok());
         match result {
-            Ok(start) => self.started = Some(start).filter(|start| !self.guard.as_ref().is_some_and(|guard| knows_of(guard, *start))),
+            Ok(start) => {
+                self.synchrony.started(now, start);
+                self.started = Some(start).filter(|start| !self.guard.as_ref().is_some_and(|guard| knows_of(guard, *start)));
+            }
             Err(why) => self.warn("start_failed", why),
         }
     }

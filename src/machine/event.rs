@@ -186,8 +186,16 @@ pub enum Finished {
     StatusWritten(Result<bool, Failure>),
     /// `history` was completed (true) or our epoch is over (false).
     PromotionRecorded(Result<bool, Failure>),
-    /// The lock's key was written again. Ok(false) = it is not ours.
-    Reaffirmed(Result<bool, Failure>),
+    /// The names were set and are proved to be in force.
+    NamesSet(Result<(), Failure>),
+    /// Clients are let in.
+    Opened(Result<(), Failure>),
+    /// Slots were seen to.
+    SlotsKept(Result<(), Failure>),
+    /// The lock's key was written again at this revision; None = it is not ours.
+    Reaffirmed(Result<Option<Revision>, Failure>),
+    /// `sync` was written (true), or was not what was judged on (false), as of this revision.
+    SyncWritten(Result<(bool, Revision), Failure>),
     /// `failsafe` was written, or deleted, at this revision; None = our epoch is over, or it was not what was judged on.
     FailsafeWritten(Result<Option<Revision>, Failure>),
     /// `initialize` was claimed (true) or somebody else has it (false).
@@ -215,6 +223,10 @@ impl Finished {
             Finished::Cloned(_) => Kind::Clone,
             Finished::RejoinPlanned(_) => Kind::PlanRejoin,
             Finished::PromotionAsked(_) => Kind::Promote,
+            Finished::NamesSet(_) => Kind::SetNames,
+            Finished::Opened(_) => Kind::Open,
+            Finished::SlotsKept(_) => Kind::KeepSlots,
+            Finished::SyncWritten(_) => Kind::WriteSync,
             Finished::RolesEnsured(_) => Kind::EnsureRoles,
             Finished::Checkpointed(_) => Kind::Checkpoint,
             Finished::MemberPut(_) => Kind::PutMember,
@@ -241,6 +253,9 @@ impl Finished {
             OperationKind::Clone => Finished::Cloned(Err(why)),
             OperationKind::PlanRejoin => Finished::RejoinPlanned(Err(why)),
             OperationKind::Promote => Finished::PromotionAsked(Err(why)),
+            OperationKind::Open => Finished::Opened(Err(why)),
+            OperationKind::KeepSlots => Finished::SlotsKept(Err(why)),
+            OperationKind::SetNames => Finished::NamesSet(Err(why)),
             OperationKind::EnsureRoles => Finished::RolesEnsured(Err(why)),
             OperationKind::Checkpoint => Finished::Checkpointed(Err(why)),
             _ => Finished::Looked(DataDirectory::Unknown),

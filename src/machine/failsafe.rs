@@ -95,6 +95,7 @@ impl World {
         };
         self.failsafe.lapsed = false;
         self.sure_of = Some(identity.epoch);
+        self.synchrony.lock_won(identity.epoch);
         self.clear("reaffirm_failed");
         self.forget_failures(OperationKind::Release);
         self.initialized_here |= self.asked.first;

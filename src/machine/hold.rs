@@ -7,7 +7,7 @@ use super::world::{Etcd, Lock, World};
 use crate::clock::BootTime;
 use crate::facts::guard::{PostmasterFacts, Rung, Word};
 use crate::mutants::{Mutant, mutant};
-use crate::types::LockIdentity;
+use crate::types::{LockIdentity, Revision};
 
 /// How far the guard has to have gone, and when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,14 +94,19 @@ impl World {
         gives && !mutant(Mutant::UsedWhileGivenBack)
     }
 
-    /// The lock's key was written again, or was not. What was asked for before a release began says nothing about that release.
-    pub(super) fn reaffirmed(&mut self, now: BootTime, result: Result<bool, Failure>) {
+    /// The lock's key was written again at this revision, or is not ours. What was asked for before a release began says nothing about that release.
+    pub(super) fn reaffirmed(&mut self, now: BootTime, result: Result<Option<Revision>, Failure>) {
         let epoch = self.asked.reaffirming.take();
         self.ended(now, OperationKind::Reaffirm, result.is_ok());
         self.pause(now, OperationKind::Reaffirm, ANSWERED_PAUSE_MS);
         match result {
-            Ok(true) => self.sure_of = epoch.or(self.sure_of),
-            Ok(false) => {}
+            Ok(Some(at)) => {
+                self.sure_of = epoch.or(self.sure_of);
+                if epoch.is_some() {
+                    self.synchrony.reaffirmed(at);
+                }
+            }
+            Ok(None) => {}
             Err(why) if epoch.is_some() && self.lock.identity().map(|lock| lock.epoch) == epoch => {
                 let message = format!(
                     "the lock's key has to be written again before PostgreSQL may be brought up as a primary under it, and etcd does not \

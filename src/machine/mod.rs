@@ -17,6 +17,7 @@ mod node;
 pub mod reactions;
 mod rules;
 pub mod state;
+pub mod synchrony;
 #[cfg(test)]
 pub(crate) mod tests;
 pub mod world;
@@ -188,7 +189,7 @@ impl Machine {
 
     /// When to call again at the latest.
     pub fn next_look(&self, now: BootTime) -> BootTime {
-        let tick = now + Duration::from_millis(if self.hurried() { PROBE_FAST_MS } else { TICK_MS });
+        let tick = now + Duration::from_millis(if self.hurried(now) { PROBE_FAST_MS } else { TICK_MS });
         let proof = match self.world.lock {
             Lock::Proved { announce_at, .. } if self.world.failsafe.lapsed => Some(announce_at),
             Lock::Proved { until, .. } => Some(until),
@@ -200,18 +201,19 @@ impl Machine {
     }
 
     /// How often PostgreSQL is to be asked.
-    pub fn probe_every(&self) -> Duration {
+    pub fn probe_every(&self, now: BootTime) -> Duration {
         // The HTTP API takes a probe for true no longer than loop_wait.
         let loop_wait = self.world.spec().map_or(Duration::from_millis(PROBE_IDLE_MS), |spec| spec.ha.loop_wait);
         let idle = Duration::from_millis(PROBE_IDLE_MS).min(loop_wait / 3);
-        if self.hurried() { Duration::from_millis(PROBE_FAST_MS) } else { idle }
+        if self.hurried(now) { Duration::from_millis(PROBE_FAST_MS) } else { idle }
     }
 
     /// A role is changing, or a server is coming up: what is seen late is an outage that lasts longer.
-    fn hurried(&self) -> bool {
+    fn hurried(&self, now: BootTime) -> bool {
         let coming_up = self.world.running().is_some() && self.world.sql().is_none();
         match self.state() {
             State::Promoting { .. } | State::HandingOver { .. } | State::Candidate | State::Demoting { .. } => true,
+            State::Primary if self.world.hurries(now) => true,
             State::Following | State::Primary | State::Starting => coming_up || publish::positions_matter_now(&self.world),
             State::Undeclared | State::AwaitingLeader | State::Initializing | State::Cloning | State::Rejoining | State::Stopping => false,
         }

@@ -12,6 +12,7 @@ use crate::facts::guard::{GuardFacts, LockFacts, PostmasterFacts, Rung, StartId,
 use crate::facts::postgres::{ControlFacts, DataDirectory, Probe, ProbeOutcome, SqlFacts};
 use crate::policy::deadlines::{CLOCK_DRIFT_PER_MILLE, LeaseTimes};
 use crate::policy::rejoin::Rejoin;
+use crate::policy::slots::Remembered;
 use crate::spec::cluster::{ClusterSpec, Member};
 use crate::types::{Epoch, Incarnation, LeaseIdentity, LockIdentity, MemberName, Revision, TimelineId};
 
@@ -20,6 +21,7 @@ use super::bookkeeping::Asked;
 use super::event::{ForeignKey, PeersAnswer};
 use super::failsafe::Failsafe;
 use super::hold::LadderDue;
+use super::synchrony::Synchrony;
 
 /// How long a standby that was asked to promote is left before it is asked again.
 const PROMOTE_AGAIN_MS: u64 = 2_000;
@@ -169,6 +171,10 @@ pub struct World {
     pub files_failed: bool,
     /// What the configuration files hold.
     pub in_force: Option<InForce>,
+    /// When the running server was configured last: what was asked before that may show what was before.
+    pub configured_at: BootTime,
+    /// The process that has gone through all the WAL that it found when it was started ([`SqlFacts::startup`]).
+    pub replayed_by: Option<String>,
     /// The generation that PostgreSQL would not take.
     pub refused_generation: Option<u64>,
     /// The leadership that the way back is being judged for.
@@ -187,7 +193,8 @@ pub struct World {
     pub asked: Asked,
     /// The leadership that was given back last.
     pub released: Option<Epoch>,
-    /// The leadership of which no release can be on its way to etcd: won in this run of the daemon, or its key was written again since.
+    /// The leadership of which nothing can be on its way to etcd, no release and no write of `sync`: won in this run of the daemon, or its
+    /// key was written again since.
     pub sure_of: Option<Epoch>,
     /// The leadership that was taken over from the guard with a server that may write: no release of it had begun, or it would not.
     pub found_writing: Option<Epoch>,
@@ -235,6 +242,10 @@ pub struct World {
     pub initialized_here: bool,
     /// Leading without etcd, and promises to whom does.
     pub failsafe: Failsafe,
+    /// Replication slots.
+    pub slots: Remembered,
+    /// Who holds what is acknowledged.
+    pub synchrony: Synchrony,
 }
 
 /// Whether what the guard says takes a start into account.
@@ -278,6 +289,8 @@ impl World {
             conditions: BTreeMap::new(),
             files_failed: false,
             in_force: None,
+            configured_at: BootTime::default(),
+            replayed_by: None,
             refused_generation: None,
             planned_for: None,
             looked_at: BootTime::default(),
@@ -311,6 +324,8 @@ impl World {
             stop_asked: None,
             initialized_here: false,
             failsafe: Failsafe::default(),
+            slots: Remembered::default(),
+            synchrony: Synchrony::default(),
         }
     }
 

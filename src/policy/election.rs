@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::{ClusterView, DataDirectoryReport, HistoryEntry, Initialize, MemberKey, MemberRecord, Vote};
+use crate::facts::cluster::{ClusterView, DataDirectoryReport, HistoryEntry, Initialize, MemberKey, MemberRecord, ReleaseRecord, Vote};
 use crate::mutants::{Mutant, mutant};
 use crate::policy::failsafe::{self, HeldBack, Promise};
 use crate::spec::cluster::{ClusterSpec, Member};
@@ -91,6 +91,9 @@ pub fn judge(inputs: &Inputs<'_>) -> Verdict {
         Ok(initialize) => initialize,
         Err(verdict) => return verdict,
     };
+    if let Some(verdict) = not_known_to_hold_all(inputs) {
+        return verdict;
+    }
     let since = inputs.vacant_since;
     match &inputs.view.release {
         Some(release) if release.to.as_ref() == Some(inputs.me) => {
@@ -120,6 +123,39 @@ pub fn judge(inputs: &Inputs<'_>) -> Verdict {
         }
     }
     by_rank(inputs, initialize)
+}
+
+/// Where commits waited for standbys only a member that has every acknowledged one may lead: because the last leader stopped in good order
+/// and this one has all of its WAL, or because so many are seen not to be ahead of this one that one of them must have each commit (I5).
+fn not_known_to_hold_all(inputs: &Inputs<'_>) -> Option<Verdict> {
+    let view = inputs.view;
+    if view.sync_revision.0 == 0 || mutant(Mutant::RecordNotLooked) {
+        return None;
+    }
+    let Some(record) = &view.sync else {
+        return Some(Verdict::NotEligible { why: "the key sync is unreadable: who has every acknowledged commit is not known".to_owned() });
+    };
+    let all_of_it =
+        |release: &ReleaseRecord| release.epoch == record.epoch && release.timeline == inputs.own.timeline && release.lsn <= inputs.own.lsn;
+    if view.release.as_ref().is_some_and(all_of_it) {
+        return None;
+    }
+    let own = (inputs.own.timeline, inputs.own.lsn);
+    let seen: Vec<&MemberName> = final_votes(inputs).filter(|(_, vote)| (vote.timeline, vote.lsn) <= own).map(|(name, _)| name).collect();
+    if record.holds_all(seen.iter().copied()) {
+        return None;
+    }
+    let missing: Vec<String> = record.members.iter().filter(|name| !seen.contains(name)).map(|name| format!("`{name}`")).collect();
+    let why = format!(
+        "each acknowledged commit is on {} of {} members: {} of them, or `{}`, have to be seen, none ahead of this one; not seen so far: {}",
+        record.copies,
+        record.members.len(),
+        record.members.len() + 1 - record.copies as usize,
+        record.leader,
+        missing.join(", "),
+    );
+    let voters_until = inputs.vacant_since + Duration::from_millis(VOTERS_GRACE_MS);
+    Some(if inputs.now < voters_until { wait(voters_until, why) } else { Verdict::NotEligible { why } })
 }
 
 /// Waits for the voters and for those that are better, then runs.
@@ -158,12 +194,17 @@ fn may_lead(spec: &ClusterSpec, name: &MemberName) -> bool {
     spec.member(name).is_some_and(|member| !member.nofailover())
 }
 
-/// Final positions given for this very vacancy, ours included.
-fn valid_votes<'a>(inputs: &'a Inputs<'_>) -> impl Iterator<Item = (&'a MemberName, Vote)> + 'a {
+/// Final positions given for this very vacancy, also of members that are not declared any more.
+fn final_votes<'a>(inputs: &'a Inputs<'_>) -> impl Iterator<Item = (&'a MemberName, Vote)> + 'a {
     inputs.view.members.iter().filter_map(|(name, key)| {
         let vote = if name == inputs.me { inputs.own } else { key.record.vote? };
-        (vote.vacancy == inputs.view.history_revision && inputs.spec.member(name).is_some()).then_some((name, vote))
+        (vote.vacancy == inputs.view.history_revision).then_some((name, vote))
     })
+}
+
+/// Final positions given for this very vacancy, ours included.
+fn valid_votes<'a>(inputs: &'a Inputs<'_>) -> impl Iterator<Item = (&'a MemberName, Vote)> + 'a {
+    final_votes(inputs).filter(|(name, _)| inputs.spec.member(name).is_some())
 }
 
 /// Declared members that may lead, are there with data and have not voted. The former holder is not waited for.

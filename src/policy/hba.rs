@@ -10,6 +10,9 @@ pub const MEMBERS: &str = "{members}";
 /// The map in pg_ident.conf by which the operating system's user is the superuser.
 pub const MAP: &str = "pgherd";
 
+/// Stands in a pg_hba.conf that lets no client in.
+pub const CLOSED: &str = "# Nobody else until standbys have what was recovered: then the spec's lines follow.";
+
 /// All that both files are made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HbaInputs {
@@ -31,6 +34,20 @@ pub struct HbaInputs {
 
 /// The whole of pg_hba.conf.
 pub fn pg_hba_conf(inputs: &HbaInputs) -> String {
+    let mut lines = own_lines(inputs);
+    lines.push("# The spec's lines.".to_owned());
+    lines.extend(inputs.pg_hba.iter().flat_map(|line| expand(line, &inputs.members)));
+    join(&lines)
+}
+
+/// The same without the spec's lines: no client gets in.
+pub fn pg_hba_closed(inputs: &HbaInputs) -> String {
+    let mut lines = own_lines(inputs);
+    lines.push(CLOSED.to_owned());
+    join(&lines)
+}
+
+fn own_lines(inputs: &HbaInputs) -> Vec<String> {
     let superuser = quote(&inputs.superuser);
     let mut lines = vec![
         "# Written by pgherd from the cluster's spec: edits are undone.".to_owned(),
@@ -43,9 +60,7 @@ pub fn pg_hba_conf(inputs: &HbaInputs) -> String {
         lines.push(format!("host replication {} {address} scram-sha-256", quote(&inputs.replication)));
         lines.push(format!("host all {} {address} scram-sha-256", quote(inputs.rewind.as_deref().unwrap_or(&inputs.superuser))));
     }
-    lines.push("# The spec's lines.".to_owned());
-    lines.extend(inputs.pg_hba.iter().flat_map(|line| expand(line, &inputs.members)));
-    join(&lines)
+    lines
 }
 
 /// The whole of pg_ident.conf.

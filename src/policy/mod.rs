@@ -7,5 +7,6 @@ pub mod hba;
 pub mod parameters;
 pub mod rejoin;
 pub mod renewal;
+pub mod slots;
 pub mod synchrony;
 pub mod timelines;

@@ -4,8 +4,11 @@
 //! owns. What must not be lower on a standby than it was on the primary is raised to the control file's values: a server below them
 //! does not start as a standby, and a standby below them cannot be promoted (SAFETY row 50).
 
+pub mod live;
+
 use std::collections::{BTreeMap, BTreeSet};
 
+use self::live::{NAMES_CONF, UPSTREAM_CONF};
 use crate::facts::postgres::StandbyFloor;
 use crate::types::ClusterName;
 
@@ -39,8 +42,10 @@ pub struct ConfigInputs {
     pub primary_conninfo: Option<String>,
     /// Its slot there.
     pub primary_slot_name: Option<String>,
-    /// Who must confirm commits, in PostgreSQL's syntax; None = nobody.
-    pub synchronous_standby_names: Option<String>,
+    /// Where the files are that change apart from this one ([`UPSTREAM_CONF`], [`NAMES_CONF`]).
+    pub data_dir: String,
+    /// There are permanent logical slots that standbys keep copies of.
+    pub failover_slots: bool,
     /// What the control file demands of a standby; None for a server that never was one.
     pub floor: Option<StandbyFloor>,
     /// Whether the kernel tells who asks for a sync of a whole file system of write errors ([`syncfs_tells_errors`]).
@@ -68,7 +73,7 @@ pub struct Configuration {
 }
 
 /// Defaults of pgherd's that differ from PostgreSQL's, or that initdb would have written. The spec overrides them.
-const DEFAULTS: [(&str, &str); 24] = [
+const DEFAULTS: [(&str, &str); 25] = [
     // What bounds the time until a standby follows a new primary, or notices that the old one is gone (SAFETY row 58).
     ("wal_retrieve_retry_interval", "1s"),
     ("wal_receiver_timeout", "15s"),
@@ -82,6 +87,8 @@ const DEFAULTS: [(&str, &str); 24] = [
     ("max_wal_senders", "10"),
     ("max_replication_slots", "10"),
     ("wal_keep_size", "128MB"),
+    // What slots may hold back: without a limit one that nobody uses fills the disk (SAFETY row 29).
+    ("max_slot_wal_keep_size", "50GB"),
     ("max_connections", "100"),
     ("max_worker_processes", "8"),
     ("max_prepared_transactions", "0"),
@@ -189,6 +196,9 @@ pub fn postgresql_conf(inputs: &ConfigInputs) -> Result<Configuration, String> {
     for (name, value) in &owned {
         push(&mut text, name, value)?;
     }
+    for file in [UPSTREAM_CONF, NAMES_CONF] {
+        push(&mut text, "include_if_exists", &format!("{}/{file}", inputs.data_dir))?;
+    }
     Ok(Configuration { text, raised })
 }
 
@@ -236,9 +246,6 @@ fn owned(inputs: &ConfigInputs) -> Vec<(&'static str, String)> {
         ("hot_standby", "on".to_owned()),
         ("restart_after_crash", "on".to_owned()),
         ("recovery_target_timeline", "latest".to_owned()),
-        ("primary_conninfo", text(&inputs.primary_conninfo)),
-        ("primary_slot_name", text(&inputs.primary_slot_name)),
-        ("synchronous_standby_names", text(&inputs.synchronous_standby_names)),
         ("restore_command", text(&inputs.restore_command)),
         ("archive_mode", if inputs.archive_command.is_some() { "on" } else { "off" }.to_owned()),
         ("archive_command", text(&inputs.archive_command)),
@@ -249,6 +256,10 @@ fn owned(inputs: &ConfigInputs) -> Vec<(&'static str, String)> {
     }
     if inputs.major_version >= 17 {
         owned.push(("allow_alter_system", "off".to_owned()));
+    }
+    if inputs.failover_slots {
+        // Without the feedback, rows that a slot's copy still needs are cleaned up under it (manual, "Replication Slot Synchronization").
+        owned.extend([("sync_replication_slots", "on".to_owned()), ("hot_standby_feedback", "on".to_owned())]);
     }
     owned
 }
@@ -306,7 +317,8 @@ mod tests {
             restore_command: None,
             primary_conninfo: None,
             primary_slot_name: None,
-            synchronous_standby_names: None,
+            data_dir: "/data".into(),
+            failover_slots: false,
             floor: None,
             syncfs_tells_errors: true,
         }

@@ -3,20 +3,23 @@
 //! Files are written whole. A candidate is first read by `postgres -C` (syntax, names, ranges); on a running server the views that read
 //! the files as they lie are asked next, then comes the reload, then a fresh connection as ourselves. Whatever fails puts the old files
 //! back. The files that served last are kept in `last_good/`: an install that a crash interrupted is thereby seen and gone through again,
-//! and a failed start can fall back to them once.
+//! and a failed start can fall back to them once. Two small files are apart from them, and never put back: whom the server follows, and whom
+//! commits wait for.
 //!
 //! postgresql.auto.conf belongs to pgherd too: what ALTER SYSTEM wrote there is undone, and kept beside for a look.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::files;
 use super::installation::Installation;
 use super::layout::Layout;
 use super::program::Program;
 use super::sql::{Connection, Sql, SqlError, text};
+use crate::facts::synchrony::Names;
+use crate::policy::{hba, parameters};
 
 /// How long `postgres -C` may take.
 const CHECK_LIMIT: Duration = Duration::from_secs(20);
@@ -26,7 +29,7 @@ const MARK: &str = "# Written by pgherd";
 const NO_ALTER_SYSTEM: &str = "# Written by pgherd: ALTER SYSTEM is undone, settings are in the cluster's spec.\n";
 const AUTO_CONF: &str = "postgresql.auto.conf";
 
-/// The three files as they should be.
+/// The files as they should be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigFiles {
     /// postgresql.conf.
@@ -35,6 +38,8 @@ pub struct ConfigFiles {
     pub pg_hba: String,
     /// pg_ident.conf.
     pub pg_ident: String,
+    /// Whom the server follows. In place whatever becomes of the others.
+    pub upstream: String,
 }
 
 impl ConfigFiles {
@@ -93,6 +98,7 @@ impl Before {
 
 /// Before a start, the server stopped. [`Outcome::PutBack`] leaves what was there.
 pub async fn install_stopped(installation: &Installation, layout: &Layout, files: &ConfigFiles) -> Result<Outcome> {
+    write_upstream(layout, files)?;
     let undone = undo_alter_system(layout)?;
     // What has served needs no check: a primary that crashed is back the sooner.
     if undone.is_empty() && in_place(layout.data_dir(), files)? && in_place(&layout.last_good_dir(), files)? {
@@ -115,6 +121,9 @@ pub async fn install_running(
     files: &ConfigFiles,
     limit: Duration,
 ) -> Result<Outcome> {
+    if write_upstream(layout, files)? {
+        sql.reload(limit).await?;
+    }
     let undone = undo_alter_system(layout)?;
     if undone.is_empty() && in_place(layout.data_dir(), files)? && in_place(&layout.last_good_dir(), files)? {
         return Ok(Outcome::Unchanged);
@@ -136,6 +145,63 @@ pub async fn install_running(
     served(layout)?;
     let pending_restart = sql.pending_restart(limit).await?;
     Ok(Outcome::Reloaded { pending_restart, undone })
+}
+
+/// True = it was changed.
+fn write_upstream(layout: &Layout, files: &ConfigFiles) -> Result<bool> {
+    files::write_if_changed(&layout.data_dir().join(parameters::live::UPSTREAM_CONF), files.upstream.as_bytes())
+}
+
+/// Whom commits wait for, from the next start or reload on.
+pub fn write_names(layout: &Layout, names: &Names, failover_slots: bool) -> Result<()> {
+    let conf = parameters::live::names_conf(names, failover_slots).map_err(anyhow::Error::msg)?;
+    files::write_if_changed(&layout.data_dir().join(parameters::live::NAMES_CONF), conf.as_bytes()).map(drop)
+}
+
+/// Before a start: no client gets in. What served last stays kept beside, for [`open`].
+pub fn close(layout: &Layout, pg_hba: &str) -> Result<()> {
+    files::write_if_changed(&layout.data_dir().join("pg_hba.conf"), pg_hba.as_bytes()).map(drop)
+}
+
+fn is_closed(layout: &Layout) -> Result<bool> {
+    Ok(files::read_if_there(&layout.data_dir().join("pg_hba.conf"))?.is_some_and(|text| text.contains(hba::CLOSED)))
+}
+
+/// On a running server that [`close`] closed: clients get in by the lines that served last, or else by these.
+pub async fn open(layout: &Layout, sql: &Sql, pg_hba: &str, limit: Duration) -> Result<()> {
+    let served = files::read_if_there(&layout.last_good_dir().join("pg_hba.conf"))?;
+    files::write_if_changed(&layout.data_dir().join("pg_hba.conf"), served.as_deref().unwrap_or(pg_hba).as_bytes())?;
+    sql.reload(limit).await?;
+    Ok(())
+}
+
+/// On a running server; what comes after it is told whom commits wait for. Ends when a new session has the names, and then every process was
+/// told to read them. With `prove_waits` also the checkpointer has read them, by whose word backends wait.
+///
+/// # Errors
+/// When that is not known within the limits.
+pub async fn set_names(
+    layout: &Layout,
+    sql: &Sql,
+    (names, failover_slots): (&Names, bool),
+    prove_waits: bool,
+    limit: Duration,
+    checkpoint_limit: Duration,
+) -> Result<()> {
+    write_names(layout, names, failover_slots)?;
+    undo_alter_system(layout)?;
+    sql.reload(limit).await?;
+    let shown = sql
+        .with(limit, async |fresh| {
+            let row = fresh.row("select current_setting('synchronous_standby_names') as names").await?;
+            Ok(text(&row, "names")?.to_owned())
+        })
+        .await?;
+    ensure!(shown == names.to_string(), "a new session has synchronous_standby_names `{shown}` and not `{names}`");
+    if prove_waits {
+        sql.checkpoint(checkpoint_limit).await?;
+    }
+    Ok(())
 }
 
 async fn try_on(sql: &Sql, held: &Connection, major: u32, limit: Duration) -> Result<(), SqlError> {
@@ -165,6 +231,9 @@ pub async fn file_errors(connection: &Connection, major: u32) -> Result<Vec<Stri
 
 /// Keeps the files in the data directory as those that served last. Called after a start that reached its goal, too.
 pub fn served(layout: &Layout) -> Result<()> {
+    if is_closed(layout)? {
+        return Ok(());
+    }
     let last_good = layout.last_good_dir();
     files::make_directory(&last_good)?;
     for name in ["postgresql.conf", "pg_hba.conf", "pg_ident.conf"] {

@@ -21,6 +21,7 @@ pub mod probe;
 pub mod program;
 pub mod quote;
 pub mod roles;
+pub mod slots;
 pub mod sql;
 pub mod swap;
 pub mod wal;

@@ -13,7 +13,7 @@ use tokio_postgres::SimpleQueryRow;
 
 use super::sql::{Connection, Sql, SqlError, maybe, text};
 use crate::clock::BootTime;
-use crate::facts::postgres::{Probe, ProbeOutcome, ReplicaFacts, SqlFacts, WalReceiverFacts};
+use crate::facts::postgres::{Probe, ProbeOutcome, ReplicaFacts, SlotFacts, SqlFacts, WalReceiverFacts};
 use crate::types::{Lsn, TimelineId};
 
 /// The probe's connection, between probes.
@@ -39,7 +39,17 @@ select r.rec::text as in_recovery,
   (select status from w) as receiver_status, (select sender_host from w) as sender_host, (select sender_port::text from w) as sender_port,
   (select latest_end_lsn::text from w) as latest_end_lsn,
   (select coalesce(json_agg(json_build_object('application_name', application_name, 'state', coalesce(state, ''), 'client_addr', host(client_addr),
-     'flush_lsn', flush_lsn, 'replay_lsn', replay_lsn, 'sync_state', coalesce(sync_state, ''))), '[]')::text from pg_stat_replication) as replicas,
+     'flush_lsn', flush_lsn, 'replay_lsn', replay_lsn, 'sync_state', coalesce(sync_state, ''),
+     'sync_priority', coalesce(sync_priority, 0))), '[]')::text from pg_stat_replication) as replicas,
+  case when r.rec then null else pg_current_wal_lsn()::text end as written_by_then,
+  current_setting('synchronous_standby_names') as names,
+  (select pid || ' ' || backend_start from pg_stat_activity where backend_type = 'startup') as startup,
+  exists (select from pg_stat_activity where backend_type = 'walreceiver')::text as receives,
+  exists (select from pg_stat_activity where backend_type = 'startup' and wait_event in ('RecoveryWalStream', 'RecoveryRetrieveRetryInterval'))::text as replayed_all,
+  (select coalesce(json_agg(coalesce(o.rolname, 'every role') || ' in ' || coalesce(d.datname, 'every database')), '[]')::text
+     from pg_db_role_setting s left join pg_roles o on o.oid = s.setrole left join pg_database d on d.oid = s.setdatabase
+     where exists (select from unnest(s.setconfig) c where c ~* '^synchronous_commit=' and c !~* '=(on|true|yes|1|remote_apply)$')) as lowered,
+  (select coalesce(json_agg(to_json(s)), '[]')::text from pg_replication_slots s where not temporary) as slots,
   (select coalesce(json_agg(name order by name), '[]')::text from pg_settings where pending_restart) as pending_restart,
   current_setting('server_version_num') as version_num, pg_postmaster_start_time()::text as started,
   (select (system_identifier)::text from pg_control_system()) as system_id
@@ -92,6 +102,7 @@ struct ReplicaRow {
     flush_lsn: Option<Lsn>,
     replay_lsn: Option<Lsn>,
     sync_state: String,
+    sync_priority: u32,
 }
 
 fn read(row: &SimpleQueryRow) -> Result<SqlFacts, SqlError> {
@@ -109,6 +120,9 @@ fn read(row: &SimpleQueryRow) -> Result<SqlFacts, SqlError> {
         timeline: timeline(row, in_recovery)?,
         receive_lsn,
         replay_lsn,
+        startup: maybe(row, "startup")?.unwrap_or_default().to_owned(),
+        receives: maybe(row, "receives")? == Some("true"),
+        replayed_all: in_recovery && maybe(row, "replayed_all")? == Some("true"),
         replay_paused: maybe(row, "paused")? == Some("true"),
         walreceiver: maybe(row, "receiver_status")?
             .map(|status| -> Result<_, SqlError> {
@@ -121,6 +135,10 @@ fn read(row: &SimpleQueryRow) -> Result<SqlFacts, SqlError> {
             })
             .transpose()?,
         replicas: replicas.into_iter().map(ReplicaFacts::from).collect(),
+        written_by_then: parsed(row, "written_by_then")?.unwrap_or_default(),
+        synchronous_standby_names: text(row, "names")?.to_owned(),
+        lowered: from_json(json("lowered")?)?,
+        slots: from_json::<Vec<SlotRow>>(json("slots")?)?.into_iter().map(SlotFacts::from).collect(),
         pending_restart: from_json(json("pending_restart")?)?,
         server_version_num: required(row, "version_num")?,
         postmaster_start_time: text(row, "started")?.to_owned(),
@@ -131,8 +149,26 @@ fn read(row: &SimpleQueryRow) -> Result<SqlFacts, SqlError> {
 
 impl From<ReplicaRow> for ReplicaFacts {
     fn from(row: ReplicaRow) -> Self {
-        let ReplicaRow { application_name, state, client_addr, flush_lsn, replay_lsn, sync_state } = row;
-        Self { application_name, state, client_addr, flush_lsn, replay_lsn, sync_state }
+        let ReplicaRow { application_name, state, client_addr, flush_lsn, replay_lsn, sync_state, sync_priority } = row;
+        Self { application_name, state, client_addr, flush_lsn, replay_lsn, sync_state, sync_priority }
+    }
+}
+
+/// A row of pg_replication_slots as JSON: its columns differ from version to version.
+#[derive(Deserialize)]
+struct SlotRow {
+    slot_name: String,
+    slot_type: String,
+    active: bool,
+    restart_lsn: Option<Lsn>,
+    wal_status: Option<String>,
+    safe_wal_size: Option<i64>,
+}
+
+impl From<SlotRow> for SlotFacts {
+    fn from(row: SlotRow) -> Self {
+        let SlotRow { slot_name, slot_type, active, restart_lsn, wal_status, safe_wal_size } = row;
+        Self { name: slot_name, logical: slot_type == "logical", active, restart_lsn, wal_status, safe_wal_size }
     }
 }
 

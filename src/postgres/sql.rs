@@ -197,6 +197,13 @@ impl Sql {
         Self { config, probing: Arc::default() }
     }
 
+    /// The same server, another database.
+    pub(super) fn of_database(&self, database: &str) -> Self {
+        let mut config = self.config.clone();
+        config.dbname(database);
+        Self { config, probing: Arc::default() }
+    }
+
     /// Opens a connection and uses it, both within `limit`.
     pub async fn with<T>(&self, limit: Duration, work: impl AsyncFnOnce(&Connection) -> Result<T, SqlError>) -> Result<T, SqlError> {
         let all = async { work(&self.open().await?).await };

@@ -154,11 +154,16 @@ fn synchronous_nodes(standbys: u64, typed: &typed::Replication, report: &mut Rep
     let asked = match typed.mode {
         Some(ReplicationMode::Async) => false,
         Some(ReplicationMode::Quorum | ReplicationMode::Sync) => true,
-        None => typed.synchronous_node_count.is_some(),
+        None => standbys > 1 || typed.synchronous_node_count.is_some(),
     };
     if asked && u64::from(count) > standbys {
         let path = "spec.replication.synchronous_node_count";
         report.error(path, format!("{count} standbys must hold each commit, but {} members leave {standbys}", standbys + 1));
+    }
+    // A standby that reconnects has two walsenders for a while, unless its slot lets only one stream: both would count.
+    if asked && count > 1 && typed.use_slots == Some(false) {
+        let path = "spec.replication.use_slots";
+        report.error(path, format!("with synchronous_node_count of {count} each member needs its slot: leave use_slots out, or type true"));
     }
 }
 

@@ -223,6 +223,11 @@ fn more_synchronous_standbys_than_there_are_standbys_is_refused() {
     );
     at(three("  replication: { synchronous_node_count: 3 }\n"), path, "leave 2");
     assert!(three("  replication: { mode: quorum, synchronous_node_count: 2 }\n").is_ok());
+    at(
+        three("  replication: { mode: quorum, synchronous_node_count: 2, use_slots: false }\n"),
+        "spec.replication.use_slots",
+        "each member needs its slot",
+    );
     assert!(three("  replication: { mode: async, synchronous_node_count: 3 }\n").is_ok());
 }
 

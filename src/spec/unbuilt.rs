@@ -2,7 +2,7 @@
 //!
 //! A setting of a cluster that promises safety, or that cannot be undone, is refused by `apply` when somebody typed it: it is never accepted and
 //! ignored. A default that is not built, and everything else that was typed, gives one condition each, which tells what is in force
-//! instead. The surprise: a document without `replication.mode` is taken and runs async, one with `mode: quorum` is not taken.
+//! instead. The surprise: a document without `watchdog.mode` is taken and runs without one, one with `mode: required` is not taken.
 
 use super::cluster::typed::{self, OnRewindFailure, ReplicationMode, RestartPolicy, WatchdogMode};
 use super::cluster::{ClusterSpec, DEFAULT_PRIORITY, Tags};
@@ -11,9 +11,6 @@ use crate::facts::cluster::{Condition, Severity};
 
 /// [`Condition::kind`] of everything that is not in force.
 pub const NOT_BUILT: &str = "not_built";
-
-/// With fewer members the default of replication.mode is async.
-const QUORUM_MEMBERS_MIN: usize = 3;
 
 /// A setting that `apply` must refuse.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,20 +36,6 @@ pub fn refusals(spec: &ClusterSpec) -> Vec<Refusal> {
     let mut refuse = |path: &str, value: &str, reason: &str| {
         refusals.push(Refusal { path: format!("spec.{path}"), value: value.to_owned(), reason: reason.to_owned() });
     };
-    let replication = typed.replication.unwrap_or_default();
-    let mode = match replication.mode {
-        Some(ReplicationMode::Quorum) => Some("quorum"),
-        Some(ReplicationMode::Sync) => Some("sync"),
-        Some(ReplicationMode::Async) | None => None,
-    };
-    if let Some(mode) = mode {
-        let reason = "this version does not replicate synchronously yet, and acknowledged commits could be lost; type async to accept that";
-        refuse("replication.mode", mode, reason);
-    }
-    if replication.strict == Some(true) {
-        let reason = "this version does not replicate synchronously yet and would commit without a standby; leave it out to accept that";
-        refuse("replication.strict", "true", reason);
-    }
     if typed.watchdog.unwrap_or_default().mode == Some(WatchdogMode::Required) {
         let reason = "this version does not drive a watchdog yet, and a host whose guard and daemon both hang would not be reset; \
                       type off to accept that";
@@ -78,7 +61,7 @@ pub fn conditions(spec: &ClusterSpec) -> Vec<Condition> {
     });
     let mut idle = Idle(Vec::new());
     let typed = spec.typed.spec.clone().unwrap_or_default();
-    idle.replication(&typed.replication.unwrap_or_default(), spec.members.len());
+    idle.replication(&typed.replication.unwrap_or_default(), spec);
     idle.postgres(&typed.postgres.unwrap_or_default());
     idle.watchdog(&typed.watchdog.unwrap_or_default());
     idle.routing(spec);
@@ -131,20 +114,12 @@ impl Idle {
         }
     }
 
-    fn replication(&mut self, typed: &typed::Replication, members: usize) {
-        let left_out = typed.mode.is_none() && members >= QUORUM_MEMBERS_MIN;
-        self.say_if(left_out, "replication.mode", "is left out and async is in force instead of quorum");
-        self.say_if(typed.synchronous_node_count.is_some(), "replication.synchronous_node_count", "has no effect in async");
-        self.say_if(typed.maximum_lag_on_syncnode.is_some(), "replication.maximum_lag_on_syncnode", "has no effect in async");
-        let slots = "and false is in force: what a standby still needs is kept by wal_keep_size and restore_command";
-        match typed.use_slots {
-            None => self.say("replication.use_slots", &format!("is left out {slots}")),
-            Some(true) => self.say("replication.use_slots", &format!("is true {slots}")),
-            Some(false) => {}
+    fn replication(&mut self, typed: &typed::Replication, spec: &ClusterSpec) {
+        if spec.replication.mode == ReplicationMode::Async {
+            self.say_if(typed.synchronous_node_count.is_some(), "replication.synchronous_node_count", "has no effect in async");
+            self.say_if(typed.maximum_lag_on_syncnode.is_some(), "replication.maximum_lag_on_syncnode", "has no effect in async");
+            self.say_if(typed.strict == Some(true), "replication.strict", "has no effect in async");
         }
-        self.say_if(typed.member_slots_ttl.is_some(), "replication.member_slots_ttl", "has no effect without slots");
-        let slots = typed.slots.as_ref().is_some_and(|slots| !slots.is_empty());
-        self.say_if(slots, "replication.slots", "has no effect: no slot is created");
         let methods = typed.create_replica_methods.as_deref().unwrap_or_default();
         let others = methods.iter().any(|method| method != "basebackup");
         self.say_if(others, "replication.create_replica_methods", "is not followed: replicas are made by basebackup only");
@@ -182,8 +157,10 @@ impl Idle {
     }
 
     fn tags(&mut self, spec: &ClusterSpec) {
-        self.tag(spec, "nosync", |tags| tags.nosync, "has no effect in async");
-        self.tag(spec, "sync_priority", |tags| tags.sync_priority != DEFAULT_PRIORITY, "has no effect in async");
+        if spec.replication.mode == ReplicationMode::Async {
+            self.tag(spec, "nosync", |tags| tags.nosync, "has no effect in async");
+            self.tag(spec, "sync_priority", |tags| tags.sync_priority != DEFAULT_PRIORITY, "has no effect in async");
+        }
         self.tag(spec, "nostream", |tags| tags.nostream, "has no effect: the member streams");
         self.tag(spec, "replicatefrom", |tags| tags.replicatefrom.is_some(), "has no effect: the member follows the leader");
     }
@@ -212,11 +189,7 @@ mod tests {
 
     #[test]
     fn a_safety_setting_that_is_typed_is_refused() {
-        for mode in ["quorum", "sync"] {
-            assert_eq!(refused(&format!("  replication: {{ mode: {mode} }}\n")), ["spec.replication.mode"]);
-        }
         assert_eq!(refused("  watchdog: { mode: required }\n"), ["spec.watchdog.mode"]);
-        assert_eq!(refused("  replication: { strict: true }\n"), ["spec.replication.strict"]);
         assert_eq!(
             refused("  bootstrap: { method: restore, custom: { restore: { command: [ /bin/restore ] } } }\n"),
             ["spec.bootstrap.method"]
@@ -227,13 +200,11 @@ mod tests {
     fn a_safety_setting_that_is_left_out_is_informational_and_not_in_force() {
         let spec = spec("");
         assert_eq!(refusals(&spec), []);
-        assert_eq!(spec.replication.mode, ReplicationMode::Async);
+        assert_eq!(spec.replication.mode, ReplicationMode::Quorum, "this one is built");
         assert_eq!(spec.watchdog.mode, WatchdogMode::Off);
         assert!(spec.ha.failsafe, "this one is built");
         let conditions = conditions(&spec);
-        for path in ["spec.replication.mode", "spec.watchdog.mode"] {
-            assert_eq!(conditions.iter().filter(|condition| condition.message.starts_with(path)).count(), 1, "{path}");
-        }
+        assert_eq!(conditions.iter().filter(|condition| condition.message.starts_with("spec.watchdog.mode")).count(), 1);
         assert!(conditions.iter().all(|condition| condition.severity == Severity::Info), "{conditions:#?}");
     }
 
@@ -248,8 +219,8 @@ mod tests {
 
     #[test]
     fn a_stored_promise_that_is_not_kept_fails_the_check() {
-        let conditions = conditions(&spec("  replication: { mode: quorum }\n"));
-        assert!(conditions.iter().any(|condition| condition.severity == Severity::Error && condition.message.contains("quorum")));
+        let conditions = conditions(&spec("  watchdog: { mode: required }\n"));
+        assert!(conditions.iter().any(|condition| condition.severity == Severity::Error && condition.message.contains("required")));
     }
 
     #[test]

@@ -26,7 +26,7 @@ against_both! { 1, &[];
 }
 
 fn status(epoch: Epoch) -> StatusRecord {
-    StatusRecord { epoch, timeline: TimelineId(2), lsn: Lsn(7), conditions: Vec::new() }
+    StatusRecord { epoch, timeline: TimelineId(2), lsn: Lsn(7), slots: Default::default(), conditions: Vec::new() }
 }
 
 async fn i4_a_leader_write_under_a_stale_epoch_changes_nothing(server: EtcdServer) {
@@ -145,7 +145,7 @@ async fn i1_a_release_that_comes_late_deletes_nothing_once_the_locks_key_was_wri
         let released = Etcd::new(impatient).unwrap().release(lock.epoch, Some(&left)).await;
         assert!(matches!(released, Err(EtcdError::Unknown(_))), "{released:?}");
         if written_again {
-            assert_eq!(etcd.reaffirm(lock.epoch, &name("a")).await.unwrap(), Fenced::Written);
+            assert!(etcd.reaffirm(lock.epoch, &name("a")).await.unwrap().is_some());
         }
         let before = etcd.read_view().await.unwrap();
         on_its_way.let_through().await;

@@ -177,6 +177,7 @@ fn status(view: &ClusterView) -> pgherd::facts::cluster::StatusRecord {
         epoch: view.leader.as_ref().unwrap().epoch,
         timeline: pgherd::types::TimelineId(1),
         lsn: pgherd::types::Lsn(1),
+        slots: Default::default(),
         conditions: Vec::new(),
     }
 }

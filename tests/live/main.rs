@@ -8,6 +8,7 @@
 mod rig;
 
 mod bootstrap;
+mod chaos;
 mod clock;
 mod crash;
 mod demo;
@@ -15,4 +16,5 @@ mod failsafe;
 mod network;
 mod operator;
 mod rig_works;
+mod synchronous;
 mod versions;

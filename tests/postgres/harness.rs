@@ -108,7 +108,8 @@ impl Server {
             restore_command: None,
             primary_conninfo: None,
             primary_slot_name: None,
-            synchronous_standby_names: None,
+            data_dir: layout.data_dir().display().to_string(),
+            failover_slots: false,
             floor: None,
             syncfs_tells_errors: true,
         };
@@ -145,7 +146,12 @@ impl Server {
             pg_ident: Vec::new(),
         };
         let postgresql_conf = postgresql_conf(&self.inputs).unwrap().text;
-        ConfigFiles { postgresql_conf, pg_hba: pg_hba_conf(&access), pg_ident: pg_ident_conf(&access) }
+        ConfigFiles {
+            postgresql_conf,
+            pg_hba: pg_hba_conf(&access),
+            pg_ident: pg_ident_conf(&access),
+            upstream: pgherd::policy::parameters::live::upstream_conf(&self.inputs).unwrap(),
+        }
     }
 
     pub fn passfile(&self) -> PathBuf {

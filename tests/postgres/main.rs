@@ -15,3 +15,4 @@ mod directories;
 mod harness;
 mod lineage;
 mod sessions;
+mod synchronous;

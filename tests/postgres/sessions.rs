@@ -121,7 +121,7 @@ async fn row_76_hostile_names_and_texts_come_back_as_they_were() {
 async fn settings_of_roles_and_databases_do_not_shape_our_sessions() {
     for installation in installations().await {
         let root = place();
-        let mut server = Server::primary(&installation, root.path(), "a").await;
+        let server = Server::primary(&installation, root.path(), "a").await;
         server
             .run(
                 "alter role postgres set statement_timeout = '1ms'; alter role postgres set default_transaction_read_only = on; \
@@ -135,9 +135,16 @@ async fn settings_of_roles_and_databases_do_not_shape_our_sessions() {
         server.run("create table public.t (id int)").await;
         server.sql.checkpoint(LIMIT).await.unwrap();
         // A commit of ours must not wait for a standby that never comes.
-        server.inputs.synchronous_standby_names = Some("FIRST 1 (\"nobody\")".into());
-        server.stop();
-        server.start().await;
+        pgherd::postgres::configure::set_names(
+            &server.layout,
+            &server.sql,
+            (&pgherd::facts::synchrony::Names::Block, false),
+            true,
+            LIMIT,
+            LIMIT,
+        )
+        .await
+        .unwrap();
         server.run("create table public.u (id int)").await;
     }
 }

@@ -4,7 +4,7 @@
 pub mod checker;
 pub mod prober;
 pub mod proxy;
-mod said;
+pub mod said;
 pub mod secrets;
 pub mod wait;
 pub mod wall_clock;

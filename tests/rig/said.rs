@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use pgherd::cli::demo::http;
+use pgherd::cli::demo::runtime::in_own_thread;
 
 use super::world::World;
 
@@ -45,4 +46,38 @@ impl World {
         let own = status.member(self.name(index)).map(|member| member.conditions.clone()).unwrap_or_default();
         own.iter().chain(&status.conditions).any(|condition| condition.to_string().contains(word))
     }
+
+    /// Runs SQL on one node and gives the first column of the last row; an error is a sentence.
+    pub fn ask(&self, index: usize, sql: &str) -> Result<Option<String>, String> {
+        let config = self.cluster.connection(self.port(index)).unwrap();
+        ask(config, sql, LIMIT)
+    }
+
+    /// Commits wait for standbys: each acknowledged one is on two members.
+    #[track_caller]
+    pub fn wait_synchronous(&self, when: &str) {
+        let waits = |role: Option<&str>| matches!(role, Some("sync_standby" | "quorum_standby"));
+        self.settle(&format!("each commit is on two members {when}"), || {
+            self.cluster.status().is_ok_and(|status| status.members.iter().any(|member| waits(member.role.as_deref())))
+        });
+    }
+}
+
+/// Runs SQL and gives the first column of the last row.
+pub fn ask(config: tokio_postgres::Config, sql: &str, limit: Duration) -> Result<Option<String>, String> {
+    let sql = sql.to_owned();
+    in_own_thread(async move {
+        let work = async {
+            let (client, connection) = config.connect(tokio_postgres::NoTls).await?;
+            tokio::spawn(connection);
+            let answers = client.simple_query(&sql).await?;
+            let rows = answers.into_iter().filter_map(|answer| match answer {
+                tokio_postgres::SimpleQueryMessage::Row(row) => Some(row.get(0).map(str::to_owned)),
+                _ => None,
+            });
+            Ok(rows.last().flatten())
+        };
+        tokio::time::timeout(limit, work).await?
+    })
+    .map_err(|error| format!("{error:#}"))
 }

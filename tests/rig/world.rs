@@ -107,6 +107,9 @@ impl World {
         document.pg_hba = ["all", "replication"].map(|database| format!("host {database} all 127.0.0.0/8 scram-sha-256")).into();
         // Segments that a killed server leaves behind are in its data directory, and go with it.
         document.parameters.insert("dynamic_shared_memory_type".into(), "mmap".into());
+        if let Ok(mode) = std::env::var("PGHERD_TEST_MODE") {
+            document.mode = mode;
+        }
         (setup.document)(&mut document);
         World { cluster, document, prober: None, etcd_proxies, node_proxies, ports, _place: place }
     }
@@ -117,6 +120,9 @@ impl World {
         world.start_etcd_and_apply();
         world.start_all();
         world.wait_whole("after the bootstrap");
+        if world.document.mode != "async" {
+            world.wait_synchronous("after the bootstrap");
+        }
         world.start_prober();
         let leader = world.leader();
         world.wait_writes(leader);
@@ -160,7 +166,7 @@ impl World {
         self.cluster.plan.nodes.len()
     }
 
-    fn port(&self, index: usize) -> u16 {
+    pub fn port(&self, index: usize) -> u16 {
         self.cluster.plan.nodes[index].declared.port
     }
 
@@ -379,6 +385,9 @@ impl World {
             verdict.beyond.len(),
             prober.claims().len()
         );
+        if one_writer && self.document.mode != "async" {
+            assert!(verdict.beyond.is_empty(), "P2: acknowledged and lost: {:?}", verdict.beyond);
+        }
         if one_writer && let Some(report) = broken_history(&verdict, &prober.failed(), &found) {
             panic!("the history on {} is broken: {report}", self.name(leader));
         }

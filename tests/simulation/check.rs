@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use pgherd::clock::BootTime;
 use pgherd::facts::cluster::{ClusterView, Initialize, MemberKey};
 use pgherd::facts::postgres::DataDirectory;
+use pgherd::facts::synchrony::SyncRecord;
 use pgherd::machine::action::{Action, Operation, StartAs};
 use pgherd::machine::event::Event;
 use pgherd::machine::world::Lock;
@@ -18,6 +19,7 @@ use super::daemon::PROBE_TIMEOUT_MS;
 use super::etcd::Acquired;
 use super::host::{Daemon, Host};
 use super::network::Link;
+use super::synchrony::Acknowledged;
 use super::wal::Segment;
 use super::world::Sim;
 
@@ -69,6 +71,11 @@ pub struct Checks {
     pub data_was_lost: bool,
     /// etcd was wiped or went back.
     pub etcd_forgot: bool,
+    /// A host ran under another's name: who has what is not told by names any more (limit o).
+    pub names_were_mixed: bool,
+    /// Up to where commits were acknowledged.
+    pub acknowledged: Acknowledged,
+    pub acknowledgements: u64,
 }
 
 impl Checks {
@@ -93,7 +100,7 @@ impl Checks {
     }
 
     /// The claims on orders: I2, I3, I9, I10, I11.
-    pub fn judge_actions(&mut self, now: BootTime, daemon: &mut Daemon, actions: &[Action]) {
+    pub fn judge_actions(&mut self, now: BootTime, daemon: &mut Daemon, actions: &[Action], record: Option<&SyncRecord>) {
         if actions.len() > ACTIONS_PER_EVENT_MAX {
             self.fail("L5", format!("{} actions at one event", actions.len()));
         }
@@ -108,7 +115,7 @@ impl Checks {
             {
                 self.fail("L5", format!("{kind:?} while {job:?} is under way"));
             }
-            self.judge_operation(daemon, now, operation);
+            self.judge_operation(daemon, now, operation, record);
             daemon.under_way.insert(kind);
         }
     }
@@ -140,7 +147,7 @@ impl Checks {
         }
     }
 
-    fn judge_operation(&mut self, daemon: &Daemon, now: BootTime, operation: &Operation) {
+    fn judge_operation(&mut self, daemon: &Daemon, now: BootTime, operation: &Operation, record: Option<&SyncRecord>) {
         let world = daemon.machine.world();
         let proved = |wanted: Option<LockIdentity>| match world.lock {
             Lock::Proved { identity, announce_at, .. } => now < announce_at && wanted.is_none_or(|wanted| wanted == identity),
@@ -150,6 +157,10 @@ impl Checks {
             Operation::Promote { lock, timeline, .. } => {
                 if !proved(Some(*lock)) {
                     self.fail("I3", "a promotion is ordered without a proof of the lock".to_owned());
+                }
+                let ours = |record: &SyncRecord| record.leader == world.me.name && record.epoch == lock.epoch;
+                if record.is_some_and(|record| record.epoch <= lock.epoch && !ours(record)) {
+                    self.fail("I3", "a promotion is ordered while sync is the last leader's".to_owned());
                 }
                 if world.timeline_of(*lock) != Some(*timeline) {
                     self.fail("I9", format!("a promotion onto {timeline} is ordered, which the lock did not reserve"));

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use pgherd::facts::cluster::Versions;
 use pgherd::facts::lease::LeaseEvent;
-use pgherd::facts::postgres::{Probe, ProbeOutcome, ReplicaFacts, SqlFacts, WalReceiverFacts};
+use pgherd::facts::postgres::{Probe, ProbeOutcome, ReplicaFacts, SlotFacts, SqlFacts, WalReceiverFacts};
 use pgherd::guard::protocol::StopOrder;
 use pgherd::guard::state::Postmaster;
 use pgherd::machine::Machine;
@@ -14,7 +14,7 @@ use pgherd::machine::edges;
 use pgherd::machine::event::{Event, Finished};
 use pgherd::machine::world::Me;
 use pgherd::policy::deadlines::LeaseTimes;
-use pgherd::types::{Incarnation, LockIdentity, Revision};
+use pgherd::types::{Incarnation, LockIdentity, Lsn, Revision};
 
 use super::check::Checks;
 use super::clock::{ms, us};
@@ -221,7 +221,7 @@ impl Sim {
         let actions = daemon.machine.handle(local, event);
         let to = daemon.machine.state().name();
         self.trace.actions(now, host, to, &actions);
-        self.checks.judge_actions(local, daemon, &actions);
+        self.checks.judge_actions(local, daemon, &actions, self.etcd.view.sync.as_ref());
         self.checks.after_event(local, daemon);
         let went = actions.iter().filter_map(|action| if let Action::Record(decision) = action { decision.transition() } else { None });
         for (from, to) in went {
@@ -351,8 +351,9 @@ impl Sim {
 
     /// A change of pace is a change of role: the prober looks at once.
     fn set_pace(&mut self, host: usize) {
+        let local = self.local(host);
         let Some(daemon) = &mut self.hosts[host].daemon else { return };
-        let pace = daemon.machine.world().running().map(|_| daemon.machine.probe_every());
+        let pace = daemon.machine.world().running().map(|_| daemon.machine.probe_every(local));
         if pace == daemon.pace {
             return;
         }
@@ -403,10 +404,17 @@ impl Sim {
                     in_recovery: postmaster.recovering,
                     timeline: data.wal.timeline(),
                     receive_lsn: if postmaster.recovering { postmaster.received } else { data.wal.end },
-                    replay_lsn: data.wal.end,
+                    replay_lsn: if self.now < postmaster.replays_until { data.checkpoint } else { data.wal.end },
                     replay_paused: false,
                     walreceiver,
-                    replicas: self.replicas_of(host, postmaster.pid),
+                    replicas: if self.is_synchronous { self.walsenders_of(host) } else { self.replicas_of(host, postmaster.pid) },
+                    written_by_then: if postmaster.recovering { Lsn(0) } else { data.wal.end },
+                    synchronous_standby_names: postmaster.synchronous.read.to_string(),
+                    startup: postmaster.startups.to_string(),
+                    receives: server.streaming(),
+                    replayed_all: postmaster.recovering && self.now >= postmaster.replays_until,
+                    lowered: Vec::new(),
+                    slots: data.slots.iter().map(|(name, at)| slot(name, *at)).collect(),
                     pending_restart: Vec::new(),
                     server_version_num: 150_018,
                     postmaster_start_time: String::new(),
@@ -432,7 +440,13 @@ impl Sim {
             flush_lsn: other.server.data.as_ref().map(|data| data.wal.end),
             replay_lsn: None,
             sync_state: "async".to_owned(),
+            sync_priority: 0,
         };
         self.hosts.iter().filter(streams).map(row).collect()
     }
+}
+
+/// It holds WAL back, and nobody uses it: the model never removes any.
+fn slot(name: &str, at: Lsn) -> SlotFacts {
+    SlotFacts { name: name.to_owned(), restart_lsn: Some(at), wal_status: Some("reserved".to_owned()), ..SlotFacts::default() }
 }

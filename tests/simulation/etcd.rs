@@ -13,6 +13,7 @@ use pgherd::facts::cluster::{
     ClusterView, FailsafeRecord, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, RequestKey, RequestProgress,
     RequestRecord, StatusRecord,
 };
+use pgherd::facts::synchrony::SyncRecord;
 use pgherd::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision};
 
 use super::clock::{Real, ms, secs};
@@ -305,7 +306,7 @@ impl Etcd {
         let revision = self.wrote();
         let epoch = Epoch(revision.0);
         let keys = self.keys();
-        keys.leader = Some(LeaderKey { holder: ask.member.as_str().to_owned(), epoch, lease: ask.lease });
+        keys.leader = Some(LeaderKey { holder: ask.member.as_str().to_owned(), epoch, lease: ask.lease, mod_revision: Revision(epoch.0) });
         keys.history.clone_from(&ask.history);
         keys.history_revision = revision;
         keys.release = None;
@@ -347,9 +348,28 @@ impl Etcd {
             keys.leader.iter_mut().for_each(|leader| leader.holder = member.as_str().to_owned());
         });
         if written {
-            self.leader_revision = self.view.revision;
+            self.leader_written(self.view.revision);
         }
         written
+    }
+
+    fn leader_written(&mut self, revision: Revision) {
+        self.leader_revision = revision;
+        if let Some(leader) = &mut self.keys().leader {
+            leader.mod_revision = revision;
+        }
+    }
+
+    /// Over what was judged on; None deletes it. As of which revision, either way.
+    pub fn write_sync(&mut self, epoch: Epoch, lock: Revision, judged_on: Revision, record: Option<SyncRecord>) -> (bool, Revision) {
+        let as_read = self.leader_revision == lock || mutant(Mutant::LateRecordObeyed);
+        let fits = self.is_epoch(epoch) && as_read && self.view.sync_revision == judged_on;
+        let written = fits
+            && self.write_fenced(epoch, |keys, revision| {
+                keys.sync_revision = if record.is_some() { revision } else { Revision(0) };
+                keys.sync = record;
+            });
+        (written, self.view.revision)
     }
 
     /// False = the lock is not of this epoch.
@@ -447,7 +467,7 @@ impl Etcd {
         keys.members.insert(member.clone(), MemberKey { record, lease: new, mod_revision });
         if let (Some(_), Some(leader)) = (lock, &mut keys.leader) {
             (leader.lease, leader.holder) = (new, member.as_str().to_owned());
-            self.leader_revision = mod_revision;
+            self.leader_written(mod_revision);
         }
         true
     }

@@ -8,11 +8,12 @@ use pgherd::types::MemberName;
 
 use super::check::AWAKE_MS;
 use super::clock::{Real, ms, secs};
+use super::documents::TTLS;
 use super::etcd::Serving;
 use super::host::Loss;
 use super::network::RACES_LATE_MS;
 use super::plan::{Fault, Kind};
-use super::world::{Sim, What, member, spec_of};
+use super::world::{Sim, What, member};
 
 /// What `pgherd switchover` gives its request when nobody says otherwise.
 const REQUEST_TTL_S: u64 = 120;
@@ -21,8 +22,6 @@ const REQUEST_TTL_S: u64 = 120;
 const NAMESAKE_S: u64 = 3;
 /// A release that gets lost is carried out within so long, and mostly before the lock's key is written again.
 const REAFFIRMS_LATE_S: u64 = 8;
-/// The values of ttl that specs are edited to, in seconds.
-const TTLS: [u64; 6] = [3, 4, 5, 6, 8, 10];
 
 impl Sim {
     pub fn lay_out(&mut self, plan: Vec<Fault>) {
@@ -168,6 +167,25 @@ impl Sim {
                 let other = if leads { (host + 1) % self.hosts.len() } else { host };
                 self.hosts[other].races_late = true;
                 self.follows(ms(0), (Kind::LockDeleted, 0), host, ms(0));
+            }
+            Kind::FrozenAndDeposed => {
+                self.freeze_daemon(host, true);
+                self.follows(ms(5 + fault.choice % 200), (Kind::LockDeleted, 0), host, ms(0));
+            }
+            Kind::StandbyFlaps => {
+                let standby = (host + 1 + (fault.choice % (self.hosts.len() as u64 - 1)) as usize) % self.hosts.len();
+                let mut at = ms(0);
+                for turn in 0..6 {
+                    self.follows(at, (Kind::StoppedByHand, 0), standby, ms(0));
+                    at += ms(300 + (fault.choice >> (8 * turn)) % 2_500);
+                }
+            }
+            Kind::StandbyBeginsAnew => self.standbys_begin_anew(&fault),
+            Kind::LateRecord => {
+                self.hosts[host].is_late_with_record = true;
+                for other in (0..self.hosts.len()).filter(|other| *other != host) {
+                    self.follows(ms(0), (Kind::PowerOff, 0), other, secs(3));
+                }
             }
             Kind::OldEtcdLeader => self.etcd_leader_is_deposed(host),
             Kind::LeadsByPromises => self.leader_goes_on_by_promises(&fault, host),
@@ -414,6 +432,21 @@ impl Sim {
         late
     }
 
+    /// Whether this write of `sync`, which says that more have each commit, is the one that comes late: etcd is out of reach for a while
+    /// then, and the standbys are away when it is back.
+    pub fn is_late_with_record(&mut self, host: usize, copies: u32) -> bool {
+        let more = copies > self.etcd.view.sync.as_ref().map_or(0, |record| record.copies);
+        if !more || copies < 2 || !self.hosts[host].is_late_with_record || self.healed {
+            return false;
+        }
+        self.hosts[host].is_late_with_record = false;
+        self.follows(ms(1), (Kind::CutEtcd, 0), host, ms(1_700));
+        for other in (0..self.hosts.len()).filter(|other| *other != host) {
+            self.follows(ms(2), (Kind::PowerOff, 0), other, secs(9));
+        }
+        true
+    }
+
     /// A fault that another one brings with it.
     fn follows(&mut self, after: Duration, (kind, choice): (Kind, u64), host: usize, lasts: Duration) {
         self.plan.push(Fault { at: self.now.after(after), kind, victim: host as u64 * 2 + 1, lasts, choice });
@@ -423,6 +456,7 @@ impl Sim {
     fn start_namesake(&mut self, index: usize, fault: &Fault) {
         let Some((leader, _)) = self.lock_runs_until() else { return };
         let other = (leader + 1 + (fault.choice % (self.hosts.len() as u64 - 1)) as usize) % self.hosts.len();
+        self.checks.names_were_mixed = true;
         self.restart_as(other, member(leader));
         self.later(secs(NAMESAKE_S), What::FaultEnds { index });
     }
@@ -434,32 +468,4 @@ impl Sim {
         self.hosts[host].name = name;
         self.power_on(host);
     }
-
-    /// The leader is not removed: apply refuses that (row 73).
-    fn remove_member(&mut self, fault: &Fault, host: usize) {
-        let leads = |host: usize| self.etcd.view.leader.as_ref().is_some_and(|leader| leader.holder == member(host).as_str());
-        // Nor is one that is not there: what it has is not known.
-        let is_there = |host: usize| self.etcd.view.members.contains_key(&member(host));
-        let victim = (0..self.hosts.len()).map(|step| (host + step) % self.hosts.len()).find(|host| !leads(*host) && is_there(*host));
-        if victim.is_some() {
-            self.edit_spec(fault.choice, victim);
-        }
-    }
-
-    pub fn edit_spec(&mut self, choice: u64, without: Option<usize>) {
-        let ttl = TTLS[(choice % 6) as usize];
-        let loop_wait = [1, 2, 3, 5][(choice / 8 % 4) as usize];
-        let members = (0..self.hosts.len()).filter(|index| Some(*index) != without);
-        let members: Vec<String> = members.map(|index| member(index).to_string()).collect();
-        let spec = spec_of(&members, &spec_lines(ttl, loop_wait, !(choice / 64).is_multiple_of(4)));
-        self.apply(spec);
-    }
-}
-
-/// The lines of `spec:` that runs use.
-pub fn spec_lines(ttl_s: u64, loop_wait_s: u64, failsafe: bool) -> String {
-    format!(
-        "ha: {{ ttl: {ttl_s}s, loop_wait: {loop_wait_s}s, primary_start_timeout: 12s, primary_stop_timeout: 6s, failsafe: {failsafe} }}\n\
-         replication: {{ mode: async }}"
-    )
 }

@@ -98,6 +98,11 @@ impl Sim {
             GuardAsk::Facts => Ok(()),
             GuardAsk::Start { word, upstream } => guard.state.may_start(local, word).map(|()| {
                 let pid = this.server.spawn(now, &mut self.random, upstream);
+                if let Some(postmaster) = this.server.postmaster.as_mut().filter(|started| self.is_synchronous && started.recovering)
+                    && self.timing.percent(20)
+                {
+                    postmaster.replays_until = postmaster.replays_until.after(self.timing.between(ms(50), ms(6_000)));
+                }
                 guard.state.started(pid, word, false);
             }),
             GuardAsk::Vouch { start } => guard.state.vouch(local, start, Word::Writable),

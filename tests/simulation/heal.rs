@@ -21,7 +21,7 @@ impl Sim {
                 self.start_daemon(host);
             }
             Kind::CrashLoopOfDaemon => self.clear_crashes(host),
-            Kind::FreezeDaemon => self.freeze_daemon(host, false),
+            Kind::FreezeDaemon | Kind::FrozenAndDeposed => self.freeze_daemon(host, false),
             Kind::StarveDaemon => {
                 if let Some(daemon) = &mut self.hosts[host].daemon {
                     daemon.starved = false;
@@ -68,6 +68,7 @@ impl Sim {
             }
             Kind::LateRace => self.hosts.iter_mut().for_each(|host| host.races_late = false),
             Kind::LostRelease => self.hosts[host].loses_release = None,
+            Kind::LateRecord => self.hosts[host].is_late_with_record = false,
             Kind::WatchStalls => {
                 if let Some(daemon) = &mut self.hosts[host].daemon {
                     daemon.watch.stalled = false;

@@ -138,6 +138,8 @@ pub struct Host {
     pub reads_late: Option<Duration>,
     /// Its next request for the lock is carried out late.
     pub races_late: bool,
+    /// Its next write of `sync` that says that more have each commit is carried out late.
+    pub is_late_with_record: bool,
     /// Until then a deposed leader of etcd answers its keepalives, in this raft term.
     pub old_etcd_leader: Option<(Real, u64)>,
     /// A data directory that somebody took away.
@@ -181,6 +183,7 @@ impl Host {
             reaffirms_late_until: Real(0),
             reads_late: None,
             races_late: false,
+            is_late_with_record: false,
             old_etcd_leader: None,
             moved_away: None,
             guard: None,

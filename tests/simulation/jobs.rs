@@ -3,9 +3,11 @@
 
 use pgherd::facts::guard::{GuardFacts, PostmasterFacts, Word};
 use pgherd::facts::postgres::DataDirectory;
+use pgherd::facts::synchrony::Names;
 use pgherd::machine::action::{Operation, OperationKind, StartAs, Upstream};
 use pgherd::machine::event::{Configured, Finished};
 use pgherd::policy::rejoin::{self, Inputs, OwnPromotion, Rejoin};
+use pgherd::policy::slots::Change;
 use pgherd::types::{SystemId, TimelineId};
 
 use super::clock::ms;
@@ -14,6 +16,9 @@ use super::host::Job;
 use super::mutants::{Mutant, mutant};
 use super::wal::Data;
 use super::world::{DaemonDue, Sim, What};
+
+/// How often a new session is asked what it has.
+const NAMES_LOOKS_MAX: u32 = 50;
 
 impl Sim {
     pub fn begin_job(&mut self, host: usize, operation: Operation) {
@@ -70,13 +75,41 @@ impl Sim {
                 let seen = data.as_ref().map_or(DataDirectory::Empty, |data| DataDirectory::Full(data.control(promotion)));
                 self.job_ends(host, Finished::Looked(seen));
             }
-            Operation::Start { role, .. } => self.start_step(host, &role),
+            Operation::Start { role, names, .. } => {
+                self.hosts[host].server.names_on_disk = names;
+                self.start_step(host, &role);
+            }
+            Operation::Open { .. } => {
+                let opened = self.hosts[host].server.accepting();
+                if !opened {
+                    return self.job_fails(host, "the server does not take connections");
+                }
+                self.job_ends(host, Finished::Opened(Ok(())));
+            }
+            Operation::KeepSlots(changes) => {
+                let this = &mut self.hosts[host].server;
+                let Some(data) = this.data.as_mut().filter(|_| this.postmaster.is_some()) else {
+                    return self.job_fails(host, "the server does not take connections");
+                };
+                for change in changes {
+                    match change {
+                        Change::CreatePhysical { name } | Change::CreateLogical { name, .. } => drop(data.slots.insert(name, data.wal.end)),
+                        Change::Advance { name, to } => drop(data.slots.insert(name, to)),
+                        Change::Drop { name } => drop(data.slots.remove(&name)),
+                    }
+                }
+                self.job_ends(host, Finished::SlotsKept(Ok(())));
+            }
+            Operation::SetNames { names, prove_waits, .. } => self.names_step(host, id, step, names, prove_waits),
             Operation::Configure { generation, upstream, .. } => {
                 if !self.hosts[host].server.accepting() {
                     return self.job_fails(host, "the server does not take connections");
                 }
                 let from = upstream.as_ref().and_then(|upstream| self.host_of(&upstream.member));
                 self.follow(host, from);
+                if self.is_synchronous {
+                    self.reload(host);
+                }
                 self.job_ends(host, Finished::Configured { generation, upstream, result: Ok(Configured::Taken) });
             }
             Operation::Initdb { .. } => self.initdb(host),
@@ -110,6 +143,25 @@ impl Sim {
             }
             other => panic!("{:?} is no job", other.kind()),
         }
+    }
+
+    /// The file, the signal, and a look in a new session.
+    fn names_step(&mut self, host: usize, id: u64, step: u32, names: Names, prove_waits: bool) {
+        if step == 1 {
+            self.hosts[host].server.names_on_disk = names;
+            self.reload(host);
+            return self.job_later(host, id, 2);
+        }
+        if !self.hosts[host].server.accepting() || step > NAMES_LOOKS_MAX {
+            return self.job_fails(host, "the server does not take connections, or not the names");
+        }
+        if !self.new_session_has(host, &names) {
+            return self.job_later(host, id, step + 1);
+        }
+        if prove_waits {
+            self.checkpointer_reads(host);
+        }
+        self.job_ends(host, Finished::NamesSet(Ok(())));
     }
 
     fn start_step(&mut self, host: usize, role: &StartAs) {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use pgherd::etcd::AcquireRequest;
 use pgherd::facts::cluster::{FailsafeRecord, HistoryEntry, LeaderKey, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord};
 use pgherd::facts::failsafe::PromiseAsk;
+use pgherd::facts::synchrony::SyncRecord;
 use pgherd::machine::event::Event;
 use pgherd::types::{Epoch, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision};
 
@@ -22,6 +23,8 @@ const HELD_BACK_MS: u64 = 70;
 const HOLD_BACK_MAX_MS: u64 = 5_000;
 /// A late request is carried out within so long, mostly when its caller has given up; one that is lost so long after that.
 const LATE_MS: u64 = 5_000;
+/// How late a write of `sync` comes that is held up.
+const RECORD_LATE_MS: u64 = 6_000;
 /// A request for the lock that is overtaken comes so late: another has led by then.
 pub const RACES_LATE_MS: u64 = 2_500;
 
@@ -81,6 +84,12 @@ pub enum EtcdAsk {
         epoch: Epoch,
         member: MemberName,
     },
+    WriteSync {
+        epoch: Epoch,
+        lock: Revision,
+        judged_on: Revision,
+        record: Option<SyncRecord>,
+    },
     Release {
         epoch: Epoch,
         /// The key's mod revision when it was read.
@@ -134,6 +143,8 @@ pub enum EtcdAnswer {
     Done(bool),
     /// The revision of a write that was done.
     At(Option<Revision>),
+    /// Whether it was, as of that revision.
+    AsOf(bool, Revision),
     View(std::sync::Arc<pgherd::facts::cluster::ClusterView>),
     MemberAt(Revision),
     Put(Put),
@@ -166,6 +177,7 @@ impl EtcdAsk {
                 | EtcdAsk::WriteStatus(_)
                 | EtcdAsk::WriteFailsafe { .. }
                 | EtcdAsk::RecordPromotion { .. }
+                | EtcdAsk::WriteSync { .. }
                 | EtcdAsk::Reaffirm { .. }
                 | EtcdAsk::KeepAlive { .. }
                 | EtcdAsk::Prove { .. }
@@ -193,6 +205,7 @@ impl Sim {
         }
         self.daemon_later(host, run, patience, DaemonDue::Timeout { call: id });
         let link = self.links[host].0.clone();
+        let held_up = matches!(&ask, EtcdAsk::WriteSync { record: Some(record), .. } if self.is_late_with_record(host, record.copies));
         let times = if ask.may_be_sent_twice() && self.random.percent(link.duplicates_percent) { 2 } else { 1 };
         for _ in 0..times {
             if link.cut || self.random.percent(link.loss_percent) {
@@ -203,6 +216,7 @@ impl Sim {
             let is_late = matches!(caller, Caller::Record(_)) && ask.writes() && self.random.percent(link.late_percent);
             let late = match (is_lost, is_late) {
                 _ if matches!(ask, EtcdAsk::Acquire(_)) && self.races_late(host) => ms(RACES_LATE_MS),
+                _ if held_up => ms(RECORD_LATE_MS),
                 _ if matches!(ask, EtcdAsk::ReadLeader) && self.hosts[host].reads_late.is_some() => {
                     self.hosts[host].reads_late.take().unwrap_or_default()
                 }
@@ -288,7 +302,17 @@ impl Sim {
                 }
                 EtcdAnswer::Done(done)
             }
-            EtcdAsk::Reaffirm { epoch, member } => EtcdAnswer::Done(self.etcd.reaffirm(epoch, &member)),
+            EtcdAsk::Reaffirm { epoch, member } => {
+                let written = self.etcd.reaffirm(epoch, &member);
+                EtcdAnswer::At(written.then_some(self.etcd.view.revision))
+            }
+            EtcdAsk::WriteSync { epoch, lock, judged_on, record } => {
+                let (written, at) = self.etcd.write_sync(epoch, lock, judged_on, record);
+                if written {
+                    self.checks.judge_record(&self.etcd.view, &self.hosts);
+                }
+                EtcdAnswer::AsOf(written, at)
+            }
             EtcdAsk::WriteStatus(status) => {
                 let lsn = status.lsn;
                 let written = self.etcd.write_status(*status);

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use super::clock::{Real, ms, secs};
+use super::documents::Replication;
 use super::random::Random;
 
 pgherd::enumerated! {
@@ -81,14 +82,28 @@ pgherd::enumerated! {
         Namesake,
         /// Aimed at the moment before or after an order of the machine.
         Strike,
+        /// The leader's daemon stands still, and somebody deletes its lock: its PostgreSQL writes on until the guard's deadline.
+        FrozenAndDeposed,
+        /// A standby's PostgreSQL comes and goes.
+        StandbyFlaps,
+        /// A process of a standby crashes, and its PostgreSQL begins anew under the same postmaster.
+        StandbyBeginsAnew,
+        /// The standbys come back after a while, and what is written of it is carried out late, when they have gone again.
+        LateRecord,
     }
 }
 
 impl Kind {
+    /// Says something only where commits wait for standbys.
+    fn is_of_synchrony(self) -> bool {
+        matches!(self, Kind::FrozenAndDeposed | Kind::StandbyFlaps | Kind::StandbyBeginsAnew | Kind::LateRecord)
+    }
+
     /// How often one kind is drawn beside the others. What changes the leader is drawn more often.
     fn weight(self) -> u64 {
         match self {
             Kind::Strike => 14,
+            Kind::FrozenAndDeposed | Kind::LateRecord | Kind::StandbyFlaps | Kind::StandbyBeginsAnew => 4,
             Kind::FrozenInRenewal | Kind::OldEtcdLeader | Kind::LeadsByPromises | Kind::LostRelease | Kind::LateRace => 4,
             Kind::KillDaemon | Kind::KillPostmaster | Kind::PowerOff | Kind::CutEtcd | Kind::FreezeDaemon | Kind::Switchover => 5,
             Kind::Isolate | Kind::CutPeers | Kind::SlowEtcd | Kind::EtcdLeaderLost | Kind::KillGuard | Kind::StopDaemon => 4,
@@ -140,7 +155,9 @@ impl Profile {
 
 pub fn plan(seed: u64, profile: Profile) -> Vec<Fault> {
     let mut random = Random::new(seed, 3);
-    let kinds: Vec<Kind> = Kind::ALL.iter().copied().filter(|_| random.percent(profile.kinds_percent)).collect();
+    let waits = Replication::of_seed(seed) != Replication::ASYNC;
+    let takes_part = |kind: &Kind| waits || !kind.is_of_synchrony();
+    let kinds: Vec<Kind> = Kind::ALL.iter().copied().filter(takes_part).filter(|_| random.percent(profile.kinds_percent)).collect();
     let total: u64 = kinds.iter().map(|kind| kind.weight()).sum();
     let mut faults = Vec::new();
     // Some runs begin while the cluster is still coming up.

@@ -3,11 +3,13 @@
 
 use std::time::Duration;
 
+use pgherd::facts::synchrony::Names;
 use pgherd::policy::rejoin::LeaderLineage;
 use pgherd::types::{Lsn, TimelineId};
 
 use super::clock::{Real, ms, us};
 use super::random::Random;
+use super::synchrony::Synchronous;
 use super::wal::{Data, RECORD_BYTES};
 
 /// wal_retrieve_retry_interval as pgherd sets it.
@@ -67,6 +69,12 @@ pub struct Postmaster {
     /// Its guard is its parent and reaps it.
     pub promoted_by_hand: Option<Real>,
     pub since: Real,
+    /// How often it has begun anew after the crash of one of its processes.
+    pub startups: u32,
+    /// Until then it goes through the WAL that it found; what it found before that is not told.
+    pub replays_until: Real,
+    /// What its processes make of synchronous_standby_names.
+    pub synchronous: Synchronous,
 }
 
 impl Postmaster {
@@ -134,6 +142,10 @@ pub struct Server {
     pub orphans: Vec<Orphan>,
     pub ended: Vec<Ended>,
     pub ail: Ailments,
+    /// synchronous_standby_names in the file.
+    pub names_on_disk: Names,
+    /// Backends whose postmaster is dead wait for standbys.
+    pub orphans_wait: bool,
     next_pid: i32,
 }
 
@@ -162,6 +174,9 @@ impl Server {
             checkpoint_at: None,
             promoted_by_hand: None,
             since: now,
+            startups: 0,
+            replays_until: now.after(takes),
+            synchronous: Synchronous::started(self.names_on_disk.clone()),
         });
         pid
     }
@@ -200,6 +215,11 @@ impl Server {
                 }
         });
         by_postmaster || self.orphans.iter().any(|orphan| orphan.writable && !orphan.stuck && now < orphan.until)
+    }
+
+    /// It is out of recovery.
+    pub fn acknowledges_by_itself(&self) -> bool {
+        self.postmaster.as_ref().is_some_and(|postmaster| !postmaster.recovering)
     }
 
     /// What a running server says to a member that asks it before it rejoins.
@@ -272,6 +292,7 @@ impl Server {
         self.ended.push(Ended { pid: postmaster.pid, exit_status: None, signal: Some(9) });
         let writable = was_open && !postmaster.recovering && !matches!(postmaster.phase, Phase::Promoting { .. });
         let of_standby = postmaster.of_standby();
+        self.orphans_wait = postmaster.synchronous.backends_wait();
         self.orphans.push(Orphan { writable, of_standby, until: now.after(backends_live), stuck: false });
         if self.ail.stuck {
             self.orphans.push(Orphan { writable: false, of_standby, until: Real(u64::MAX / 2), stuck: true });

@@ -101,6 +101,9 @@ impl Sim {
                 self.record_asks(host, id, Stage::Read, EtcdAsk::ReadLeader);
             }
             Operation::Reaffirm(epoch) => self.record_asks(host, id, Stage::Write, EtcdAsk::Reaffirm { epoch, member: name }),
+            Operation::WriteSync { epoch, lock, judged_on, record } => {
+                self.record_asks(host, id, Stage::Write, EtcdAsk::WriteSync { epoch, lock, judged_on, record });
+            }
             Operation::WriteStatus(status) => self.record_asks(host, id, Stage::Write, EtcdAsk::WriteStatus(Box::new(status))),
             Operation::WriteFailsafe { epoch, judged_on, record } => {
                 self.record_asks(host, id, Stage::Write, EtcdAsk::WriteFailsafe { epoch, judged_on, record });
@@ -226,7 +229,14 @@ impl Sim {
                 _ => AcquireOutcome::Failed(unknown()),
             }),
             Operation::Release { .. } => Finished::Released(done()),
-            Operation::Reaffirm(_) => Finished::Reaffirmed(done()),
+            Operation::Reaffirm(_) => Finished::Reaffirmed(match answer {
+                Some(EtcdAnswer::At(revision)) => Ok(revision),
+                _ => Err(unknown()),
+            }),
+            Operation::WriteSync { .. } => Finished::SyncWritten(match answer {
+                Some(EtcdAnswer::AsOf(written, revision)) => Ok((written, revision)),
+                _ => Err(unknown()),
+            }),
             Operation::WriteStatus(_) => Finished::StatusWritten(done()),
             Operation::RecordPromotion { .. } => Finished::PromotionRecorded(done()),
             Operation::ClaimInitialize => Finished::InitializeClaimed(done()),

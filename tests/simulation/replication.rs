@@ -49,6 +49,9 @@ impl Sim {
                     let name = self.hosts[host].name.as_str();
                     let reserved = self.etcd.view.history.iter().any(|entry| entry.timeline == timeline && entry.member.as_str() == name);
                     self.checks.promoted(host, timeline, reserved, by_hand, excused, &self.hosts);
+                    if !excused {
+                        self.checks.judge_acknowledged(host, &self.etcd.view, &self.hosts);
+                    }
                 }
                 Change::ShutDown => self.wal_flows(host),
                 Change::Ended => self.receivers_notice(host, pid_before),
@@ -106,6 +109,11 @@ impl Sim {
         if !postmaster.recovering || !matches!(postmaster.phase, Phase::Accepting) {
             return;
         }
+        // It asks for more when it has gone through what is there.
+        if now < postmaster.replays_until {
+            let until = postmaster.replays_until;
+            return self.at(until, What::Receiver { host, pid });
+        }
         let (receiver, upstream) = (postmaster.receiver, postmaster.upstream);
         let next = match receiver {
             Receiver::Streaming { from, pid: theirs, heard } => {
@@ -129,6 +137,10 @@ impl Sim {
             }
         }
         self.later(ms(RECEIVER_RETRY_MS), What::Receiver { host, pid });
+        if let (true, Receiver::Streaming { from, .. }) = (began, next) {
+            self.walsender_starts(from, host);
+        }
+        self.reply(host);
         if began {
             self.stream_to(host);
         }
@@ -211,6 +223,7 @@ impl Sim {
             postmaster.received = data.wal.end;
             postmaster.receiver = Receiver::Streaming { from, pid: theirs, heard: now };
         }
+        self.reply(host);
     }
 
     /// Clients that try every server, as a driver with several hosts would that believes nobody.
@@ -228,8 +241,9 @@ impl Sim {
             if let Some(data) = &mut self.hosts[host].server.data {
                 data.wal.append(96 + bytes);
             }
-            if self.hosts[host].server.commit(now).is_some() {
+            if let Some(lsn) = self.hosts[host].server.commit(now) {
                 self.checks.commits += 1;
+                self.committed(host, lsn);
                 self.wal_flows(host);
             }
         }

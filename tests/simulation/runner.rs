@@ -4,11 +4,12 @@
 use std::time::Duration;
 
 use pgherd::facts::cluster::{RequestProgress, Severity};
+use pgherd::spec::cluster::ReplicationMode;
 
 use super::check::Violation;
 use super::clock::{Real, secs};
 use super::coverage::Coverage;
-use super::faults::spec_lines;
+use super::documents::{Replication, spec_lines};
 use super::plan::{Fault, Profile, plan};
 use super::random::Random;
 use super::world::{Sim, spec_of};
@@ -55,7 +56,10 @@ pub fn run_with(seed: u64, faults: Vec<Fault>, traced: bool) -> Outcome {
     let loop_wait = *random.pick(&[1_u64, 2, 3, 5]);
     let mut sim = Sim::new(seed, 3, traced);
     let names: Vec<String> = sim.hosts.iter().map(|host| host.name.to_string()).collect();
-    sim.apply(spec_of(&names, &spec_lines(ttl, loop_wait, random.percent(60))));
+    let replication = Replication::of_seed(seed);
+    sim.is_synchronous = replication != Replication::ASYNC;
+    sim.replication = replication;
+    sim.apply(spec_of(&names, &spec_lines(ttl, loop_wait, random.percent(60), replication)));
     let count = faults.len();
     sim.lay_out(faults);
     sim.run_until(at(BOOTSTRAP_S));
@@ -153,6 +157,7 @@ fn calm(sim: &mut Sim) {
         let what = format!("{} has not taken up generation {newest} of the spec", host.name);
         return sim.checks.fail("L3", what);
     }
+    sim.commits_wait_as_wanted();
     sim.one_history();
 }
 
@@ -192,6 +197,26 @@ impl Sim {
         };
         let possible = self.checks.data_was_lost || self.checks.etcd_forgot;
         possible && self.leader().is_none() && self.hosts.iter().all(says_why)
+    }
+
+    /// L3 and I5 at the end: commits wait for as many as the spec says, and everything that was acknowledged is there.
+    fn commits_wait_as_wanted(&mut self) {
+        let Some(leader) = self.leader() else { return };
+        let view = self.etcd.view.clone();
+        self.checks.judge_acknowledged(leader, &view, &self.hosts);
+        self.checks.judge_record(&view, &self.hosts);
+        let copies = view.sync.as_ref().map_or(0, |record| record.copies);
+        // What etcd has, which may have gone back to an older one.
+        let spec = view.spec.as_ref().and_then(|spec| self.specs.get(&spec.generation));
+        let wanted = spec.map_or(0, |spec| match spec.replication.mode {
+            ReplicationMode::Async => 0,
+            ReplicationMode::Quorum | ReplicationMode::Sync => spec.replication.synchronous_node_count + 1,
+        });
+        if copies != wanted {
+            let story = self.story();
+            let what = format!("sync says that {copies} members have each commit, the spec says {wanted}: {:?}; {story}", view.sync);
+            self.checks.fail("L3", what);
+        }
     }
 
     /// I5, I8 and I9 at the end: what standbys have is, record for record, in the primary's past.

@@ -34,7 +34,7 @@ impl Hook {
     }
 
     /// The orders on which everything hangs.
-    const AIMS: [Hook; 18] = [
+    const AIMS: [Hook; 20] = [
         Hook::Do(OperationKind::Acquire),
         Hook::Do(OperationKind::Promote),
         Hook::Do(OperationKind::Release),
@@ -53,7 +53,13 @@ impl Hook {
         Hook::Stop,
         Hook::ForgetLock,
         Hook::Do(OperationKind::Configure),
+        // From here on only where commits wait for standbys.
+        Hook::Do(OperationKind::SetNames),
+        Hook::Do(OperationKind::WriteSync),
     ];
+
+    /// Where nobody waits these are all.
+    const AIMS_ASYNC: usize = 18;
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,7 +94,8 @@ impl Sim {
             Effect::CutEtcd,
             Effect::LoseAnswers,
         ];
-        let hook = match Hook::AIMS[(fault.choice % Hook::AIMS.len() as u64) as usize] {
+        let aims = if self.is_synchronous { &Hook::AIMS[..] } else { &Hook::AIMS[..Hook::AIMS_ASYNC] };
+        let hook = match aims[(fault.choice % aims.len() as u64) as usize] {
             // Beside the list, so that every other seed's strikes stay what they were.
             Hook::Do(OperationKind::Configure) if (fault.choice / 4096).is_multiple_of(2) => Hook::Do(OperationKind::Reaffirm),
             hook => hook,

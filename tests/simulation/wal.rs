@@ -1,7 +1,7 @@
 //! WAL as a tree of histories. What PostgreSQL compares (timeline and position) and what is really in it (who wrote it) are kept apart:
 //! two promotions to one id from one point look the same to PostgreSQL and are not the same (SAFETY row 53).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use pgherd::facts::postgres::{ControlFacts, DatabaseState, StandbyFloor};
 use pgherd::policy::rejoin::{LastRecord, LocalWal, OwnPromotion, Switch, TimelineHistory};
@@ -113,6 +113,8 @@ pub struct Data {
     pub laid: BTreeSet<TimelineId>,
     /// The newest timeline that a history file was brought for, by a walreceiver or before a start, and what it says.
     pub brought: (TimelineId, TimelineHistory),
+    /// Replication slots, which a copy has none of.
+    pub slots: BTreeMap<String, Lsn>,
 }
 
 impl Data {
@@ -133,6 +135,7 @@ impl Data {
             backup_label: false,
             laid: BTreeSet::new(),
             brought: (TimelineId(1), TimelineHistory::default()),
+            slots: BTreeMap::new(),
         }
     }
 
@@ -141,7 +144,7 @@ impl Data {
         self.make_checkpoint();
         let checkpoint = self.checkpoint;
         self.wal.append(RECORD_BYTES);
-        Data { checkpoint, standby_signal: true, backup_label: true, ..self.clone() }
+        Data { checkpoint, standby_signal: true, backup_label: true, slots: BTreeMap::new(), ..self.clone() }
     }
 
     /// Before a start. Laid files above the own timeline would keep a standby's recovery from following.

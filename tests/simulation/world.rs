@@ -13,11 +13,12 @@ use pgherd::facts::failsafe::PromiseAsk;
 use pgherd::facts::postgres::Probe;
 use pgherd::machine::event::Event;
 use pgherd::spec::cluster::{self, ClusterSpec};
-use pgherd::types::{MemberName, Revision};
+use pgherd::types::{Lsn, MemberName, Revision};
 
 use super::check::Checks;
 use super::clock::{Real, ms};
 use super::coverage::Coverage;
+use super::documents::Replication;
 use super::etcd::Etcd;
 use super::guard::AskedBy;
 use super::host::Host;
@@ -25,6 +26,7 @@ use super::network::{EtcdAnswer, EtcdAsk, Link};
 use super::plan::Fault;
 use super::random::Random;
 use super::strikes::Armed;
+use super::synchrony::Reader;
 use super::trace::Trace;
 
 /// How often clients try every server.
@@ -145,6 +147,25 @@ pub enum What {
         host: usize,
         pid: i32,
     },
+    /// The postmaster gets SIGHUP.
+    Reload {
+        host: usize,
+        pid: i32,
+    },
+    /// One of its processes reads the files.
+    Rereads {
+        host: usize,
+        pid: i32,
+        reader: Reader,
+    },
+    /// A standby's answer is at the walsender.
+    Reply {
+        host: usize,
+        from: usize,
+        theirs: i32,
+        of: i32,
+        flush: Lsn,
+    },
     /// A call of failsafe arrives at the HTTP API of `to`.
     PromiseCall {
         host: usize,
@@ -208,6 +229,12 @@ pub struct Sim {
     pub ids: u64,
     pub random: Random,
     ties: Random,
+    /// When processes read files, and answers of standbys: apart, so that what does not wait goes on as it was.
+    pub timing: Random,
+    /// Commits wait for standbys at some time in this run.
+    pub is_synchronous: bool,
+    /// As the spec has it.
+    pub replication: Replication,
     pub etcd: Etcd,
     pub hosts: Vec<Host>,
     /// To etcd and back, for each host.
@@ -272,6 +299,9 @@ impl Sim {
             ids: 0,
             random: Random::new(seed, 1),
             ties: Random::new(seed, 2),
+            timing: Random::new(seed, 6),
+            is_synchronous: false,
+            replication: Replication::ASYNC,
             etcd: Etcd::new(),
             hosts: Vec::new(),
             links: vec![(Link::default(), Link::default()); hosts],
@@ -367,6 +397,9 @@ impl Sim {
             What::Server { host } => self.server_due(host),
             What::Receiver { host, pid } => self.receiver_due(host, pid),
             What::Stream { host, pid } => self.wal_arrives(host, pid),
+            What::Reload { host, pid } => self.reloads(host, pid),
+            What::Rereads { host, pid, reader } => self.rereads(host, pid, reader),
+            What::Reply { host, from, theirs, of, flush } => self.replied(host, from, theirs, of, flush),
             What::PromiseCall { host, run, round, to, ask } => self.peer_is_called(host, run, round, to, *ask),
             What::CutEtcd { host } => self.cut_off_from_etcd(host),
             What::Supervisor { host } => self.supervise(host),

@@ -392,6 +392,7 @@ impl LocalCluster {
             loop_wait_s: 1,
             failsafe: None,
             mode: "async".into(),
+            replication: Vec::new(),
             version: self.plan.programs.postgres_major()?,
             parameters: [("max_connections", "50"), ("shared_buffers", "16MB"), ("wal_keep_size", "128MB")]
                 .map(|(name, value)| (name.to_owned(), value.to_owned()))

@@ -36,6 +36,8 @@ pub struct ClusterDocument {
     pub failsafe: Option<bool>,
     /// `async`, `quorum` or `sync`.
     pub mode: String,
+    /// Further lines under `replication`.
+    pub replication: Vec<String>,
     /// PostgreSQL's major version.
     pub version: u32,
     /// Parameters, values as PostgreSQL's own text.
@@ -60,7 +62,7 @@ impl ClusterDocument {
     retry_timeout: 3s
 {failsafe}  replication:
     mode: {mode}
-  watchdog:
+{replication}  watchdog:
     mode: \"off\"
   postgres:
     version: {version}
@@ -69,6 +71,7 @@ impl ClusterDocument {
             loop_wait = self.loop_wait_s,
             failsafe = self.failsafe.map(|on| format!("    failsafe: {on}\n")).unwrap_or_default(),
             mode = self.mode,
+            replication = self.replication.iter().map(|line| format!("    {line}\n")).collect::<String>(),
             version = self.version,
         );
         if !self.parameters.is_empty() {
@@ -181,6 +184,7 @@ mod tests {
             ttl_s: 5,
             loop_wait_s: 1,
             failsafe: None,
+            replication: Vec::new(),
             mode: "async".into(),
             version: 15,
             parameters: [("log_line_prefix".to_owned(), r#"test "a\b" = 'c'"#.to_owned())].into(),

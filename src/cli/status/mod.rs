@@ -64,6 +64,7 @@ fn wanted(record: &SpecRecord) -> Option<Wanted> {
     Some(Wanted {
         members: spec.members.iter().map(declared).collect(),
         maximum_lag_on_failover: spec.ha.maximum_lag_on_failover,
+        mode: spec.replication.mode,
         conditions: unbuilt::conditions(&spec),
     })
 }

@@ -8,18 +8,21 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::facts::cluster::{ClusterView, Condition, Initialize, MemberKey, MemberRole, RequestProgress, Severity};
+use crate::spec::cluster::ReplicationMode;
 use crate::types::{ClusterName, Lsn, MemberName, SystemId, TimelineId};
 
 /// State of a member whose key is not there.
 pub const NO_KEY: &str = "unknown";
 
 /// What the spec says, as far as a status needs it.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Wanted {
     /// The declared members.
     pub members: Vec<Declared>,
     /// `ha.maximum_lag_on_failover`, in bytes.
     pub maximum_lag_on_failover: u64,
+    /// `replication.mode`.
+    pub mode: ReplicationMode,
     /// What the spec itself gives rise to, such as parts that are not built yet.
     pub conditions: Vec<Condition>,
 }
@@ -97,7 +100,11 @@ pub struct MemberStatus {
 pub enum Role {
     /// Holds the lock.
     Leader,
-    /// Everybody else, while replication is asynchronous.
+    /// Every commit waits for it.
+    SyncStandby,
+    /// Commits wait for it or for another.
+    QuorumStandby,
+    /// Everybody else.
     Replica,
 }
 
@@ -146,7 +153,7 @@ struct World<'a> {
 impl World<'_> {
     fn member(&self, name: &MemberName) -> MemberStatus {
         let declared = self.wanted.and_then(|wanted| wanted.members.iter().find(|member| member.name == *name));
-        let role = if self.leader == Some(name.as_str()) { Role::Leader } else { Role::Replica };
+        let role = self.role(name);
         let Some(key) = self.view.members.get(name) else {
             return self.without_key(name, declared.map(|declared| declared.host.clone()).unwrap_or_default(), role);
         };
@@ -170,6 +177,16 @@ impl World<'_> {
             conditions,
             machine_state: Some(record.machine_state.clone()),
             observed_generation: Some(record.observed_generation),
+        }
+    }
+
+    fn role(&self, name: &MemberName) -> Role {
+        let is_sync = self.wanted.is_some_and(|wanted| wanted.mode == ReplicationMode::Sync);
+        match (self.leader == Some(name.as_str()), self.view.sync.as_ref().is_some_and(|record| record.is_standby(name))) {
+            (true, _) => Role::Leader,
+            (false, true) if is_sync => Role::SyncStandby,
+            (false, true) => Role::QuorumStandby,
+            (false, false) => Role::Replica,
         }
     }
 
@@ -212,10 +229,10 @@ impl World<'_> {
                 );
             }
             Role::Leader => {}
-            Role::Replica if record.state != "streaming" => {
+            Role::SyncStandby | Role::QuorumStandby | Role::Replica if record.state != "streaming" => {
                 warn("not_streaming", format!("does not stream from the leader (state: {})", record.state));
             }
-            Role::Replica => {
+            Role::SyncStandby | Role::QuorumStandby | Role::Replica => {
                 if let (Some(ours), Some(leaders)) = (record.timeline, self.timeline)
                     && ours != leaders
                 {

@@ -56,6 +56,8 @@ fn row(member: &MemberStatus, pending: bool, tags: bool) -> Vec<String> {
         one_line(&member.host),
         match member.role {
             Role::Leader => "Leader".to_owned(),
+            Role::SyncStandby => "Sync Standby".to_owned(),
+            Role::QuorumStandby => "Quorum Standby".to_owned(),
             Role::Replica => "Replica".to_owned(),
         },
         one_line(state),

@@ -44,9 +44,15 @@ pub fn view() -> ClusterView {
     };
     ClusterView {
         spec: Some(SpecRecord { generation: 4, document: String::new(), by: "dba@mdw".to_owned(), at: "2026-11-22T12:00:00Z".to_owned() }),
-        leader: Some(LeaderKey { holder: "mdw".to_owned(), epoch: Epoch(40), lease: LeaseId(0) }),
+        leader: Some(LeaderKey { holder: "mdw".to_owned(), epoch: Epoch(40), lease: LeaseId(0), mod_revision: Revision(40) }),
         members: MEMBERS.iter().enumerate().map(member).collect(),
-        status: Some(StatusRecord { epoch: Epoch(40), timeline: TimelineId(3), lsn: Lsn(0x0500_0000), conditions: Vec::new() }),
+        status: Some(StatusRecord {
+            epoch: Epoch(40),
+            timeline: TimelineId(3),
+            lsn: Lsn(0x0500_0000),
+            slots: Default::default(),
+            conditions: Vec::new(),
+        }),
         initialize: Some(Initialize::Done(SystemId(7))),
         ..ClusterView::default()
     }
@@ -55,7 +61,12 @@ pub fn view() -> ClusterView {
 /// The spec that names all three.
 pub fn wanted() -> Wanted {
     let members = MEMBERS.map(|(who, host)| Declared { name: name(who), host: format!("{host}:5432") });
-    Wanted { members: members.into(), maximum_lag_on_failover: 1024 * 1024, conditions: Vec::new() }
+    Wanted {
+        members: members.into(),
+        maximum_lag_on_failover: 1024 * 1024,
+        mode: crate::spec::cluster::ReplicationMode::Async,
+        conditions: Vec::new(),
+    }
 }
 
 /// What a member says of itself.

@@ -9,5 +9,7 @@ pub(crate) mod promoting;
 pub(crate) mod publish;
 pub(crate) mod rejoining;
 pub(crate) mod requests;
+pub(crate) mod slots;
 pub(crate) mod standby;
 pub(crate) mod starting;
+pub(crate) mod synchrony;

@@ -3,18 +3,21 @@
 //! The lock's upkeep is not here: it has its own thread, and the ladder is the guard's. Between A and the fast stop this state
 //! stays: a proof in time takes the announcement back.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use statig::prelude::*;
 
 use crate::facts::cluster::{HistoryEntry, MemberRole, StatusRecord};
 use crate::facts::guard::{Rung, Word};
+use crate::facts::postgres::SqlFacts;
 use crate::machine::action::Operation;
 use crate::machine::bookkeeping::{CRASH_LIMIT, CRASH_WINDOW_S};
 use crate::machine::node::Context;
-use crate::machine::rules::requests;
+use crate::machine::rules::{requests, slots, synchrony};
 use crate::machine::state::{Demotion, HandOver, HandOverStage, Promotion, State, Then, Way};
 use crate::machine::world::Lock;
+use crate::spec::cluster::PermanentSlot;
 use crate::types::{LockIdentity, Lsn, MemberName, TimelineId};
 
 pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
@@ -86,12 +89,14 @@ fn upkeep(context: &mut Context<'_>, lock: LockIdentity) {
     }
     record_promotion(context, lock, timeline);
     write_status(context, lock, timeline, lsn);
+    synchrony::keep(context, lock);
     let start = context.world.running().map(|(start, _)| start);
     if context.world.roles_for != start {
         let post_init = context.world.initialized_here;
         context.start(Operation::EnsureRoles { spec, post_init });
     } else {
         context.world.initialized_here = false;
+        slots::keep(context);
         take_up_configuration(context);
     }
 }
@@ -123,7 +128,7 @@ fn record_promotion(context: &mut Context<'_>, lock: LockIdentity, timeline: Tim
 
 /// Every loop_wait, and whenever WAL moved by half of what a failover may lose (P2).
 fn write_status(context: &mut Context<'_>, lock: LockIdentity, timeline: TimelineId, lsn: Lsn) {
-    let Some(ha) = context.world.spec().map(|spec| spec.ha.clone()) else { return };
+    let Some((ha, ha_slots)) = context.world.spec().map(|spec| (spec.ha.clone(), spec.replication.slots.clone())) else { return };
     let due = match &context.world.status_written {
         None => true,
         Some((last, at)) => {
@@ -132,14 +137,25 @@ fn write_status(context: &mut Context<'_>, lock: LockIdentity, timeline: Timelin
                 || lsn.bytes_since(last.lsn) >= (ha.maximum_lag_on_failover / 2).max(1)
         }
     };
-    let record = StatusRecord { epoch: lock.epoch, timeline, lsn, conditions: Vec::new() };
+    let slots = context.world.sql().map(|sql| permanent_slots(&ha_slots, sql)).unwrap_or_default();
+    let record = StatusRecord { epoch: lock.epoch, timeline, lsn, slots, conditions: Vec::new() };
     if due && context.start(Operation::WriteStatus(record.clone())) {
         context.world.status_written = Some((record, context.now));
     }
 }
 
+/// For standbys to move theirs on to.
+fn permanent_slots(wanted: &BTreeMap<String, PermanentSlot>, sql: &SqlFacts) -> BTreeMap<String, Lsn> {
+    let positions = sql.slots.iter().filter(|slot| wanted.contains_key(&slot.name));
+    positions.filter_map(|slot| Some((slot.name.clone(), slot.restart_lsn?))).collect()
+}
+
 /// A standby tries a new generation first; alone, the primary has to try it itself.
 fn take_up_configuration(context: &mut Context<'_>) {
+    // It would let clients in.
+    if context.world.is_closed() {
+        return;
+    }
     let Some((generation, spec)) = context.world.spec.clone() else { return };
     let current = context.world.in_force.as_ref().map(|files| files.generation);
     if current == Some(generation) || context.world.refused_generation == Some(generation) {

@@ -8,10 +8,11 @@ use statig::prelude::*;
 
 use crate::facts::guard::Word;
 use crate::facts::postgres::DataDirectory;
+use crate::facts::synchrony::Names;
 use crate::machine::action::{Action, LeaseOrder, Operation, OperationKind, StartAs, StopMode};
 use crate::machine::bookkeeping::{CRASH_LIMIT, CRASH_WINDOW_S};
 use crate::machine::node::Context;
-use crate::machine::rules::{primary, standby};
+use crate::machine::rules::{primary, standby, synchrony};
 use crate::machine::state::{Demotion, Promotion, State, Then, Way};
 use crate::machine::world::{Etcd, Lock};
 use crate::mutants::{Mutant, mutant};
@@ -97,13 +98,14 @@ fn failed(promotion: &Promotion, context: &Context<'_>) -> Option<String> {
 
 fn promote(promotion: &Promotion, timeline: TimelineId, context: &mut Context<'_>) -> Outcome<State> {
     // Whatever else works on PostgreSQL has time, the cluster has not.
-    if context.world.job().is_some_and(|job| job != OperationKind::Promote) {
+    if context.world.job().is_some_and(|job| !matches!(job, OperationKind::Promote | OperationKind::SetNames)) {
         standby::cancel_job(context);
     }
     let Some(sql) = context.world.sql() else { return Handled };
     let (in_recovery, at) = (sql.in_recovery, sql.timeline);
     if in_recovery {
         if !context.world.promotion_asked_lately(context.now)
+            && synchrony::ready_to_promote(context, promotion.lock)
             && context.start(Operation::Promote { lock: promotion.lock, timeline, parent: at })
         {
             context.world.promote_asked = Some(context.now);
@@ -163,9 +165,10 @@ fn start_in_place(promotion: &Promotion, context: &mut Context<'_>) -> Outcome<S
             if reserved != own {
                 return Transition(State::Following);
             }
-            let fall_back = context.world.files_failed;
+            let (fall_back, names) = (context.world.files_failed, context.world.names_at_first());
+            let closed = names != Names::Nobody && context.world.starts_closed(promotion.lock.epoch);
             if let Some((generation, spec)) = context.world.spec.clone()
-                && context.start(Operation::Start { role: StartAs::Primary, spec, generation, fall_back })
+                && context.start(Operation::Start { role: StartAs::Primary, spec, generation, fall_back, names, closed })
             {
                 context.world.in_force = Some(crate::machine::world::InForce { generation, upstream: None });
             }

@@ -8,11 +8,13 @@ use crate::facts::cluster::{DataDirectoryReport, MemberRecord, MemberRole};
 use crate::facts::failsafe;
 use crate::facts::guard::{PostmasterFacts, Word};
 use crate::facts::postgres::{DataDirectory, ProbeOutcome};
+use crate::facts::synchrony;
 use crate::machine::action::{Operation, OperationKind};
 use crate::machine::node::Context;
 use crate::machine::rules::standby;
 use crate::machine::state::State;
 use crate::machine::world::World;
+use crate::policy::slots;
 
 /// A key that was written so long ago has to be seen in etcd.
 const VANISHED_AFTER_MS: u64 = 1_000;
@@ -78,7 +80,7 @@ fn record(world: &World, state: &State) -> Option<MemberRecord> {
             ..world.me.versions.clone()
         },
         observed_generation: world.in_force.as_ref().map_or(0, |files| files.generation),
-        features: vec![failsafe::FEATURE.to_owned()],
+        features: vec![failsafe::FEATURE.to_owned(), synchrony::FEATURE.to_owned(), slots::FEATURE.to_owned()],
         pending_restart: sql.map(|sql| sql.pending_restart.clone()).unwrap_or_default(),
         tags: member.tags.set(),
         conditions: world.conditions.values().cloned().collect(),

@@ -13,10 +13,12 @@ use crate::facts::guard::Word;
 use crate::facts::postgres::{DataDirectory, DatabaseState};
 use crate::machine::action::{Action, Operation, OperationKind, StartAs, StopMode, Upstream};
 use crate::machine::node::Context;
+use crate::machine::rules::{slots, synchrony};
 use crate::machine::state::{Demotion, Promotion, State, Then, Way};
 use crate::machine::world::{Etcd, Lock};
 use crate::policy::election::{self, Inputs, Verdict};
 use crate::policy::rejoin;
+use crate::policy::slots as slots_of;
 use crate::types::{LeaseId, MemberName, TimelineId};
 
 /// A standby that does not stream from a healthy leader for so long is stopped, judged and started again (SAFETY row 10).
@@ -123,8 +125,8 @@ pub(crate) fn look_again(context: &mut Context<'_>) {
 /// Asks for a postmaster in recovery.
 pub(crate) fn start_standby(context: &mut Context<'_>, upstream: Option<Upstream>) {
     let Some((generation, spec)) = context.world.spec.clone() else { return };
-    let fall_back = context.world.files_failed;
-    if context.start(Operation::Start { role: StartAs::Standby(upstream.clone()), spec, generation, fall_back }) {
+    let (fall_back, names) = (context.world.files_failed, context.world.names_at_first());
+    if context.start(Operation::Start { role: StartAs::Standby(upstream.clone()), spec, generation, fall_back, names, closed: false }) {
         context.world.in_force = Some(crate::machine::world::InForce { generation, upstream });
     }
 }
@@ -155,7 +157,12 @@ fn has_to_be_judged(context: &Context<'_>) -> bool {
 /// Whom to follow: the leader, as it says itself.
 pub(crate) fn upstream(context: &Context<'_>) -> Option<Upstream> {
     let (name, key) = context.world.other_leader()?;
-    Some(Upstream { member: name.clone(), host: key.record.host.clone(), port: key.record.port })
+    Some(Upstream {
+        member: name.clone(),
+        host: key.record.host.clone(),
+        port: key.record.port,
+        keeps_slots: key.record.features.iter().any(|feature| feature == slots_of::FEATURE),
+    })
 }
 
 fn follow_running(context: &mut Context<'_>) -> Outcome<State> {
@@ -171,6 +178,8 @@ fn follow_running(context: &mut Context<'_>) -> Outcome<State> {
     }
     if !another && context.world.promoted.is_some() {
         keep_configured(context);
+        synchrony::keep_standby(context);
+        slots::keep(context);
     }
     if context.world.vacancy.is_some() && can_be_candidate(context) { Transition(State::Candidate) } else { Handled }
 }
@@ -252,7 +261,14 @@ fn can_be_candidate(context: &Context<'_>) -> bool {
         && world.lock == Lock::None
         && !world.failsafe.keeps_still
         && world.declared().is_some_and(|member| !member.nofailover())
-        && !(world.abstains_until.is_some_and(|until| context.now < until) && somebody_else_could_lead(world))
+        && (!abstains(context) || synchrony::is_recorded(world))
+}
+
+/// A leadership of this member came to nothing a moment ago, and another may have better luck. Where commits wait for standbys the others may
+/// need its word on how far it is all the same.
+fn abstains(context: &Context<'_>) -> bool {
+    let world = &context.world;
+    world.abstains_until.is_some_and(|until| context.now < until) && somebody_else_could_lead(world)
 }
 
 fn somebody_else_could_lead(world: &crate::machine::world::World) -> bool {
@@ -273,9 +289,13 @@ pub(crate) fn candidate(context: &mut Context<'_>) -> Outcome<State> {
         context.world.clear("waiting_to_lead");
         return Transition(State::Following);
     }
+    synchrony::detach(context);
     let verdict = verdict(context);
     ask_peers(context, if matches!(verdict, Some(Verdict::NotEligible { .. })) { PEERS_AGAIN_IN_VAIN_MS } else { PEERS_AGAIN_MS });
     match verdict {
+        Some(Verdict::Run { .. }) if abstains(context) => {
+            context.world.set_info("waiting_to_lead", "leaves the lock to another: its own leadership came to nothing".to_owned());
+        }
         Some(Verdict::Run { why, initialize }) => {
             context.world.clear("waiting_to_lead");
             run(context, &why, initialize);
@@ -288,9 +308,10 @@ pub(crate) fn candidate(context: &mut Context<'_>) -> Outcome<State> {
 }
 
 /// Our last word on this vacancy.
-pub(crate) fn own_vote(context_world: &crate::machine::world::World) -> Option<Vote> {
-    let (vacancy, sql) = (context_world.vacancy?, context_world.sql()?);
-    sql.in_recovery.then(|| Vote { vacancy: vacancy.id, timeline: sql.timeline, lsn: sql.end_of_wal() })
+pub(crate) fn own_vote(world: &crate::machine::world::World) -> Option<Vote> {
+    let (vacancy, sql) = (world.vacancy?, world.sql()?);
+    let last = sql.in_recovery && synchrony::is_last_word(world);
+    last.then(|| Vote { vacancy: vacancy.id, timeline: sql.timeline, lsn: sql.end_of_wal() })
 }
 
 fn verdict(context: &Context<'_>) -> Option<Verdict> {

@@ -174,7 +174,7 @@ fn row_44_what_keeps_a_primary_from_being_started_is_said_and_taken_back() {
     checked.handle(T0 + ms(1), Event::Finished(Finished::Reaffirmed(Err(FULL.to_owned()))));
     assert!(checked.world().conditions["reaffirm_failed"].message.contains(FULL));
     checked.handle(T0 + s(1), renewed(T0 + s(1)));
-    let starts_now = checked.handle(T0 + s(1) + ms(1), Event::Finished(Finished::Reaffirmed(Ok(true))));
+    let starts_now = checked.handle(T0 + s(1) + ms(1), Event::Finished(Finished::Reaffirmed(Ok(Some(crate::types::Revision(100))))));
     assert!(starts(&starts_now, &StartAs::Primary), "{starts_now:?}");
     assert!(!checked.world().conditions.contains_key("reaffirm_failed"));
 }

@@ -42,7 +42,7 @@ impl Releases {
             Finished::Acquired(AcquireOutcome::Won(lock)) => self.sure_of = Some(lock.epoch),
             Finished::Reaffirmed(result) => {
                 let epoch = self.reaffirming.take();
-                self.sure_of = if matches!(result, Ok(true)) { epoch.or(self.sure_of) } else { self.sure_of };
+                self.sure_of = if matches!(result, Ok(Some(_))) { epoch.or(self.sure_of) } else { self.sure_of };
             }
             _ => {}
         }

@@ -48,6 +48,9 @@ pub(crate) fn spec_with(members: &[&str], rest: &str) -> Arc<ClusterSpec> {
         writeln!(text, "    - {{ address: 10.0.0.{}, name: {member} }}", index + 1).unwrap();
     }
     writeln!(text, "  {rest}").unwrap();
+    if !rest.contains("replication:") {
+        text.push_str("  replication: { mode: async, use_slots: false }\n");
+    }
     Arc::new(cluster::load("test", &text).unwrap_or_else(|problems| panic!("{problems}\n{text}")).spec)
 }
 
@@ -132,7 +135,7 @@ pub(crate) fn recorded(timeline: u32, member: &str, lease_id: i64, epoch: i64, p
 }
 
 pub(crate) fn leader(member: &str, lease_id: i64, epoch: i64) -> LeaderKey {
-    LeaderKey { holder: member.to_owned(), epoch: Epoch(epoch), lease: LeaseId(lease_id) }
+    LeaderKey { holder: member.to_owned(), epoch: Epoch(epoch), lease: LeaseId(lease_id), mod_revision: Revision(epoch) }
 }
 
 /// An initialized cluster with a spec and no members, at a revision.
@@ -170,9 +173,16 @@ pub(crate) fn sql(in_recovery: bool, timeline: u32, lsn: u64) -> SqlFacts {
         timeline: TimelineId(timeline),
         receive_lsn: Lsn(lsn),
         replay_lsn: Lsn(lsn),
+        startup: String::new(),
+        receives: false,
+        replayed_all: in_recovery,
+        written_by_then: Lsn(if in_recovery { 0 } else { lsn }),
+        synchronous_standby_names: String::new(),
         replay_paused: false,
         walreceiver: in_recovery.then_some(streaming),
         replicas: Vec::new(),
+        lowered: Vec::new(),
+        slots: Vec::new(),
         pending_restart: Vec::new(),
         server_version_num: 150_018,
         postmaster_start_time: "2026-01-01 00:00:00+00".to_owned(),
@@ -214,6 +224,10 @@ pub(crate) fn failed(operation: &Operation, why: String) -> Finished {
         Operation::Clone { .. } => Finished::Cloned(Err(why)),
         Operation::PlanRejoin { .. } => Finished::RejoinPlanned(Err(why)),
         Operation::Promote { .. } => Finished::PromotionAsked(Err(why)),
+        Operation::Open { .. } => Finished::Opened(Err(why)),
+        Operation::KeepSlots(_) => Finished::SlotsKept(Err(why)),
+        Operation::SetNames { .. } => Finished::NamesSet(Err(why)),
+        Operation::WriteSync { .. } => Finished::SyncWritten(Err(why)),
         Operation::EnsureRoles { .. } => Finished::RolesEnsured(Err(why)),
         Operation::Checkpoint => Finished::Checkpointed(Err(why)),
         Operation::PutMember(_) => Finished::MemberPut(PutOutcome::Failed(why)),

@@ -64,14 +64,14 @@ fn i1_after_a_release_whose_answer_was_lost_a_primary_starts_only_when_the_locks
     checked.handle(now, Event::Finished(Finished::Reaffirmed(Err("the answer was lost".to_owned()))));
     let again = checked.handle(now + s(1), renewed(now + s(1)));
     assert!(operations(&again).contains(&OperationKind::Reaffirm) && !starts(&again, &StartAs::Primary), "{again:?}");
-    let known = checked.handle(now + s(1), Event::Finished(Finished::Reaffirmed(Ok(true))));
+    let known = checked.handle(now + s(1), Event::Finished(Finished::Reaffirmed(Ok(Some(crate::types::Revision(100))))));
     assert!(starts(&known, &StartAs::Primary), "{known:?}");
 }
 
 #[test]
 fn i1_a_lock_that_could_not_be_written_again_since_it_is_gone_starts_no_primary() {
     let (mut checked, now) = unsure();
-    let gone = checked.handle(now, Event::Finished(Finished::Reaffirmed(Ok(false))));
+    let gone = checked.handle(now, Event::Finished(Finished::Reaffirmed(Ok(None))));
     assert!(!starts(&gone, &StartAs::Primary), "{gone:?}");
     let lost = LeaseEvent::Lost { why: crate::facts::lease::LeaseLoss::LockNotOurs };
     let lost = checked.handle(now, Event::Lease(lost));
@@ -144,7 +144,7 @@ fn a_lock_that_was_taken_over_from_the_guard_is_written_again_once_and_one_that_
     let mut checked = Checked::resume(adopted, State::Primary);
     let actions = checked.handle(T0, Event::Tick);
     assert!(operations(&actions).contains(&OperationKind::Reaffirm), "{actions:?}");
-    checked.handle(T0, Event::Finished(Finished::Reaffirmed(Ok(true))));
+    checked.handle(T0, Event::Finished(Finished::Reaffirmed(Ok(Some(crate::types::Revision(100))))));
     for (mut checked, at) in [(checked, T0 + s(1)), (Checked::resume(leads(), State::Primary), T0)] {
         let actions = checked.handle(at, Event::Tick);
         assert!(!operations(&actions).contains(&OperationKind::Reaffirm), "{actions:?}");
@@ -165,7 +165,7 @@ fn i1_the_answer_to_a_key_that_was_written_again_before_a_release_began_rules_th
     let mut checked = Checked::resume(world, State::HandingOver { hand_over });
     let released = checked.handle(T0 + ms(1), Event::Tick);
     assert!(operations(&released).contains(&OperationKind::Release), "{released:?}");
-    checked.handle(T0 + ms(2), Event::Finished(Finished::Reaffirmed(Ok(true))));
+    checked.handle(T0 + ms(2), Event::Finished(Finished::Reaffirmed(Ok(Some(crate::types::Revision(100))))));
     // The successor is gone, and what became of the release is not known.
     view.members.remove(&name("c"));
     checked.handle(T0 + s(1), Event::View(Arc::new(view), T0 + s(1)));
@@ -173,7 +173,7 @@ fn i1_the_answer_to_a_key_that_was_written_again_before_a_release_began_rules_th
     ordered.extend(checked.handle(T0 + ms(3_600), renewed(T0 + ms(3_600))));
     ordered.extend(checked.handle(T0 + ms(4_000), Event::Tick));
     assert!(operations(&ordered).contains(&OperationKind::Reaffirm) && !starts(&ordered, &StartAs::Primary), "{ordered:?}");
-    let known = checked.handle(T0 + ms(4_010), Event::Finished(Finished::Reaffirmed(Ok(true))));
+    let known = checked.handle(T0 + ms(4_010), Event::Finished(Finished::Reaffirmed(Ok(Some(crate::types::Revision(100))))));
     assert!(starts(&known, &StartAs::Primary), "{known:?}");
 }
 

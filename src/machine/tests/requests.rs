@@ -56,6 +56,7 @@ fn row_69_a_standby_that_says_that_it_streams_is_not_refused_before_the_primary_
         flush_lsn: Some(Lsn(1_000)),
         replay_lsn: None,
         sync_state: "async".to_owned(),
+        sync_priority: 0,
     };
     let looked = |seconds, replicas| Event::Probed(probe(T0 + s(seconds), SqlFacts { replicas, ..sql(false, 2, 1_000) }));
     let half_gone = ReplicaFacts { state: "catchup".to_owned(), flush_lsn: None, ..sees.clone() };

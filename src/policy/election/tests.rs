@@ -9,6 +9,8 @@ use crate::facts::cluster::{FailsafeRecord, MemberRole, ReleaseRecord, StatusRec
 use crate::machine::tests::fixtures::{SYSTEM, T0, empty_record, entry, key, ms, name, record, recorded, spec, view};
 use crate::types::{Epoch, Revision};
 
+mod synchronous;
+
 /// The ladder of a ttl of 10 s.
 const LADDER: Duration = Duration::from_millis(5_116);
 const VACANCY: Revision = Revision(50);
@@ -36,7 +38,13 @@ impl Vacant {
         let mut view = view(60);
         view.history = vec![recorded(1, "a", 1, 10, 0, 0)];
         view.history_revision = VACANCY;
-        view.status = Some(StatusRecord { epoch: Epoch(10), timeline: TimelineId(1), lsn: Lsn(LSN), conditions: Vec::new() });
+        view.status = Some(StatusRecord {
+            epoch: Epoch(10),
+            timeline: TimelineId(1),
+            lsn: Lsn(LSN),
+            slots: Default::default(),
+            conditions: Vec::new(),
+        });
         let vacant = Vacant {
             members: MEMBERS.to_vec(),
             view,
@@ -410,7 +418,7 @@ proptest! {
             let member = name(["a", "b", "c", "d"][index]);
             view.members.insert(member, key(record(MemberRole::Replica, *timeline, 1), 7));
         }
-        view.status = Some(StatusRecord { epoch: Epoch(1), timeline: TimelineId(status), lsn: Lsn(1), conditions: Vec::new() });
+        view.status = Some(StatusRecord { epoch: Epoch(1), timeline: TimelineId(status), lsn: Lsn(1), slots: Default::default(), conditions: Vec::new() });
         let next = next_timeline(&view, TimelineId(own)).0;
         let known = reserved.iter().chain(&reported).chain([&own, &status]);
         prop_assert!(known.into_iter().all(|timeline| next > *timeline));

@@ -11,9 +11,12 @@
 //! all members that may count, and the least number. When that number grows, nothing shows that it has arrived, and so the names pass
 //! through another form, which each walsender's sync_priority does show.
 
+pub mod goal;
+
 use std::collections::BTreeSet;
 
 use crate::facts::synchrony::{Acks, Names, Sender, SyncRecord};
+use crate::mutants::{Mutant, mutant};
 use crate::types::{Epoch, Lsn, MemberName};
 
 /// Forms of the names that some walsender may still go by; beyond, two are counted as what both allow.
@@ -45,7 +48,8 @@ impl SyncRecord {
     /// many others at least one has.
     pub fn holds_all<'a>(&self, seen: impl Iterator<Item = &'a MemberName> + Clone) -> bool {
         let of_members = seen.clone().filter(|name| self.members.contains(*name)).count();
-        seen.clone().any(|name| *name == self.leader) || of_members + self.copies as usize > self.members.len()
+        let enough = self.members.len() - usize::from(mutant(Mutant::OneFewerSeen));
+        seen.clone().any(|name| *name == self.leader) || of_members + self.copies as usize > enough
     }
 
     fn new(leader: &MemberName, epoch: Epoch, acks: &Acks) -> SyncRecord {
@@ -138,7 +142,22 @@ impl InForce {
     pub fn took(&mut self, names: Names) {
         // Nobody is released by these: backends are proved to wait, and Block has no walsender.
         self.earlier.retain(|earlier| *earlier != names && !matches!(earlier, Names::Nobody | Names::Block));
+        if mutant(Mutant::WalsendersNotSeen) {
+            self.earlier.clear();
+        }
         self.set = Some(names);
+    }
+
+    /// Somebody else set other names, unseen: what new processes read is not known, and what some read before may be anything.
+    pub fn forget(&mut self) {
+        let before = self.set.take();
+        self.add(before.into_iter().chain([Names::Nobody]).collect());
+        self.written = None;
+    }
+
+    /// Some backend may go by empty names, and wait for nobody.
+    pub fn may_not_wait(&self) -> bool {
+        self.earlier.iter().chain(&self.set).any(|names| *names == Names::Nobody)
     }
 
     fn add(&mut self, more: Vec<Names>) {
@@ -245,7 +264,7 @@ pub struct Inputs<'a> {
 /// The next step, which may be taken at once; a crash before, within or after it leaves everything acknowledged where it can be found.
 pub fn step(inputs: &Inputs<'_>) -> Step {
     if let Some(record) = inputs.record.filter(|record| record.leader != *inputs.me || record.epoch != inputs.epoch) {
-        return Step::Record(Some(taken_over(inputs, record)));
+        return Step::Record(Some(taken_over(inputs.me, inputs.epoch, record)));
     }
     match inputs.goal {
         Goal::Stay => Step::Done,
@@ -257,9 +276,9 @@ pub fn step(inputs: &Inputs<'_>) -> Step {
 }
 
 /// The former leader's record under our name: it held everything, and so do we, who were let lead.
-fn taken_over(inputs: &Inputs<'_>, record: &SyncRecord) -> SyncRecord {
-    let mut record = SyncRecord { leader: inputs.me.clone(), epoch: inputs.epoch, ..record.clone() };
-    if record.members.insert(inputs.me.clone()) {
+pub fn taken_over(me: &MemberName, epoch: Epoch, record: &SyncRecord) -> SyncRecord {
+    let mut record = SyncRecord { leader: me.clone(), epoch, ..record.clone() };
+    if record.members.insert(me.clone()) {
         record.copies += 1;
     }
     record
@@ -289,7 +308,9 @@ fn towards(inputs: &Inputs<'_>, goal: &Acks) -> Step {
         };
     }
     match recorded {
-        Some(recorded) if !then.goes_by(&recorded) => record(&then.loosest().map_or(recorded.clone(), |loosest| recorded.or(&loosest))),
+        Some(recorded) if !then.goes_by(&recorded) && !mutant(Mutant::NamesBeforeRecord) => {
+            record(&then.loosest().map_or(recorded.clone(), |loosest| recorded.or(&loosest)))
+        }
         _ => Step::Names(next),
     }
 }
@@ -301,7 +322,8 @@ fn is_reached(in_force: &InForce, recorded: Option<&Acks>, goal: &Acks, senders:
     }
     // What was set before this daemon came is known only as far as a record says it.
     let from_now_on = (in_force.set.is_some() || recorded.is_some()) && in_force.goes_by(goal);
-    let before = recorded.is_some_and(|recorded| recorded.implies(goal)) || flushed(in_force, goal, senders);
+    let before =
+        recorded.is_some_and(|recorded| recorded.implies(goal)) || flushed(in_force, goal, senders) || mutant(Mutant::RecordBeforeFlush);
     from_now_on && before
 }
 

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use core::net::IpAddr;
 
-use super::typed::{self, Checkpoint, PoolMode, ReplicationMode, VipManager, WatchdogMode};
+use super::typed::{self, Checkpoint, PoolMode, ReplicationMode, SlotType, VipManager, WatchdogMode};
 use super::{
-    Basebackup, BootstrapSpec, ClusterSpec, DEFAULT_PRIORITY, EtcdPeer, Ha, Haproxy, Initdb, Member, Pgbouncer, PostgresSpec, Replication,
-    Routing, Tags, Vip, WatchdogSpec,
+    Basebackup, BootstrapSpec, ClusterSpec, DEFAULT_PRIORITY, EtcdPeer, Ha, Haproxy, Initdb, Member, PermanentSlot, Pgbouncer,
+    PostgresSpec, Replication, Routing, Tags, Vip, WatchdogSpec,
 };
 use crate::policy::deadlines::default_safety_margin;
 use crate::spec::problems::{Report, nearest};
@@ -21,6 +21,8 @@ use crate::types::MemberName;
 const TTL: Duration = Duration::from_secs(10);
 /// Most members; each publishes a key, and one transaction of etcd takes 128 operations.
 const MEMBERS_MAX: usize = 64;
+/// With fewer members the default of replication.mode is async.
+const QUORUM_MEMBERS_MIN: usize = 3;
 /// Default of pg_hba.
 const PG_HBA: &str = "host all all {members} scram-sha-256";
 
@@ -33,7 +35,7 @@ pub(super) fn cluster(typed: typed::Cluster, report: &mut Report) -> Option<Clus
     let labels = labels(metadata.labels.unwrap_or_default(), report);
     let members = members(spec.members.unwrap_or_default(), report);
     let ha = ha(spec.ha.unwrap_or_default(), report);
-    let replication = replication(spec.replication.unwrap_or_default(), report);
+    let replication = replication(spec.replication.unwrap_or_default(), members.len(), report);
     let postgres = postgres(spec.postgres.unwrap_or_default(), &members, report);
     let bootstrap = bootstrap(spec.bootstrap.unwrap_or_default(), report);
     let watchdog = watchdog(spec.watchdog.unwrap_or_default(), ha.ttl);
@@ -143,7 +145,7 @@ fn ha(typed: typed::Ha, report: &mut Report) -> Ha {
     }
 }
 
-fn replication(typed: typed::Replication, report: &mut Report) -> Replication {
+fn replication(typed: typed::Replication, members: usize, report: &mut Report) -> Replication {
     let basebackup = typed.basebackup.unwrap_or_default();
     if let Some(compress) = &basebackup.compress {
         let (method, detail) = compress.split_once(':').unwrap_or((compress, "level=1"));
@@ -154,13 +156,26 @@ fn replication(typed: typed::Replication, report: &mut Report) -> Replication {
         }
     }
     Replication {
-        mode: ReplicationMode::Async,
-        use_slots: false,
+        mode: typed.mode.unwrap_or(if members < QUORUM_MEMBERS_MIN { ReplicationMode::Async } else { ReplicationMode::Quorum }),
+        synchronous_node_count: typed.synchronous_node_count.unwrap_or(1),
+        strict: typed.strict.unwrap_or(false),
+        maximum_lag_on_syncnode: typed.maximum_lag_on_syncnode.map(|size| size.0),
+        use_slots: typed.use_slots.unwrap_or(true),
+        member_slots_ttl: duration(typed.member_slots_ttl, Duration::from_secs(30 * 60)),
+        slots: typed.slots.unwrap_or_default().into_iter().filter_map(|(name, slot)| Some((name, permanent_slot(slot)?))).collect(),
         basebackup: Basebackup {
             max_rate: basebackup.max_rate.map(|size| size.0),
             compress: basebackup.compress,
             checkpoint: basebackup.checkpoint.unwrap_or(Checkpoint::Fast),
         },
+    }
+}
+
+/// One that says too little is an error of the rules.
+fn permanent_slot(slot: typed::Slot) -> Option<PermanentSlot> {
+    match slot.slot_type? {
+        SlotType::Physical => Some(PermanentSlot::Physical),
+        SlotType::Logical => Some(PermanentSlot::Logical { database: slot.database?, plugin: slot.plugin? }),
     }
 }
 

@@ -1,7 +1,6 @@
 //! What a cluster document means: the values in force, checked, with defaults filled in.
 //!
-//! A default whose feature is not built is not in force: `replication.mode` and `watchdog.mode` read async and off here whatever was
-//! typed. What was typed is in [`ClusterSpec::typed`]; [`super::unbuilt`] says what follows from that.
+//! A default whose feature is not built is not in force: `watchdog.mode` reads off here whatever was typed. What was typed is in [`ClusterSpec::typed`]; [`super::unbuilt`] says what follows from that.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -173,12 +172,36 @@ pub struct Ha {
 /// How standbys follow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Replication {
-    /// Only async is built.
+    /// When a commit is acknowledged.
     pub mode: ReplicationMode,
-    /// Not built: false.
+    /// Standbys that must hold a commit before it is acknowledged.
+    pub synchronous_node_count: u32,
+    /// No standby, no commit.
+    pub strict: bool,
+    /// Bytes; a standby further behind is not synchronous. None = no limit.
+    pub maximum_lag_on_syncnode: Option<u64>,
+    /// Each member has a slot.
     pub use_slots: bool,
+    /// How long an absent member's slot is kept.
+    pub member_slots_ttl: Duration,
+    /// Permanent slots by name.
+    pub slots: BTreeMap<String, PermanentSlot>,
     /// How pg_basebackup is called.
     pub basebackup: Basebackup,
+}
+
+/// A slot that is always there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PermanentSlot {
+    /// Keeps WAL.
+    Physical,
+    /// Keeps changes for a subscriber.
+    Logical {
+        /// Of this database.
+        database: String,
+        /// By this output plugin.
+        plugin: String,
+    },
 }
 
 /// How pg_basebackup is called.

@@ -227,7 +227,7 @@ impl Modelled {
                 }
                 self.etcd.by_hand(|keys, revision| {
                     let epoch = keys.leader.as_ref().map_or(Epoch(revision.0), |leader| leader.epoch);
-                    keys.leader = Some(LeaderKey { holder: holder.to_owned(), epoch, lease });
+                    keys.leader = Some(LeaderKey { holder: holder.to_owned(), epoch, lease, mod_revision: revision });
                 });
             }
             Hand::PutSync => self.etcd.by_hand(|keys, revision| keys.sync_revision = revision),

@@ -161,9 +161,7 @@ impl<'a> Real<'a> {
                 let left = record.then(|| names.release(*lock));
                 Said::Did(self.etcd.release(names.epoch(*lock), left.as_ref()).await.unwrap() == Released::Released)
             }
-            Step::Reaffirm { member, lock } => {
-                Said::Did(self.etcd.reaffirm(names.epoch(*lock), &name(member)).await.unwrap() == Fenced::Written)
-            }
+            Step::Reaffirm { member, lock } => Said::Did(self.etcd.reaffirm(names.epoch(*lock), &name(member)).await.unwrap().is_some()),
             Step::Move { member, lock, from, to } => {
                 let lock = lock.map(|lock| names.epoch(lock));
                 let (from, to) = (names.lease(*from), names.lease(*to));

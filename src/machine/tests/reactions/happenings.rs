@@ -181,18 +181,27 @@ fn answers() -> Vec<Finished> {
     for result in [Ok(Configured::Taken), Ok(Configured::PutBack(why())), Err(why())] {
         all.push(Finished::Configured { generation: 1, upstream: None, result });
     }
-    for done in [Finished::Initialized, Finished::Cloned, Finished::PromotionAsked, Finished::RolesEnsured, Finished::Checkpointed] {
+    for done in [
+        Finished::Initialized,
+        Finished::Cloned,
+        Finished::PromotionAsked,
+        Finished::RolesEnsured,
+        Finished::Checkpointed,
+        Finished::NamesSet,
+        Finished::Opened,
+        Finished::SlotsKept,
+    ] {
         all.extend([done(Ok(())), done(Err(why()))]);
     }
     for done in [Finished::InitializeGivenUp, Finished::FencedByScan] {
         all.extend([done(Ok(())), done(Err(why()))]);
     }
-    for done in
-        [Finished::Released, Finished::Reaffirmed, Finished::StatusWritten, Finished::PromotionRecorded, Finished::InitializeClaimed]
-    {
+    for done in [Finished::Released, Finished::StatusWritten, Finished::PromotionRecorded, Finished::InitializeClaimed] {
         all.extend([done(Ok(true)), done(Ok(false)), done(Err(why()))]);
     }
     all.extend([Ok(true), Ok(false), Err(why())].map(Finished::RequestAnswered));
+    all.extend([Ok(Some(Revision(30))), Ok(None), Err(why())].map(Finished::Reaffirmed));
+    all.extend([Ok((true, Revision(30))), Ok((false, Revision(30))), Err(why())].map(Finished::SyncWritten));
     all
 }
 

@@ -222,6 +222,10 @@ impl Healed {
                 }
                 Finished::PromotionAsked(Ok(()))
             }
+            Operation::Open { .. } => Finished::Opened(Ok(())),
+            Operation::KeepSlots(_) => Finished::SlotsKept(Ok(())),
+            Operation::SetNames { .. } => Finished::NamesSet(Ok(())),
+            Operation::WriteSync { .. } => Finished::SyncWritten(Ok((false, self.view.revision))),
             Operation::EnsureRoles { .. } => Finished::RolesEnsured(Ok(())),
             Operation::WriteFailsafe { record, .. } => {
                 (self.view.failsafe, self.view.failsafe_revision) = (record, self.view.revision);
@@ -237,7 +241,7 @@ impl Healed {
                 self.b_leads();
                 Finished::Released(Ok(true))
             }
-            Operation::Reaffirm(_) => Finished::Reaffirmed(Ok(true)),
+            Operation::Reaffirm(_) => Finished::Reaffirmed(Ok(Some(self.view.revision))),
             Operation::WriteStatus(_) => Finished::StatusWritten(Ok(true)),
             Operation::RecordPromotion { .. } => Finished::PromotionRecorded(Ok(true)),
             Operation::ClaimInitialize => Finished::InitializeClaimed(Ok(false)),

@@ -44,7 +44,7 @@ pub(crate) fn ours() -> LockIdentity {
 }
 
 fn upstream() -> Option<Upstream> {
-    Some(Upstream { member: name("b"), host: "10.0.0.9".to_owned(), port: 5432 })
+    Some(Upstream { member: name("b"), host: "10.0.0.9".to_owned(), port: 5432, keeps_slots: false })
 }
 
 /// `b` leads on timeline 2.

@@ -7,6 +7,7 @@ use crate::clock::BootTime;
 use crate::facts::cluster::{
     ClusterView, FailsafeRecord, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord,
 };
+use crate::facts::synchrony::SyncRecord;
 use crate::machine::event::AcquireOutcome;
 use crate::machine::tests::fixtures::{ETCD, ms};
 use crate::types::{Epoch, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision, SystemId};
@@ -158,7 +159,8 @@ impl ToyEtcd {
         }
         let revision = self.wrote("acquire");
         let epoch = Epoch(revision.0);
-        self.keys.leader = Some(LeaderKey { holder: member.as_str().to_owned(), epoch, lease: lease.lease });
+        self.keys.leader =
+            Some(LeaderKey { holder: member.as_str().to_owned(), epoch, lease: lease.lease, mod_revision: Revision(epoch.0) });
         self.keys.history = history;
         self.keys.history_revision = revision;
         self.keys.release = None;
@@ -183,9 +185,22 @@ impl ToyEtcd {
     pub(crate) fn reaffirm(&mut self, epoch: Epoch) -> bool {
         let ours = self.is_epoch(epoch);
         if ours {
-            self.wrote("leader");
+            let revision = self.wrote("leader");
+            if let Some(leader) = &mut self.keys.leader {
+                leader.mod_revision = revision;
+            }
         }
         ours
+    }
+
+    pub(crate) fn write_sync(&mut self, epoch: Epoch, judged_on: Revision, record: Option<SyncRecord>) -> bool {
+        let fits = self.is_epoch(epoch) && self.keys.sync_revision == judged_on;
+        if fits {
+            let revision = self.wrote("sync");
+            self.keys.sync_revision = if record.is_some() { revision } else { Revision(0) };
+            self.keys.sync = record;
+        }
+        fits
     }
 
     pub(crate) fn write_status(&mut self, status: StatusRecord) -> bool {

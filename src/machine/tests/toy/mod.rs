@@ -367,6 +367,7 @@ impl Toy {
             flush_lsn: host.server.data.as_ref().map(|data| data.end),
             replay_lsn: None,
             sync_state: "async".to_owned(),
+            sync_priority: 0,
         };
         streaming.map(row).collect()
     }
@@ -416,7 +417,7 @@ impl Toy {
         if let Some(probe) = daemon.probe.take() {
             daemon.inbox.push((now, Event::Probed(probe)));
         } else if now >= daemon.next_probe && daemon.checked.world().running().is_some() {
-            daemon.next_probe = now + daemon.checked.machine.probe_every();
+            daemon.next_probe = now + daemon.checked.machine.probe_every(now);
             daemon.probe = Some(host.server.probe(now, replicas));
         }
     }

@@ -133,7 +133,8 @@ impl Toy {
         let now = self.now;
         let lease = self.hosts[member].daemon.as_ref().and_then(|daemon| daemon.lease.held).map(|(identity, _)| identity);
         match operation {
-            Operation::Start { role, .. } => {
+            Operation::Start { role, names, .. } => {
+                self.host(member.as_str()).server.names = names.to_string();
                 let (word, upstream) = match role {
                     StartAs::Primary => (Word::Writable, None),
                     StartAs::Standby(upstream) => (Word::Standby, upstream.map(|upstream| upstream.member)),
@@ -206,7 +207,19 @@ impl Toy {
                 None => AcquireOutcome::Beaten,
             }),
             Operation::Release { epoch, record } => Finished::Released(Ok(self.etcd.release(epoch, record))),
-            Operation::Reaffirm(epoch) => Finished::Reaffirmed(Ok(self.etcd.reaffirm(epoch))),
+            Operation::Reaffirm(epoch) => {
+                let reaffirmed = self.etcd.reaffirm(epoch);
+                Finished::Reaffirmed(Ok(reaffirmed.then_some(self.etcd.keys.revision)))
+            }
+            Operation::Open { .. } => Finished::Opened(Ok(())),
+            Operation::KeepSlots(_) => Finished::SlotsKept(Ok(())),
+            Operation::SetNames { names, .. } => {
+                self.host(member.as_str()).server.names = names.to_string();
+                Finished::NamesSet(Ok(()))
+            }
+            Operation::WriteSync { epoch, judged_on, record, .. } => {
+                Finished::SyncWritten(Ok((self.etcd.write_sync(epoch, judged_on, record), self.etcd.keys.revision)))
+            }
             Operation::WriteStatus(status) => Finished::StatusWritten(Ok(self.etcd.write_status(status))),
             Operation::RecordPromotion { epoch, mut history } => {
                 let wal = self.hosts[member].server.data.as_ref().map(|data| data.wal.clone()).unwrap_or_default();

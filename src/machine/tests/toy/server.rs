@@ -91,6 +91,8 @@ pub(crate) struct Server {
     /// It ends by itself so long after each start as a primary.
     pub(crate) crashes: bool,
     pub(crate) promoted_by_hand: bool,
+    /// synchronous_standby_names.
+    pub(crate) names: String,
 }
 
 impl Server {
@@ -107,6 +109,7 @@ impl Server {
             sequence: 0,
             crashes: false,
             promoted_by_hand: false,
+            names: String::new(),
         };
         server.new_guard();
         server
@@ -325,6 +328,7 @@ impl Server {
                     system_id: data.system_id,
                     walreceiver: in_recovery.then_some(walreceiver),
                     replicas,
+                    synchronous_standby_names: self.names.clone(),
                     ..sql(*in_recovery, data.timeline().0, data.end.0)
                 }))
             }

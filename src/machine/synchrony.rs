@@ -1,0 +1,229 @@
+//! What this member knows of `sync`, and of what its PostgreSQL goes by. Decides nothing: the rules do.
+//!
+//! What surprises: an answer that was lost leaves neither the old record nor the new one behind, but nothing that may be judged on. The
+//! lock's key is written again first, which puts an end to whatever is still on its way, and then a view as new as that is waited for.
+
+use super::absorb::ANSWERED_PAUSE_MS;
+use super::action::{Operation, OperationKind};
+use super::event::Failure;
+use super::world::World;
+use crate::clock::BootTime;
+use crate::facts::cluster::ClusterView;
+use crate::facts::guard::{StartId, Word};
+use crate::facts::synchrony::{Names, SyncRecord};
+use crate::mutants::{Mutant, mutant};
+use crate::policy::synchrony::InForce;
+use crate::policy::synchrony::goal::Standbys;
+use crate::spec::cluster::ReplicationMode;
+use crate::types::{Epoch, Lsn, Revision};
+
+/// `sync` and what a write of it compares.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known {
+    /// What it says; None = it is absent.
+    pub record: Option<SyncRecord>,
+    /// Its mod revision; 0 = absent.
+    pub revision: Revision,
+    /// The mod revision of the lock's key.
+    pub lock: Revision,
+}
+
+/// What a server goes by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OfServer {
+    /// Which.
+    pub start: StartId,
+    /// What its processes may have read.
+    pub in_force: InForce,
+    /// When this daemon saw the names take effect last: what was asked before that shows what was before.
+    pub took_at: BootTime,
+    /// Clients are kept out; when it was started so.
+    pub closed_since: Option<BootTime>,
+    /// It was found running, and the daemon before may have kept clients out.
+    pub may_be_closed: bool,
+    /// How far it had recovered when it was seen first.
+    pub recovered: Option<Lsn>,
+}
+
+impl OfServer {
+    /// One that runs, of which so much is known.
+    pub fn new(start: StartId, in_force: InForce, took_at: BootTime) -> Self {
+        OfServer { start, in_force, took_at, closed_since: None, may_be_closed: false, recovered: None }
+    }
+}
+
+/// All of it.
+#[derive(Debug, Clone, Default)]
+pub struct Synchrony {
+    /// As this leadership took it over, or wrote it last.
+    written: Option<Known>,
+    /// A view from this revision on shows all that this leadership has written.
+    seen_from: Revision,
+    /// What the present server goes by; None = it was found running.
+    pub server: Option<OfServer>,
+    /// The names that are being set, or that a server is being started with.
+    asked: Option<(Option<StartId>, Names)>,
+    /// It is being started with clients kept out.
+    closes: bool,
+    /// What the lock is being taken on.
+    judged_on: Option<Known>,
+    /// The record that is being written.
+    writing: Option<SyncRecord>,
+    /// Who counts, in this leadership.
+    pub standbys: Option<(Epoch, Standbys)>,
+    /// What was said last of how many copies a commit has.
+    pub said: Option<u32>,
+    /// Until then the server is asked often: commits may be waiting for what it shows.
+    pub hurries_until: BootTime,
+}
+
+impl Synchrony {
+    /// What the answer will have to be understood by.
+    pub(super) fn note_asked(&mut self, operation: &Operation) {
+        match operation {
+            Operation::Start { names, closed, .. } => (self.asked, self.closes) = (Some((None, names.clone())), *closed),
+            Operation::SetNames { start, names, .. } => {
+                self.asked = Some((Some(*start), names.clone()));
+                if let Some(server) = self.server.as_mut().filter(|server| server.start == *start) {
+                    server.in_force.ordered(names);
+                }
+            }
+            Operation::Acquire { judged_on, .. } => self.judged_on = in_view(judged_on, Revision(0)),
+            Operation::WriteSync { record, .. } => self.writing.clone_from(record),
+            _ => {}
+        }
+    }
+
+    /// A postmaster was started with the names that it was asked to be started with.
+    pub(super) fn started(&mut self, now: BootTime, start: StartId) {
+        if let Some((None, names)) = self.asked.take() {
+            let closed_since = self.closes.then_some(now);
+            self.server = Some(OfServer { closed_since, ..OfServer::new(start, InForce::since_start(names), now) });
+        }
+    }
+
+    /// The names were set and are proved to be in force, or it is not known.
+    fn names_set(&mut self, now: BootTime, succeeded: bool, standby: bool) {
+        let Some((Some(start), names)) = self.asked.take() else { return };
+        let Some(server) = self.server.as_mut().filter(|server| server.start == start && succeeded) else { return };
+        server.took_at = now;
+        match standby {
+            // Nothing has been acknowledged by what was before.
+            true => server.in_force = InForce::since_start(names),
+            false => server.in_force.took(names),
+        }
+    }
+
+    /// The lock was won on a view; nothing was written under it yet.
+    pub(super) fn lock_won(&mut self, epoch: Epoch) {
+        self.written = self.judged_on.take().map(|known| Known { lock: Revision(epoch.0), ..known });
+        self.seen_from = Revision(epoch.0);
+        self.standbys = None;
+        self.said = None;
+    }
+
+    /// The lock's key was written again: nothing that was sent before is carried out from here on.
+    pub(super) fn reaffirmed(&mut self, at: Revision) {
+        self.written = None;
+        self.seen_from = self.seen_from.max(at);
+    }
+
+    /// `sync` was written at that revision, or was found not to be what it was judged on.
+    pub(super) fn record_written(&mut self, result: &Result<(bool, Revision), Failure>) {
+        let record = self.writing.take();
+        let lock = self.written.take().map(|known| known.lock);
+        let Ok((written, at)) = result else { return };
+        self.seen_from = self.seen_from.max(*at);
+        if let (true, Some(lock)) = (*written, lock) {
+            let revision = if record.is_some() { *at } else { Revision(0) };
+            self.written = Some(Known { record, revision, lock });
+        }
+    }
+
+    /// `sync` as it is under this leadership: nobody else writes it.
+    fn known(&self, view: Option<&ClusterView>, epoch: Epoch) -> Option<Known> {
+        let leader = view.and_then(|view| view.leader.as_ref().filter(|leader| leader.epoch == epoch));
+        match (view, leader) {
+            (Some(view), Some(leader)) if view.revision >= self.seen_from => in_view(view, leader.mod_revision),
+            _ => self.written.clone(),
+        }
+    }
+}
+
+/// None = it cannot be read.
+fn in_view(view: &ClusterView, lock: Revision) -> Option<Known> {
+    let unreadable = view.sync.is_none() && view.sync_revision.0 != 0;
+    (!unreadable).then(|| Known { record: view.sync.clone(), revision: view.sync_revision, lock })
+}
+
+impl World {
+    /// The names were set, or it is not known.
+    pub(super) fn names_were_set(&mut self, now: BootTime, result: Result<(), Failure>) {
+        let standby = matches!(self.running(), Some((_, Word::Standby)));
+        self.synchrony.names_set(now, result.is_ok(), standby);
+        self.judge(now, OperationKind::SetNames, result, "names_failed");
+    }
+
+    /// A change of `sync` or of the names is under way, or a leadership begins.
+    pub(super) fn hurries(&self, now: BootTime) -> bool {
+        self.is_synchronous() && now < self.synchrony.hurries_until
+    }
+
+    /// Clients were let in, or it is not known.
+    pub(super) fn was_opened(&mut self, now: BootTime, result: Result<(), Failure>) {
+        if let (Ok(()), Some(server)) = (&result, &mut self.synchrony.server) {
+            (server.closed_since, server.may_be_closed) = (None, false);
+        }
+        self.judge(now, OperationKind::Open, result, "open_failed");
+    }
+
+    /// Clients are kept out of the running server.
+    pub fn is_closed(&self) -> bool {
+        self.names_of_server().is_some_and(|server| server.closed_since.is_some())
+    }
+
+    /// Slots were changed, or it is not known which.
+    pub(super) fn slots_were_kept(&mut self, now: BootTime, result: Result<(), Failure>) {
+        self.slots.changed_at = now;
+        self.judge(now, OperationKind::KeepSlots, result, "slots_failed");
+    }
+
+    /// `sync` was written, or was not what was judged on, or it is not known.
+    pub(super) fn sync_was_written(&mut self, now: BootTime, result: &Result<(bool, Revision), Failure>) {
+        self.synchrony.record_written(result);
+        if result.is_err() && !mutant(Mutant::LostAnswerForgotten) {
+            self.sure_of = None;
+        }
+        self.ended(now, OperationKind::WriteSync, result.is_ok());
+        if !matches!(result, Ok((true, _))) {
+            self.pause(now, OperationKind::WriteSync, ANSWERED_PAUSE_MS);
+        }
+    }
+
+    /// `sync` under the lock of this epoch. None = something that was sent may still be carried out, or it cannot be read.
+    pub(super) fn sync_of(&self, epoch: Epoch) -> Option<Known> {
+        (self.sure_of == Some(epoch)).then(|| self.synchrony.known(self.view.as_deref(), epoch)).flatten()
+    }
+
+    /// What the running server goes by. None = it was found running.
+    pub(super) fn names_of_server(&self) -> Option<&OfServer> {
+        let (start, _) = self.running()?;
+        self.synchrony.server.as_ref().filter(|server| server.start == start)
+    }
+
+    /// Commits wait for standbys, or are to: the spec says so, or `sync` does.
+    pub(super) fn is_synchronous(&self) -> bool {
+        let recorded = self.view.as_ref().is_some_and(|view| view.sync_revision.0 != 0);
+        recorded || self.spec().is_some_and(|spec| spec.replication.mode != ReplicationMode::Async)
+    }
+
+    /// A primary that starts again may have commits that no standby has, and that nobody was told of (SAFETY row 48).
+    pub(super) fn starts_closed(&self, epoch: Epoch) -> bool {
+        self.sync_of(epoch).is_none_or(|known| known.record.is_some_and(|record| record.copies > 1))
+    }
+
+    /// The names that a server is started with, and that a standby keeps: nothing is acknowledged by a new primary before it is known by whom.
+    pub(super) fn names_at_first(&self) -> Names {
+        if self.is_synchronous() && !mutant(Mutant::PromotedOpen) { Names::Block } else { Names::Nobody }
+    }
+}

@@ -1,0 +1,75 @@
+//! Where commits waited for standbys: who may lead is who must have every acknowledged one (I5).
+
+use std::collections::BTreeSet;
+
+use super::*;
+use crate::facts::synchrony::SyncRecord;
+
+fn on(copies: u32, members: &[&str]) -> impl FnOnce(&mut ClusterView) {
+    let members: BTreeSet<MemberName> = members.iter().copied().map(name).collect();
+    move |view| {
+        view.sync = Some(SyncRecord { leader: name("a"), epoch: Epoch(10), members, copies });
+        view.sync_revision = Revision(44);
+    }
+}
+
+fn waits_for_sight_of(vacant: &Vacant, because: &str) {
+    vacant.not_eligible_because(because);
+}
+
+#[test]
+fn with_the_quorum_of_positions_seen_the_one_that_is_not_behind_leads() {
+    let vacant = Vacant::new().with(on(2, &["a", "b", "c"]));
+    assert!(vacant.runs_after(0));
+    assert!(!vacant.voted("c", vote(1, LSN + 8)).runs_after(2_000), "c may have what b has not");
+}
+
+#[test]
+fn without_it_nobody_leads_however_long_it_takes() {
+    let vacant = Vacant::new().with(on(2, &["a", "b", "c"])).silent("c");
+    waits_for_sight_of(&vacant, "`a`, `c`");
+    waits_for_sight_of(&Vacant::new().with(on(2, &["a", "b", "c"])).gone("c"), "not seen so far");
+}
+
+#[test]
+fn where_every_member_of_the_record_has_everything_one_of_them_is_enough() {
+    let vacant = Vacant::new().with(on(2, &["a", "b"])).gone("c");
+    assert!(vacant.runs_after(1_500));
+    waits_for_sight_of(&vacant.voted("c", vote(1, LSN)).gone("b").of_member("c"), "not seen so far: `a`, `b`");
+}
+
+#[test]
+fn a_member_outside_the_record_may_lead_when_one_that_has_everything_is_seen_not_to_be_ahead() {
+    assert!(Vacant::new().with(on(2, &["a", "b"])).of_member("c").runs_after(60_000));
+    assert!(!Vacant::new().with(on(2, &["a", "b"])).voted("b", vote(1, LSN + 8)).of_member("c").runs_after(60_000));
+}
+
+#[test]
+fn while_commits_waited_for_nobody_only_the_last_leader_leads() {
+    let vacant = Vacant::new().with(on(1, &["a"]));
+    waits_for_sight_of(&vacant, "`a`");
+    assert!(Vacant::new().with(on(1, &["a"])).voted("a", vote(1, LSN)).of_member("a").runs_after(1_500));
+    assert!(Vacant::new().with(on(1, &["a"])).voted("a", vote(1, LSN)).runs_after(60_000), "it is seen, and not ahead");
+}
+
+#[test]
+fn a_vote_for_another_vacancy_is_no_sight() {
+    let earlier = Vote { vacancy: Revision(49), ..vote(1, LSN) };
+    waits_for_sight_of(&Vacant::new().with(on(2, &["a", "b", "c"])).voted("c", earlier), "`c`");
+}
+
+#[test]
+fn whoever_has_all_of_a_leader_that_stopped_in_good_order_leads_whoever_else_is_seen() {
+    let vacant = Vacant::new().with(on(2, &["a", "b", "c"])).gone("c").released_to(Some("b"));
+    assert!(vacant.runs_after(0));
+    let behind = Vacant::new().with(on(2, &["a", "b", "c"])).voted("b", vote(1, LSN - 8)).gone("c").released_to(Some("b"));
+    assert!(!behind.runs_after(60_000));
+    let of_another = vacant.with(|view| view.release.as_mut().unwrap().epoch = Epoch(9));
+    assert!(!of_another.runs_after(60_000), "a release of an earlier leadership says nothing");
+}
+
+#[test]
+fn an_unreadable_record_is_not_an_absent_one() {
+    let vacant = Vacant::new().with(|view| view.sync_revision = Revision(44));
+    vacant.not_eligible_because("unreadable");
+}

@@ -1,0 +1,101 @@
+//! synchronous_standby_names as it takes effect, and replication slots: what pgherd's rules rest on.
+
+use std::time::Duration;
+
+use pgherd::facts::synchrony::{Acks, Names};
+use pgherd::policy::slots::Change;
+use pgherd::postgres::configure::{Outcome, install_running, set_names};
+use pgherd::postgres::slots::keep;
+
+use super::harness::{LIMIT, Server, installations, parameters, place};
+
+fn any(members: &[&str]) -> Acks {
+    Acks { members: members.iter().map(|name| name.parse().unwrap()).collect(), acks: 1 }
+}
+
+async fn set(server: &Server, names: &Names, prove_waits: bool) {
+    set_names(&server.layout, &server.sql, (names, false), prove_waits, LIMIT, LIMIT).await.unwrap();
+}
+
+/// A commit of a client's session; None = it waited for all of the time.
+async fn commits(server: &Server, within: Duration) -> Option<()> {
+    let statement = "set synchronous_commit = on; create table if not exists public.t (id int); insert into public.t values (1)";
+    tokio::time::timeout(within, server.sql.with(LIMIT, async |to| to.execute(statement).await)).await.ok().map(|done| done.unwrap())
+}
+
+#[tokio::test]
+async fn a_walsender_shows_by_its_priority_which_form_of_the_names_it_has_read() {
+    for installation in installations().await {
+        let root = place();
+        let leader = Server::primary(&installation, root.path(), "a").await;
+        let _standby = Server::standby_of(&leader, "b").await;
+        for (names, priority) in [
+            (Names::Any(any(&["b", "c"])), 1),
+            (Names::First(any(&["b", "c"])), 2),
+            (Names::Any(any(&["c"])), 0),
+            (Names::Any(any(&["b"])), 1),
+            (Names::Block, 0),
+            (Names::Nobody, 0),
+        ] {
+            set(&leader, &names, true).await;
+            let shown = |facts: &pgherd::facts::postgres::SqlFacts| {
+                facts.replicas.iter().any(|replica| replica.application_name == "b" && replica.sync_priority == priority)
+            };
+            let facts = leader.until("its walsender has read them", shown).await;
+            assert_eq!(facts.synchronous_standby_names, names.to_string());
+            assert!(facts.written_by_then >= facts.receive_lsn);
+        }
+    }
+}
+
+#[tokio::test]
+async fn commits_wait_once_the_names_are_set_and_proved_and_go_on_when_a_standby_has_them() {
+    for installation in installations().await {
+        let root = place();
+        let leader = Server::primary(&installation, root.path(), "a").await;
+        assert!(commits(&leader, LIMIT).await.is_some());
+        set(&leader, &Names::Block, true).await;
+        assert!(commits(&leader, Duration::from_millis(300)).await.is_none(), "nobody can have the placeholder's name");
+        let _standby = Server::standby_of(&leader, "b").await;
+        set(&leader, &Names::Any(any(&["b"])), false).await;
+        assert!(commits(&leader, LIMIT).await.is_some());
+    }
+}
+
+#[tokio::test]
+async fn whom_a_standby_follows_takes_effect_although_the_rest_of_the_configuration_is_refused() {
+    for installation in installations().await {
+        let root = place();
+        let leader = Server::primary(&installation, root.path(), "a").await;
+        let mut standby = Server::standby_of(&leader, "b").await;
+        standby.inputs.primary_conninfo = None;
+        standby.inputs.parameters.extend(parameters(&[("work_mem", "nonsense")]));
+        let outcome = install_running(&installation, &standby.layout, &standby.sql, &standby.files(), LIMIT).await.unwrap();
+        assert!(matches!(outcome, Outcome::PutBack { .. }), "{outcome:?}");
+        let facts = standby.until("it receives no more", |facts| facts.walreceiver.is_none()).await;
+        assert!(facts.in_recovery);
+        standby.until("it has replayed all that there is", |facts| facts.replayed_all).await;
+    }
+}
+
+#[tokio::test]
+async fn slots_are_made_moved_on_and_dropped_on_a_primary_and_on_a_standby() {
+    for installation in installations().await {
+        let root = place();
+        let leader = Server::primary(&installation, root.path(), "a").await;
+        let standby = Server::standby_of(&leader, "b").await;
+        for server in [&leader, &standby] {
+            keep(&server.sql, &[Change::CreatePhysical { name: "c".into() }], LIMIT).await.unwrap();
+            let facts = server.until("the slot is there", |facts| facts.slots.len() == 1).await;
+            let slot = facts.slots[0].clone();
+            assert!(slot.name == "c" && !slot.logical && !slot.active && slot.restart_lsn.is_some() && !slot.is_lost(), "{slot:?}");
+        }
+        leader.run("create table public.u as select generate_series(1, 10000) as id").await;
+        let target = leader.facts().await.receive_lsn;
+        standby.until("it has received that", |facts| facts.replay_lsn >= target).await;
+        keep(&standby.sql, &[Change::Advance { name: "c".into(), to: target }], LIMIT).await.unwrap();
+        standby.until("the slot has moved on", |facts| facts.slots[0].restart_lsn == Some(target)).await;
+        keep(&standby.sql, &[Change::Drop { name: "c".into() }, Change::Drop { name: "nobody".into() }], LIMIT).await.unwrap();
+        standby.until("it is gone", |facts| facts.slots.is_empty()).await;
+    }
+}
