@@ -175,10 +175,25 @@ fn row_46_a_commit_whose_wait_is_cancelled_is_told_by_a_warning() {
     world.finish();
 }
 
+/// Its walsender never hears how far it has flushed, and nobody waits for it.
+fn receive_wal(world: &World, index: usize) {
+    let programs = &world.cluster.plan.programs.postgres_bin;
+    let mut command = std::process::Command::new(programs.join("pg_receivewal"));
+    command.args(["-h", "127.0.0.1", "-w", "-p"]).arg(world.port(index).to_string());
+    command.args(["-U", &world.cluster.household().user.name, "-D"]).arg(world.cluster.node_dir(index).join("run"));
+    command.env("PGPASSWORD", world.cluster.superuser_password().unwrap().trim());
+    world.cluster.household().spawn("pg_receivewal", command, &world.cluster.node_log(index), true).unwrap();
+    world.settle("it receives", || {
+        let asked = "select count(*) from pg_stat_replication where application_name = 'pg_receivewal' and state = 'streaming'";
+        world.ask(index, asked).is_ok_and(|count| count.as_deref() == Some("1"))
+    });
+}
+
 #[test]
 fn the_mode_changes_while_the_cluster_works_in_all_directions() {
     let mut world = World::up(&Setup::default());
     let (leader, timeline) = (world.leader(), world.timeline());
+    receive_wal(&world, leader);
     for (mode, wanted) in [
         ("quorum", ["leader", "quorum_standby", "quorum_standby"]),
         ("sync", ["leader", "replica", "sync_standby"]),

@@ -13,7 +13,7 @@ use crate::machine::world::World;
 use crate::mutants::{Mutant, mutant};
 use crate::policy::synchrony::goal::{self, Standbys, Wanted};
 use crate::policy::synchrony::{self, Goal, InForce, Inputs, Step};
-use crate::types::{LockIdentity, MemberName};
+use crate::types::{LockIdentity, Lsn, MemberName};
 
 /// How long after a step the server is asked often: the next one waits for what it shows, and so may commits.
 const HURRY: Duration = Duration::from_secs(5);
@@ -110,11 +110,11 @@ fn look(context: &mut Context<'_>, lock: LockIdentity) -> Option<Wanted> {
     let chosen = server.and_then(|server| server.in_force.set()).and_then(Names::acks).map(|acks| acks.members.clone());
     let wanted = goal::wanted(&spec, &view, &me, &standbys, chosen.as_ref());
     world.synchrony.standbys = Some((lock.epoch, standbys));
-    // A walsender that has heard nothing of its standby yet shows 0 whatever it has read.
-    let all_speak = replicas.iter().filter(|replica| replica.state != "backup").all(|replica| replica.flush_lsn.is_some());
-    if let Some(server) =
-        world.synchrony.server.as_mut().filter(|server| all_speak && begun >= server.took_at || mutant(Mutant::StaleProbeBelieved))
-    {
+    // A walsender that has heard nothing of its standby yet shows 0 whatever it has read. Others, such as pg_receivewal, may never hear of it.
+    let counts = |in_force: &InForce, name: &MemberName| spec.member(name).is_some() || in_force.names(name);
+    let all_speak = |server: &OfServer| senders.iter().all(|sender| sender.flush > Lsn(0) || !counts(&server.in_force, &sender.member));
+    let is_seen = |server: &&mut OfServer| all_speak(server) && begun >= server.took_at || mutant(Mutant::StaleProbeBelieved);
+    if let Some(server) = world.synchrony.server.as_mut().filter(is_seen) {
         if server.in_force.set().is_some_and(|set| set.to_string() != shown) {
             // Somebody else's: what processes go by is not known any more.
             server.in_force.forget();

@@ -155,6 +155,11 @@ impl InForce {
         self.written = None;
     }
 
+    /// Some walsender may count this one.
+    pub fn names(&self, name: &MemberName) -> bool {
+        self.earlier.iter().chain(&self.set).filter_map(Names::acks).any(|acks| acks.members.contains(name))
+    }
+
     /// Some backend may go by empty names, and wait for nobody.
     pub fn may_not_wait(&self) -> bool {
         self.earlier.iter().chain(&self.set).any(|names| *names == Names::Nobody)
