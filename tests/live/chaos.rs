@@ -12,7 +12,7 @@ use crate::rig::wait::{holds_throughout, holds_within};
 use crate::rig::world::{PATIENCE, Setup, World};
 
 /// How long a storm lasts when nobody says it.
-const SECONDS_DEFAULT: u64 = 20;
+const SECONDS_DEFAULT: u64 = 12;
 const SEED_DEFAULT: u64 = 1;
 
 /// What happens to a member.

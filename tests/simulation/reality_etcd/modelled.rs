@@ -8,7 +8,7 @@ use pgherd::types::{Epoch, LeaseId, Revision, SystemId};
 
 use super::super::clock::{Real, ms};
 use super::super::etcd::{Acquired, Etcd, Put};
-use super::names::{Names, failsafe, progress};
+use super::names::{Names, failsafe, progress, sync_by_hand};
 use super::real::ELECTION;
 use super::script::{Hand, Lease, Life, Said, Step, Thing};
 use super::support::{name, record};
@@ -230,7 +230,7 @@ impl Modelled {
                     keys.leader = Some(LeaderKey { holder: holder.to_owned(), epoch, lease, mod_revision: revision });
                 });
             }
-            Hand::PutSync => self.etcd.by_hand(|keys, revision| keys.sync_revision = revision),
+            Hand::PutSync => self.etcd.by_hand(|keys, revision| (keys.sync, keys.sync_revision) = (Some(sync_by_hand()), revision)),
             Hand::PutInitialize(id) => self.etcd.by_hand(|keys, _| keys.initialize = Some(Initialize::Done(SystemId(id)))),
             Hand::Pause => {
                 let record = MaintenanceRecord { by: "x".to_owned(), why: "y".to_owned(), until: None };
@@ -246,7 +246,7 @@ fn delete(keys: &mut ClusterView, thing: Thing) {
         Thing::Member(member) => drop(keys.members.remove(&name(member))),
         Thing::Release => keys.release = None,
         Thing::Status => keys.status = None,
-        Thing::Sync => keys.sync_revision = Revision(0),
+        Thing::Sync => (keys.sync, keys.sync_revision) = (None, Revision(0)),
         Thing::Failsafe => (keys.failsafe, keys.failsafe_revision) = (None, Revision(0)),
         Thing::Initialize => keys.initialize = None,
         Thing::History => (keys.history, keys.history_revision) = (Vec::new(), Revision(0)),

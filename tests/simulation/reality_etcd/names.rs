@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use pgherd::etcd::AcquireRequest;
 use pgherd::facts::cluster::{ClusterView, FailsafeRecord, HistoryEntry, Initialize, ReleaseRecord, RequestProgress, StatusRecord};
+use pgherd::facts::synchrony::SyncRecord;
 use pgherd::types::{Epoch, LeaseId, LeaseIdentity, LockIdentity, Lsn, MemberName, Revision, SystemId, TimelineId};
 
 use super::super::etcd::CLUSTER;
@@ -27,6 +28,11 @@ pub struct Names {
     /// The last look.
     pub view: ClusterView,
     pub remembered: ClusterView,
+}
+
+/// What a person writes into `sync`.
+pub fn sync_by_hand() -> SyncRecord {
+    SyncRecord { leader: name("a"), epoch: Epoch(1), members: ["a", "b"].map(name).into(), copies: 2 }
 }
 
 impl Names {
@@ -157,6 +163,7 @@ impl Names {
         if let Some(leader) = &mut view.leader {
             self.rename(&mut leader.lease);
             self.count_epoch(&mut leader.epoch);
+            self.count(&mut leader.mod_revision);
         }
         if let Some(Initialize::Claimed { lease, .. }) = &mut view.initialize {
             self.rename(lease);

@@ -14,7 +14,7 @@ use pgherd::etcd::{AcquireRequest, Acquisition, Etcd, EtcdError, Fenced, Moved, 
 use pgherd::facts::cluster::{Ask, MemberRecord};
 use pgherd::types::{LeaseId, MemberName, SystemId};
 
-use super::names::{Names, failsafe, progress};
+use super::names::{Names, failsafe, progress, sync_by_hand};
 use super::script::{Hand, Lease, Life, Lock, Said, Step, Thing};
 use super::support::etcd_server::{EtcdServer, PATIENCE};
 use super::support::{name, record};
@@ -339,7 +339,7 @@ impl<'a> Real<'a> {
                 let options = on.map(|on| PutOptions::new().with_lease(self.names.lease(on).0));
                 (Key::Leader, holder.to_owned(), options)
             }
-            Hand::PutSync => (Key::Sync, "{}".to_owned(), None),
+            Hand::PutSync => (Key::Sync, serde_json::to_string(&sync_by_hand()).unwrap(), None),
             Hand::PutInitialize(id) => (Key::Initialize, SystemId(id).to_string(), None),
             Hand::Pause => (Key::Maintenance, "{\"by\":\"x\",\"why\":\"y\",\"until\":null}".to_owned(), None),
         };
