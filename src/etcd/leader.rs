@@ -5,6 +5,7 @@
 //! judged itself on, and reserves its timeline id in the same transaction: an id is never used twice (I9).
 
 use etcd_client::{Compare, CompareOp, PutOptions, Txn, TxnOp, TxnResponse};
+use serde::Serialize;
 
 use super::client::{Etcd, found, found_one, header};
 use super::error::EtcdError;
@@ -149,10 +150,7 @@ impl Etcd {
         record: Option<&FailsafeRecord>,
     ) -> Result<Option<Revision>, EtcdError> {
         let path = self.keys.path(&Key::Failsafe);
-        let write = match record {
-            Some(record) => TxnOp::put(path.clone(), json(&Key::Failsafe, record)?, None),
-            None => TxnOp::delete(path.clone(), None),
-        };
+        let write = self.put_or_delete(&Key::Failsafe, record)?;
         let unchanged = Compare::mod_revision(path, CompareOp::Equal, judged_on.0);
         let response = self.transact(Txn::new().when([self.is_epoch(epoch), unchanged]).and_then([write])).await?;
         Ok(response.succeeded().then(|| header(&response).1))
@@ -185,14 +183,19 @@ impl Etcd {
         record: Option<&SyncRecord>,
     ) -> Result<(bool, Revision), EtcdError> {
         let path = self.keys.path(&Key::Sync);
-        let write = match record {
-            Some(record) => TxnOp::put(path.clone(), json(&Key::Sync, record)?, None),
-            None => TxnOp::delete(path.clone(), None),
-        };
+        let write = self.put_or_delete(&Key::Sync, record)?;
         let lock_as_read = Compare::mod_revision(self.keys.leader(), CompareOp::Equal, lock.0);
         let unchanged = Compare::mod_revision(path, CompareOp::Equal, judged_on.0);
         let response = self.transact(Txn::new().when([self.is_epoch(epoch), lock_as_read, unchanged]).and_then([write])).await?;
         Ok((response.succeeded(), header(&response).1))
+    }
+
+    fn put_or_delete(&self, key: &Key, record: Option<&impl Serialize>) -> Result<TxnOp, EtcdError> {
+        let path = self.keys.path(key);
+        Ok(match record {
+            Some(record) => TxnOp::put(path, json(key, record)?, None),
+            None => TxnOp::delete(path, None),
+        })
     }
 
     /// Written a second time it is the same write, so that it may be asked of several endpoints.

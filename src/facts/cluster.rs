@@ -113,6 +113,11 @@ impl MemberKey {
     pub fn has_data(&self) -> bool {
         self.record.data_directory == DataDirectoryReport::Full
     }
+
+    /// The member says that its daemon knows this rule (SAFETY row 65: no rule is in force before all members say so).
+    pub fn knows(&self, feature: &str) -> bool {
+        self.record.features.iter().any(|known| known == feature)
+    }
 }
 
 /// `members/NAME`: what a member says of itself.

@@ -375,7 +375,11 @@ impl World {
             }
             Finished::Reaffirmed(result) => self.reaffirmed(now, result),
             Finished::Opened(result) => self.was_opened(now, result),
-            Finished::SlotsKept(result) => self.slots_were_kept(now, result),
+            Finished::SlotsKept(result) => {
+                // Also after a failure: it is not known which of them were changed.
+                self.slots.changed_at = now;
+                self.judge(now, Kind::KeepSlots, result, "slots_failed");
+            }
             Finished::NamesSet(result) => self.names_were_set(now, result),
             Finished::SyncWritten(result) => self.sync_was_written(now, &result),
             Finished::StatusWritten(result) => {

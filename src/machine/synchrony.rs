@@ -182,12 +182,6 @@ impl World {
         self.names_of_server().is_some_and(|server| server.closed_since.is_some())
     }
 
-    /// Slots were changed, or it is not known which.
-    pub(super) fn slots_were_kept(&mut self, now: BootTime, result: Result<(), Failure>) {
-        self.slots.changed_at = now;
-        self.judge(now, OperationKind::KeepSlots, result, "slots_failed");
-    }
-
     /// `sync` was written, or was not what was judged on, or it is not known.
     pub(super) fn sync_was_written(&mut self, now: BootTime, result: &Result<(bool, Revision), Failure>) {
         self.synchrony.record_written(result);

@@ -50,7 +50,7 @@ pub fn wanted(spec: &ClusterSpec, view: &ClusterView, ttl: Duration) -> Wanted {
     }
     let may_lead = || spec.members.iter().filter(|member| !member.nofailover());
     let said_so = |member: &Member| match view.members.get(&member.name) {
-        Some(key) => key.record.features.iter().any(|feature| feature == FEATURE),
+        Some(key) => key.knows(FEATURE),
         None => view.failsafe.as_ref().is_some_and(|record| record.members.contains_key(&member.name)),
     };
     match may_lead().find(|member| !said_so(member)) {

@@ -18,7 +18,7 @@ use crate::machine::state::{Demotion, Promotion, State, Then, Way};
 use crate::machine::world::{Etcd, Lock};
 use crate::policy::election::{self, Inputs, Verdict};
 use crate::policy::rejoin;
-use crate::policy::slots as slots_of;
+use crate::policy::slots::FEATURE as MEMBER_SLOTS;
 use crate::types::{LeaseId, MemberName, TimelineId};
 
 /// A standby that does not stream from a healthy leader for so long is stopped, judged and started again (SAFETY row 10).
@@ -157,12 +157,7 @@ fn has_to_be_judged(context: &Context<'_>) -> bool {
 /// Whom to follow: the leader, as it says itself.
 pub(crate) fn upstream(context: &Context<'_>) -> Option<Upstream> {
     let (name, key) = context.world.other_leader()?;
-    Some(Upstream {
-        member: name.clone(),
-        host: key.record.host.clone(),
-        port: key.record.port,
-        keeps_slots: key.record.features.iter().any(|feature| feature == slots_of::FEATURE),
-    })
+    Some(Upstream { member: name.clone(), host: key.record.host.clone(), port: key.record.port, keeps_slots: key.knows(MEMBER_SLOTS) })
 }
 
 fn follow_running(context: &mut Context<'_>) -> Outcome<State> {

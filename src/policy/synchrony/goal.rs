@@ -174,8 +174,7 @@ fn first_of(spec: &ClusterSpec, members: BTreeSet<MemberName>, acks: u32, chosen
 
 /// An older daemon would run for the lock without looking at `sync` (SAFETY row 65).
 fn not_known_by_all(spec: &ClusterSpec, view: &ClusterView) -> Option<String> {
-    let knows =
-        |member: &&Member| view.members.get(&member.name).is_some_and(|key| key.record.features.iter().any(|feature| feature == FEATURE));
+    let knows = |member: &&Member| view.members.get(&member.name).is_some_and(|key| key.knows(FEATURE));
     let not_yet = spec.members.iter().find(|member| !knows(member))?;
     Some(format!("commits do not wait for standbys yet: `{}` has not said that its daemon knows who may lead then", not_yet.name))
 }
