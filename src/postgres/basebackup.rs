@@ -17,6 +17,11 @@ use super::{files, history_files, postmaster};
 /// The first version whose server compresses a plain-format backup on the wire.
 const SERVER_COMPRESSION_MAJOR: u32 = 15;
 
+/// What the leader's pg_stat_replication shows for a copy in the making: no member's name, since [`MemberName`](crate::types::MemberName)
+/// knows no colon. pg_basebackup reports how far it has flushed the WAL that it streams; by its member's name it would acknowledge commits
+/// that are in no data directory yet.
+const COPY_NAME: &str = "pgherd:copy";
+
 /// One clone.
 #[derive(Debug, Clone)]
 pub struct CloneJob {
@@ -96,7 +101,8 @@ fn refuse_hopeless(installation: &Installation, layout: &Layout, job: &CloneJob)
 fn program(installation: &Installation, layout: &Layout, job: &CloneJob) -> Result<Program> {
     let mut program = Program::new(installation.program("pg_basebackup"))
         .option("pgdata", layout.clone_dir())
-        .option("dbname", &job.conninfo)
+        // Of a key that is there twice libpq takes the last.
+        .option("dbname", format!("{} application_name='{COPY_NAME}'", job.conninfo))
         .arg("--wal-method=stream")
         .arg("--no-password")
         .option("checkpoint", if job.checkpoint_fast { "fast" } else { "spread" });

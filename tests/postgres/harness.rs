@@ -290,6 +290,15 @@ impl Server {
         row.get(0).unwrap_or_default().to_owned()
     }
 
+    /// Asks until that is the answer.
+    pub async fn until_asked(&self, what: &str, statement: &str, answer: &str) {
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while self.ask(statement).await != answer {
+            assert!(std::time::Instant::now() < deadline, "{}: not seen that {what}\n{}", self.name, self.log());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
     pub async fn write_position(&self) -> Lsn {
         self.ask("select pg_current_wal_insert_lsn()").await.parse().unwrap()
     }

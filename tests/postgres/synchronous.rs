@@ -6,8 +6,9 @@ use pgherd::facts::synchrony::{Acks, Names};
 use pgherd::policy::slots::Change;
 use pgherd::postgres::configure::{Outcome, install_running, set_names};
 use pgherd::postgres::slots::keep;
+use pgherd::postgres::{Keep, clone_from};
 
-use super::harness::{LIMIT, Server, installations, parameters, place};
+use super::harness::{LIMIT, PATIENCE, Server, installations, parameters, place};
 
 fn any(members: &[&str]) -> Acks {
     Acks { members: members.iter().map(|name| name.parse().unwrap()).collect(), acks: 1 }
@@ -59,6 +60,35 @@ async fn commits_wait_once_the_names_are_set_and_proved_and_go_on_when_a_standby
         let _standby = Server::standby_of(&leader, "b").await;
         set(&leader, &Names::Any(any(&["b"])), false).await;
         assert!(commits(&leader, LIMIT).await.is_some());
+    }
+}
+
+/// pg_basebackup reports a flush position for the WAL that it streams, whose slot is temporary: by a member's name it would count as that
+/// member. What it has is in no data directory yet, and in none at all when its leader is lost meanwhile.
+#[tokio::test]
+async fn a_copy_in_the_making_acknowledges_no_commit() {
+    for installation in installations().await {
+        let root = place();
+        let leader = Server::primary(&installation, root.path(), "a").await;
+        let copy = Server::new(&installation, root.path(), "b");
+        set(&leader, &Names::Any(any(&["b"])), true).await;
+        let mut job = copy.clone_job(&leader, Keep::Empty).await;
+        // It lasts for minutes.
+        (job.max_rate_bytes, job.compress) = (Some(32 * 1024), None);
+        let (installation, layout) = (copy.installation.clone(), copy.layout.clone());
+        let copying = tokio::spawn(async move { clone_from(&installation, &layout, &job).await });
+        leader.until("it streams", |facts| facts.replicas.iter().any(|replica| replica.state == "streaming")).await;
+        let sql = leader.sql.clone();
+        let commit = "set synchronous_commit = on; create table public.t (id int)";
+        let client = tokio::spawn(async move { sql.with(PATIENCE, async |to| to.execute(commit).await).await });
+        let waiting = "select count(*)::text from pg_stat_activity where wait_event = 'SyncRep'";
+        leader.until_asked("the commit waits", waiting, "1").await;
+        let written = leader.facts().await.receive_lsn;
+        leader.run("select pg_catalog.pg_switch_wal()").await;
+        leader.until("the copy has it", |facts| facts.replicas.iter().any(|replica| replica.flush_lsn >= Some(written))).await;
+        assert_eq!(leader.ask(waiting).await, "1", "a commit that only a copy has is acknowledged");
+        client.abort();
+        copying.abort();
     }
 }
 
