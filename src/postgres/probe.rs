@@ -20,32 +20,34 @@ use crate::types::{Lsn, TimelineId};
 #[derive(Default)]
 pub struct ProbeConnection(Option<Connection>);
 
-/// All in one row, as text. `r` keeps the answer to "in recovery?" the same throughout, so that a promotion in the middle gives an error
-/// and not a mixture. Works from PostgreSQL 13 to 18.
+/// All in one row, as text, and in this order, since columns are worked out one after the other: that nothing is received any more and that
+/// everything was replayed comes before the positions. The other way round, what came or was replayed between the two would be missing from a
+/// position that counts as the last one. `r` keeps the answer to "in recovery?" the same throughout, so that a promotion in the middle gives
+/// an error and not a mixture. Works from PostgreSQL 13 to 18.
 const QUESTION: &str = "
 with r as materialized (select pg_is_in_recovery() as rec),
 w as materialized (select * from pg_stat_wal_receiver),
 c as materialized (select timeline_id as tli from pg_control_checkpoint()),
 m as materialized (select min_recovery_end_timeline as tli from pg_control_recovery())
 select r.rec::text as in_recovery,
-  case when r.rec then null else pg_current_wal_lsn()::text end as write_lsn,
-  case when r.rec then null else left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) end as insert_tli,
+  (select status from w) as receiver_status, (select sender_host from w) as sender_host, (select sender_port::text from w) as sender_port,
+  (select latest_end_lsn::text from w) as latest_end_lsn,
+  (select pid || ' ' || backend_start from pg_stat_activity where backend_type = 'startup') as startup,
+  exists (select from pg_stat_activity where backend_type = 'walreceiver')::text as receives,
+  exists (select from pg_stat_activity where backend_type = 'startup' and wait_event in ('RecoveryWalStream', 'RecoveryRetrieveRetryInterval'))::text as replayed_all,
   case when r.rec then pg_last_wal_receive_lsn()::text end as receive_lsn,
   case when r.rec then pg_last_wal_replay_lsn()::text end as replay_lsn,
+  case when r.rec then null else pg_current_wal_lsn()::text end as write_lsn,
+  case when r.rec then null else left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) end as insert_tli,
   case when r.rec then pg_is_wal_replay_paused()::text end as paused,
   c.tli::text as checkpoint_tli, m.tli::text as min_recovery_tli,
   (select received_tli::text from w) as received_tli,
   case when r.rec and not exists (select from w) then (select left(max(name), 8) from pg_ls_waldir() where name ~ '^[0-9A-F]{24}$') end as segment_tli,
-  (select status from w) as receiver_status, (select sender_host from w) as sender_host, (select sender_port::text from w) as sender_port,
-  (select latest_end_lsn::text from w) as latest_end_lsn,
   (select coalesce(json_agg(json_build_object('application_name', application_name, 'state', coalesce(state, ''), 'client_addr', host(client_addr),
      'flush_lsn', flush_lsn, 'replay_lsn', replay_lsn, 'sync_state', coalesce(sync_state, ''),
      'sync_priority', coalesce(sync_priority, 0))), '[]')::text from pg_stat_replication) as replicas,
   case when r.rec then null else pg_current_wal_lsn()::text end as written_by_then,
   current_setting('synchronous_standby_names') as names,
-  (select pid || ' ' || backend_start from pg_stat_activity where backend_type = 'startup') as startup,
-  exists (select from pg_stat_activity where backend_type = 'walreceiver')::text as receives,
-  exists (select from pg_stat_activity where backend_type = 'startup' and wait_event in ('RecoveryWalStream', 'RecoveryRetrieveRetryInterval'))::text as replayed_all,
   (select coalesce(json_agg(coalesce(o.rolname, 'every role') || ' in ' || coalesce(d.datname, 'every database')), '[]')::text
      from pg_db_role_setting s left join pg_roles o on o.oid = s.setrole left join pg_database d on d.oid = s.setdatabase
      where exists (select from unnest(s.setconfig) c where c ~* '^synchronous_commit=' and c !~* '=(on|true|yes|1|remote_apply)$')) as lowered,
@@ -198,4 +200,20 @@ fn required<T: FromStr>(row: &SimpleQueryRow, column: &str) -> Result<T, SqlErro
 
 fn from_json<'a, T: Deserialize<'a>>(json: &'a str) -> Result<T, SqlError> {
     serde_json::from_str(json).map_err(|error| SqlError::Nonsense(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::QUESTION;
+
+    /// What a final position is believed on (`is_last_word` in the machine's rules) must have been true before the position was read.
+    #[test]
+    fn that_nothing_more_comes_is_asked_before_how_far_it_came() {
+        let at = |column: &str| QUESTION.find(&format!(" as {column}")).unwrap_or_else(|| panic!("{column}"));
+        for settled in ["receiver_status", "receives", "startup", "replayed_all"] {
+            for position in ["receive_lsn", "replay_lsn", "segment_tli"] {
+                assert!(at(settled) < at(position), "{settled} is asked after {position}");
+            }
+        }
+    }
 }

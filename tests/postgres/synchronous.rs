@@ -108,6 +108,22 @@ async fn whom_a_standby_follows_takes_effect_although_the_rest_of_the_configurat
     }
 }
 
+/// What a probe says is settled was so before it read how far the WAL goes.
+#[tokio::test]
+async fn the_columns_of_a_row_are_worked_out_in_their_order() {
+    for installation in installations().await {
+        let root = place();
+        let server = Server::primary(&installation, root.path(), "a").await;
+        let of_processes = "(select max(clock_timestamp()) from pg_stat_activity)";
+        let of_wal = "case when not r.rec then clock_timestamp() end";
+        for (first, second) in [(of_processes, of_wal), (of_wal, of_processes)] {
+            let row = format!("select {first} as a, {second} as b from r offset 0");
+            let question = format!("with r as materialized (select pg_is_in_recovery() as rec) select (a < b)::text from ({row}) t");
+            assert_eq!(server.ask(&question).await, "true", "{question}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn slots_are_made_moved_on_and_dropped_on_a_primary_and_on_a_standby() {
     for installation in installations().await {
