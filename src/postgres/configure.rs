@@ -121,9 +121,10 @@ pub async fn install_running(
     files: &ConfigFiles,
     limit: Duration,
 ) -> Result<Outcome> {
-    if write_upstream(layout, files)? {
-        sql.reload(limit).await?;
-    }
+    // Also when the file says so already: whoever wrote it may have been ended before the server was told, and a standby that is taken for
+    // detached must not receive again by itself.
+    write_upstream(layout, files)?;
+    sql.reload(limit).await?;
     let undone = undo_alter_system(layout)?;
     if undone.is_empty() && in_place(layout.data_dir(), files)? && in_place(&layout.last_good_dir(), files)? {
         return Ok(Outcome::Unchanged);
@@ -147,9 +148,8 @@ pub async fn install_running(
     Ok(Outcome::Reloaded { pending_restart, undone })
 }
 
-/// True = it was changed.
-fn write_upstream(layout: &Layout, files: &ConfigFiles) -> Result<bool> {
-    files::write_if_changed(&layout.data_dir().join(parameters::live::UPSTREAM_CONF), files.upstream.as_bytes())
+fn write_upstream(layout: &Layout, files: &ConfigFiles) -> Result<()> {
+    files::write_if_changed(&layout.data_dir().join(parameters::live::UPSTREAM_CONF), files.upstream.as_bytes()).map(drop)
 }
 
 /// Whom commits wait for, from the next start or reload on.

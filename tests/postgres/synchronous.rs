@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use pgherd::facts::synchrony::{Acks, Names};
+use pgherd::policy::parameters::live::UPSTREAM_CONF;
 use pgherd::policy::slots::Change;
-use pgherd::postgres::configure::{Outcome, install_running, set_names};
+use pgherd::postgres::configure::{Outcome, install_running, served, set_names};
 use pgherd::postgres::slots::keep;
 use pgherd::postgres::{Keep, clone_from};
 
@@ -105,6 +106,22 @@ async fn whom_a_standby_follows_takes_effect_although_the_rest_of_the_configurat
         let facts = standby.until("it receives no more", |facts| facts.walreceiver.is_none()).await;
         assert!(facts.in_recovery);
         standby.until("it has replayed all that there is", |facts| facts.replayed_all).await;
+    }
+}
+
+#[tokio::test]
+async fn whom_a_standby_follows_takes_effect_although_the_file_was_written_by_a_run_that_was_ended_before_the_reload() {
+    for installation in installations().await {
+        let root = place();
+        let leader = Server::primary(&installation, root.path(), "a").await;
+        let mut standby = Server::standby_of(&leader, "b").await;
+        // As after a start: the files have served.
+        served(&standby.layout).unwrap();
+        standby.inputs.primary_conninfo = None;
+        std::fs::write(standby.data_dir().join(UPSTREAM_CONF), standby.files().upstream).unwrap();
+        let outcome = install_running(&installation, &standby.layout, &standby.sql, &standby.files(), LIMIT).await.unwrap();
+        assert_eq!(outcome, Outcome::Unchanged);
+        standby.until("it receives no more", |facts| facts.walreceiver.is_none() && !facts.receives).await;
     }
 }
 
