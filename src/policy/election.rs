@@ -141,7 +141,7 @@ fn not_known_to_hold_all(inputs: &Inputs<'_>) -> Option<Verdict> {
         return None;
     }
     let own = (inputs.own.timeline, inputs.own.lsn);
-    let seen: Vec<&MemberName> = final_votes(inputs).filter(|(_, vote)| (vote.timeline, vote.lsn) <= own).map(|(name, _)| name).collect();
+    let seen: Vec<&MemberName> = final_votes(inputs).filter(|(_, vote)| on_lineage(view, *vote) <= own).map(|(name, _)| name).collect();
     if record.holds_all(seen.iter().copied()) {
         return None;
     }
@@ -156,6 +156,14 @@ fn not_known_to_hold_all(inputs: &Inputs<'_>) -> Option<Verdict> {
     );
     let voters_until = inputs.vacant_since + Duration::from_millis(VOTERS_GRACE_MS);
     Some(if inputs.now < voters_until { wait(voters_until, why) } else { Verdict::NotEligible { why } })
+}
+
+/// How far a vote counts. WAL past the point where the last recorded leadership left its timeline is not ahead of anybody: who led then had
+/// all that was acknowledged, and of what it acknowledged later this member has nothing.
+fn on_lineage(view: &ClusterView, vote: Vote) -> (TimelineId, Lsn) {
+    let recorded = last_recorded(&view.history).filter(|recorded| vote.timeline < recorded.timeline);
+    let left_at = recorded.and_then(|recorded| switch_from(&view.history, recorded.timeline, vote.timeline));
+    (vote.timeline, left_at.map_or(vote.lsn, |left_at| vote.lsn.min(left_at)))
 }
 
 /// Waits for the voters and for those that are better, then runs.

@@ -73,3 +73,21 @@ fn an_unreadable_record_is_not_an_absent_one() {
     let vacant = Vacant::new().with(|view| view.sync_revision = Revision(44));
     vacant.not_eligible_because("unreadable");
 }
+
+/// `a` crashed with WAL that nobody acknowledged, `b` was promoted without it and is lost before anybody received from it.
+fn left_behind(own: u64) -> Vacant {
+    let taken_over = |view: &mut ClusterView| {
+        on(2, &["a", "b", "c"])(view);
+        view.sync.as_mut().unwrap().leader = name("b");
+    };
+    let history = vec![recorded(1, "a", 1, 10, 0, 0), recorded(2, "b", 2, 20, 1, LSN)];
+    let vacant = Vacant::new().history(history).with(taken_over).gone("b");
+    vacant.voted("a", vote(1, LSN + 80)).voted("c", vote(1, own)).of_member("c")
+}
+
+#[test]
+fn who_diverged_is_seen_as_far_as_the_last_leaders_timeline_left_its_own() {
+    assert!(left_behind(LSN).runs_after(2_000), "what a has beyond was acknowledged to nobody, and of timeline 2 it has nothing");
+    left_behind(LSN - 8).not_eligible_because("`a`, `b`");
+    left_behind(LSN).of_member("a").not_eligible_because("timeline 1 was left at");
+}
