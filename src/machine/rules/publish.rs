@@ -178,7 +178,14 @@ pub(crate) fn standing_conditions(world: &mut World, state: &State) {
         State::Starting | State::Undeclared | State::Primary | State::Demoting { .. } | State::Stopping => &[],
     };
     over.iter().for_each(|kind| world.clear(kind));
+    if !state.is_leading() {
+        OF_A_LEADER.iter().for_each(|kind| world.clear(kind));
+    }
 }
+
+/// What only a leader knows: whom its commits wait for.
+const OF_A_LEADER: [&str; 7] =
+    ["durability_reduced", "durability_lowered", "synchrony_waits", "synchrony_changes", "synchrony_version", "sync_unreadable", "closed"];
 
 /// What is over when a standby is at work.
 const BEHIND_A_LEADER: [&str; 15] = [

@@ -13,4 +13,5 @@ mod reactions;
 mod recovery;
 mod releases;
 mod requests;
+mod synchronous;
 mod without_etcd;
