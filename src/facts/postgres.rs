@@ -179,6 +179,8 @@ pub struct SlotFacts {
     pub restart_lsn: Option<Lsn>,
     /// `reserved`, `extended`, `unreserved`, `lost`.
     pub wal_status: Option<String>,
+    /// PostgreSQL made it as a copy of the primary's, and keeps it that.
+    pub synced: bool,
     /// Bytes that may still be written before it is lost; None = no limit (max_slot_wal_keep_size).
     pub safe_wal_size: Option<i64>,
 }

@@ -183,12 +183,22 @@ fn permanent(inputs: &Inputs<'_>, name: &str, wanted: &PermanentSlot) -> Option<
             failover: inputs.major_version >= FAILOVER_SLOTS_SINCE,
         }),
         (Some(slot), _) if slot.is_lost() && !slot.active && !inputs.in_recovery => Some(Change::Drop { name }),
+        (Some(slot), PermanentSlot::Logical { .. }) if is_in_the_way(inputs, slot) => Some(Change::Drop { name }),
         (Some(slot), PermanentSlot::Physical) if !slot.active => {
             let published = inputs.view.status.as_ref().and_then(|status: &StatusRecord| status.slots.get(&name).copied());
             moved_on(inputs, slot, published)
         }
         (Some(_), _) => None,
     }
+}
+
+/// Of a former primary: as long as its own slot bears the name, PostgreSQL copies no slot from the primary at all (slotsync.c, "same name
+/// slot already exists on the standby"), and after another failover this one would be far behind. Only when the primary is known to have it.
+fn is_in_the_way(inputs: &Inputs<'_>, slot: &SlotFacts) -> bool {
+    let leader = inputs.view.leader.as_ref().filter(|leader| leader.holder != inputs.me.name.as_str());
+    let status = inputs.view.status.as_ref().filter(|status| leader.is_some_and(|leader| leader.epoch == status.epoch));
+    let primary_has_it = status.is_some_and(|status| status.slots.contains_key(&slot.name));
+    inputs.in_recovery && inputs.major_version >= FAILOVER_SLOTS_SINCE && slot.logical && !slot.synced && !slot.active && primary_has_it
 }
 
 /// How long the WAL that slots hold back may go on growing before they are lost: the least room that is left, at `bytes_per_s`.

@@ -165,12 +165,14 @@ struct SlotRow {
     restart_lsn: Option<Lsn>,
     wal_status: Option<String>,
     safe_wal_size: Option<i64>,
+    #[serde(default)]
+    synced: bool,
 }
 
 impl From<SlotRow> for SlotFacts {
     fn from(row: SlotRow) -> Self {
-        let SlotRow { slot_name, slot_type, active, restart_lsn, wal_status, safe_wal_size } = row;
-        Self { name: slot_name, logical: slot_type == "logical", active, restart_lsn, wal_status, safe_wal_size }
+        let SlotRow { slot_name, slot_type, active, restart_lsn, wal_status, safe_wal_size, synced } = row;
+        Self { name: slot_name, logical: slot_type == "logical", active, restart_lsn, wal_status, safe_wal_size, synced }
     }
 }
 

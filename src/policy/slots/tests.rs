@@ -142,6 +142,31 @@ fn row_57_permanent_slots_are_there_on_the_primary_and_kept_through_a_failover_w
 }
 
 #[test]
+fn row_57_a_former_primary_gives_its_own_slot_up_once_the_next_one_has_it_so_that_a_copy_takes_its_place() {
+    let own = SlotFacts { logical: true, ..slot("cdc", 100) };
+    let copy = SlotFacts { synced: true, ..own.clone() };
+    let standby = |cdc: &SlotFacts, leader: &str, status_of: i64| {
+        let replication = ", slots: { cdc: { type: logical, database: app, plugin: pgoutput } }";
+        let mut sight = Sight::standby(replication).has(slot("b", 500)).has(slot("node_c", 500)).has(cdc.clone());
+        sight.view.leader = Some(crate::machine::tests::fixtures::leader(leader, 2, 20));
+        sight.view.status = Some(StatusRecord {
+            epoch: crate::types::Epoch(status_of),
+            timeline: crate::types::TimelineId(2),
+            lsn: Lsn(500),
+            slots: [("cdc".to_owned(), Lsn(400))].into(),
+            conditions: Vec::new(),
+        });
+        sight
+    };
+    assert_eq!(standby(&own, "b", 20).changes(), [drop_of("cdc")]);
+    assert_eq!(standby(&copy, "b", 20).changes(), [], "PostgreSQL keeps it");
+    assert_eq!(standby(&own, "b", 10).changes(), [], "what the former leadership had says nothing");
+    assert_eq!(standby(&own, "a", 20).changes(), [], "it is in recovery for a moment, and leads");
+    let before_17 = Sight { major_version: 16, ..standby(&own, "b", 20) };
+    assert_eq!(before_17.changes(), [], "nobody else has it");
+}
+
+#[test]
 fn a_standby_moves_a_permanent_physical_slot_on_to_where_the_leader_says_it_is() {
     let mut sight = Sight::standby(", slots: { backup: { type: physical } }").has(slot("b", 500)).has(slot("node_c", 500));
     sight = sight.has(slot("backup", 100));
