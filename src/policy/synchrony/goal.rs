@@ -81,6 +81,11 @@ impl Standbys {
         self.0.retain(|name, _| spec.member(name).is_some());
     }
 
+    /// It has been seen in this leadership; one that has not only counts because the record names it, such as a former leader that is lost.
+    fn has_been_seen(&self, name: &MemberName) -> bool {
+        self.0.get(name).is_some_and(|standing| standing.connected)
+    }
+
     /// Those that count.
     fn counting(&self) -> impl Iterator<Item = &MemberName> {
         self.0.iter().filter(|(_, standing)| standing.counts).map(|(name, _)| name)
@@ -156,18 +161,24 @@ pub fn wanted(
     }
     let acks = asked.min(found);
     let members = match replication.mode {
-        ReplicationMode::Sync => first_of(spec, members, acks, chosen),
+        ReplicationMode::Sync => first_of(spec, members, acks, standbys, chosen),
         ReplicationMode::Quorum | ReplicationMode::Async => members,
     };
     Wanted { goal: Goal::Acks(Acks { members, acks }), short_of, waits: None }
 }
 
-/// By sync_priority, then those that are chosen already, then by their order in the spec.
-fn first_of(spec: &ClusterSpec, members: BTreeSet<MemberName>, acks: u32, chosen: Option<&BTreeSet<MemberName>>) -> BTreeSet<MemberName> {
+/// Those that have been seen, by sync_priority, then those that are chosen already, then by their order in the spec.
+fn first_of(
+    spec: &ClusterSpec,
+    members: BTreeSet<MemberName>,
+    acks: u32,
+    standbys: &Standbys,
+    chosen: Option<&BTreeSet<MemberName>>,
+) -> BTreeSet<MemberName> {
     let mut in_order: Vec<&Member> = spec.members.iter().filter(|member| members.contains(&member.name)).collect();
     in_order.sort_by_key(|member| {
         let is_chosen = chosen.is_some_and(|chosen| chosen.contains(&member.name));
-        (std::cmp::Reverse(member.tags.sync_priority), !is_chosen)
+        (!standbys.has_been_seen(&member.name), std::cmp::Reverse(member.tags.sync_priority), !is_chosen)
     });
     in_order.into_iter().take(acks as usize).map(|member| member.name.clone()).collect()
 }

@@ -95,6 +95,16 @@ fn in_sync_nobody_is_changed_among_equals() {
 }
 
 #[test]
+fn in_sync_commits_do_not_wait_for_a_former_leader_that_is_lost_while_a_standby_is_there() {
+    let mut sight = Sight::of("mode: sync");
+    sight.spec.members[1].tags.sync_priority = 5;
+    // `b` led before, and only `a` was its standby.
+    sight.standbys = Standbys::named([name("b")].into_iter(), T0);
+    assert_eq!(sight.shows(10, &["c"]).goal(), (1, "c".to_owned()));
+    assert_eq!(sight.shows(10, &["b", "c"]).goal(), (1, "b".to_owned()), "it is back");
+}
+
+#[test]
 fn a_standby_that_was_away_for_a_moment_still_counts_and_one_that_stays_away_does_not() {
     let mut sight = Sight::of("mode: quorum");
     sight.shows(0, &["b", "c"]).shows(10, &["c"]);
