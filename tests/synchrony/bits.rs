@@ -17,7 +17,7 @@ pub const NOBODY: Code = 1 << 5;
 pub const BLOCK: Code = 2 << 5;
 /// A goal: [`Goal::Async`].
 pub const ASYNC: Code = 0;
-/// A goal: [`Goal::Stay`].
+/// A goal: [`Goal::Wait`] for one. [`Goal::Stay`] does nothing.
 pub const STAY: Code = 1 << 5;
 /// A record: there is none.
 pub const NO_RECORD: Code = 0;
@@ -149,7 +149,7 @@ pub fn names_code(names: &Names) -> Code {
 pub fn goal(code: Code) -> Goal {
     match code {
         ASYNC => Goal::Async,
-        STAY => Goal::Stay,
+        STAY => Goal::Wait(1),
         _ => Goal::Acks(acks(code)),
     }
 }

@@ -278,7 +278,8 @@ fn say(context: &mut Context<'_>, wanted: &Wanted) {
     let acks = match &wanted.goal {
         Goal::Acks(acks) => acks.acks,
         Goal::Async => 0,
-        Goal::Stay => {
+        Goal::Stay => return context.world.clear("durability_reduced"),
+        Goal::Wait(_) => {
             let message = "too few standbys are there for what strict asks for: commits wait until there are enough".to_owned();
             context.world.fail("durability_reduced", message);
             return;

@@ -157,7 +157,7 @@ pub fn wanted(
     let found = u32::try_from(members.len()).unwrap_or(u32::MAX);
     let short_of = (found < asked).then_some(asked);
     if short_of.is_some() && replication.strict {
-        return Wanted { goal: Goal::Stay, short_of, waits: None };
+        return Wanted { goal: Goal::Wait(asked), short_of, waits: None };
     }
     let acks = asked.min(found);
     let members = match replication.mode {

@@ -75,8 +75,10 @@ pub enum Goal {
     Async,
     /// Commits wait for these; for nobody when it is empty: then only the leader has everything, and only it may lead.
     Acks(Acks),
-    /// As it is: there is nobody to wait for, and the spec says that commits wait all the same.
+    /// As it is: what the spec asks for cannot be in force yet.
     Stay,
+    /// There are fewer than so many to wait for, and the spec says that commits wait all the same. Names that ask for as many stay.
+    Wait(u32),
 }
 
 /// The next thing to do.
@@ -163,6 +165,12 @@ impl InForce {
     /// Some backend may go by empty names, and wait for nobody.
     pub fn may_not_wait(&self) -> bool {
         self.earlier.iter().chain(&self.set).any(|names| *names == Names::Nobody)
+    }
+
+    /// What is set, or was and may be read still, does not make every commit wait for so many.
+    fn may_release_for_fewer(&self, asked: u32) -> bool {
+        let fewer = self.may_not_wait() || self.least().is_some_and(|least| least < asked);
+        fewer && self.set != Some(Names::Block)
     }
 
     fn add(&mut self, more: Vec<Names>) {
@@ -272,7 +280,8 @@ pub fn step(inputs: &Inputs<'_>) -> Step {
         return Step::Record(Some(taken_over(inputs.me, inputs.epoch, record)));
     }
     match inputs.goal {
-        Goal::Stay => Step::Done,
+        Goal::Wait(asked) if inputs.in_force.may_release_for_fewer(*asked) => Step::Names(Names::Block),
+        Goal::Stay | Goal::Wait(_) => Step::Done,
         Goal::Async if inputs.record.is_some() => Step::Record(None),
         Goal::Async if inputs.in_force.set() != Some(&Names::Nobody) => Step::Names(Names::Nobody),
         Goal::Async => Step::Done,

@@ -190,7 +190,21 @@ fn with_nobody_to_wait_for_commits_go_on_waiting_when_the_spec_says_so() {
     let mut cluster = Cluster::new("b c");
     cluster.go(&goal(1, "b c"));
     cluster.standbys.clear();
-    assert_eq!(cluster.go(&Goal::Stay), [] as [&str; 0]);
+    assert_eq!(cluster.go(&Goal::Wait(1)), [] as [&str; 0]);
+}
+
+#[test]
+fn with_too_few_to_wait_for_no_commit_goes_by_less_than_a_strict_spec_asks_for() {
+    const ALL_WAIT: &str = "names: ANY 1 (\"pgherd:nobody\")";
+    assert_eq!(Cluster::new("").go(&Goal::Wait(1)), [ALL_WAIT], "nobody waited, as in async");
+    let mut alone = Cluster::new("");
+    alone.go(&goal(0, ""));
+    assert_eq!(alone.go(&Goal::Wait(1)), [ALL_WAIT], "strict was turned on while there was nobody");
+    let mut fewer = Cluster::new("b");
+    fewer.go(&goal(1, "b"));
+    assert_eq!(fewer.go(&Goal::Wait(2)), [ALL_WAIT], "two are asked for now");
+    fewer.standbys.insert(member("c"));
+    assert_eq!(fewer.go(&goal(2, "b c")), ["sync: 3 of a b c", "names: ANY 2 (\"b\", \"c\")"], "nothing was released since they all wait");
 }
 
 /// The names ask for more than the goal, and so the record could be the goal's at once; but then it would have to be weakened again for
@@ -206,7 +220,7 @@ fn a_record_that_the_next_names_would_undo_is_not_written() {
 fn a_record_that_a_former_leader_wrote_is_taken_over_before_anything_else() {
     let mut cluster = Cluster::new("b c");
     cluster.in_force = InForce::since_start(Names::Block);
-    for to in [Goal::Stay, Goal::Async, goal(1, "c")] {
+    for to in [Goal::Stay, Goal::Wait(1), Goal::Async, goal(1, "c")] {
         cluster.record = Some(record("b", 6, 2, "a b c"));
         assert_eq!(cluster.step(&to), Step::Record(Some(record("a", 7, 2, "a b c"))), "what it says still holds");
         cluster.record = Some(record("b", 6, 2, "b c"));

@@ -174,9 +174,9 @@ fn without_a_standby_nobody_waits_and_that_is_said() {
 }
 
 #[test]
-fn without_a_standby_strict_leaves_everything_as_it_is() {
+fn without_a_standby_commits_wait_all_the_same_where_the_spec_is_strict() {
     let sight = Sight::of("mode: quorum, strict: true");
-    assert_eq!((sight.wanted().goal, sight.wanted().short_of), (Goal::Stay, Some(1)));
+    assert_eq!((sight.wanted().goal, sight.wanted().short_of), (Goal::Wait(1), Some(1)));
 }
 
 #[test]
