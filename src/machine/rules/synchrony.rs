@@ -129,6 +129,11 @@ fn write(context: &mut Context<'_>, lock: LockIdentity, known: Known, record: Op
 }
 
 fn set(context: &mut Context<'_>, names: Names) {
+    // Commits may wait for it, and a logical slot that is being made waits for the longest transaction.
+    if context.world.job() == Some(OperationKind::KeepSlots) && !context.world.backs_off(context.now, OperationKind::SetNames) {
+        context.actions.push(Action::CancelJob);
+        return;
+    }
     let (Some((start, _)), Some(spec)) = (context.world.running(), context.world.spec().cloned()) else { return };
     let may_not_wait = context.world.names_of_server().is_none_or(|server| server.in_force.may_not_wait());
     let prove_waits = names != Names::Nobody && may_not_wait;

@@ -1,10 +1,48 @@
-//! Commits that wait for standbys, by single members.
+//! Commits that wait for standbys, by single members: what is said of them, and what a change of the names waits for.
+
+use std::sync::Arc;
 
 use super::checked::Checked;
 use super::fixtures::*;
-use super::reactions::worlds::standby;
-use crate::machine::event::Event;
+use super::found::operations;
+use super::reactions::worlds::{busy, leads, led_by_us, ours, standby};
+use crate::facts::cluster::ClusterView;
+use crate::facts::guard::StartId;
+use crate::facts::lease::LeaseEvent;
+use crate::facts::postgres::{ReplicaFacts, SqlFacts};
+use crate::facts::synchrony::{FEATURE, Names, SyncRecord};
+use crate::machine::action::{Action, OperationKind};
+use crate::machine::event::{Event, Finished};
 use crate::machine::state::State;
+use crate::machine::synchrony::OfServer;
+use crate::machine::world::World;
+use crate::policy::synchrony::InForce;
+use crate::types::{Epoch, Lsn, Revision};
+
+/// `b` has all.
+fn streams() -> ReplicaFacts {
+    ReplicaFacts {
+        application_name: "b".to_owned(),
+        state: "streaming".to_owned(),
+        client_addr: None,
+        flush_lsn: Some(Lsn(1_000)),
+        replay_lsn: None,
+        sync_state: String::new(),
+        sync_priority: 0,
+    }
+}
+
+/// `a` leads, `b` streams from it, and no commit waits yet.
+fn waits_for_nobody() -> World {
+    let mut world = leads();
+    let mut view = led_by_us();
+    view.members.values_mut().for_each(|key| key.record.features.push(FEATURE.to_owned()));
+    world.view = Some(Arc::new(view));
+    world.spec = Some((1, spec_with(&["a", "b", "c"], "replication: { mode: quorum }")));
+    world.probe = Some(probe(T0, SqlFacts { replicas: vec![streams()], ..sql(false, 2, 1_000) }));
+    world.synchrony.server = Some(OfServer::new(StartId(1), InForce::since_start(Names::Nobody), T0));
+    world
+}
 
 #[test]
 fn what_a_leader_said_of_its_commits_is_over_with_its_leadership() {
@@ -17,4 +55,13 @@ fn what_a_leader_said_of_its_commits_is_over_with_its_leadership() {
         let left: Vec<&&str> = member.world().conditions.keys().collect();
         assert!(left.is_empty(), "{left:?}");
     }
+}
+
+#[test]
+fn whom_commits_wait_for_is_changed_before_a_slot_that_takes_its_time_is_made() {
+    let ordered = |world: World| Checked::resume(world, State::Primary).handle(T0, Event::Tick);
+    assert!(operations(&ordered(waits_for_nobody())).contains(&OperationKind::SetNames));
+    let cancels = |actions: &[Action]| actions.iter().any(|action| matches!(action, Action::CancelJob));
+    assert!(cancels(&ordered(busy(waits_for_nobody(), OperationKind::KeepSlots))));
+    assert!(!cancels(&ordered(busy(waits_for_nobody(), OperationKind::Checkpoint))), "what somebody asked for");
 }
