@@ -130,7 +130,7 @@ pub enum Operation {
         /// Clients are kept out until they are let in ([`Operation::Open`]).
         closed: bool,
     },
-    /// Let clients in, by the lines of pg_hba.conf that served before, or else the spec's.
+    /// Let clients in, by the lines of pg_hba.conf that were closed, or else the spec's.
     Open {
         /// The spec.
         spec: Arc<ClusterSpec>,

@@ -39,8 +39,8 @@ pub struct OfServer {
     pub took_at: BootTime,
     /// Clients are kept out; when it was started so.
     pub closed_since: Option<BootTime>,
-    /// It was found running, and the daemon before may have kept clients out.
-    pub may_be_closed: bool,
+    /// It was found running then, and the daemon before may have kept clients out.
+    pub may_be_closed_since: Option<BootTime>,
     /// How far it had recovered when it was seen first.
     pub recovered: Option<Lsn>,
 }
@@ -48,7 +48,7 @@ pub struct OfServer {
 impl OfServer {
     /// One that runs, of which so much is known.
     pub fn new(start: StartId, in_force: InForce, took_at: BootTime) -> Self {
-        OfServer { start, in_force, took_at, closed_since: None, may_be_closed: false, recovered: None }
+        OfServer { start, in_force, took_at, closed_since: None, may_be_closed_since: None, recovered: None }
     }
 }
 
@@ -172,7 +172,7 @@ impl World {
     /// Clients were let in, or it is not known.
     pub(super) fn was_opened(&mut self, now: BootTime, result: Result<(), Failure>) {
         if let (Ok(()), Some(server)) = (&result, &mut self.synchrony.server) {
-            (server.closed_since, server.may_be_closed) = (None, false);
+            (server.closed_since, server.may_be_closed_since) = (None, None);
         }
         self.judge(now, OperationKind::Open, result, "open_failed");
     }
@@ -180,6 +180,11 @@ impl World {
     /// Clients are kept out of the running server.
     pub fn is_closed(&self) -> bool {
         self.names_of_server().is_some_and(|server| server.closed_since.is_some())
+    }
+
+    /// Clients may be kept out of the running server.
+    pub(super) fn may_be_closed(&self) -> bool {
+        self.names_of_server().is_some_and(|server| server.closed_since.or(server.may_be_closed_since).is_some())
     }
 
     /// `sync` was written, or was not what was judged on, or it is not known.

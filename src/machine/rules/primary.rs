@@ -153,7 +153,7 @@ fn permanent_slots(wanted: &BTreeMap<String, PermanentSlot>, sql: &SqlFacts) -> 
 /// A standby tries a new generation first; alone, the primary has to try it itself.
 fn take_up_configuration(context: &mut Context<'_>) {
     // It would let clients in.
-    if context.world.is_closed() {
+    if context.world.may_be_closed() {
         return;
     }
     let Some((generation, spec)) = context.world.spec.clone() else { return };

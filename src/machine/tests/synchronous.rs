@@ -65,3 +65,31 @@ fn whom_commits_wait_for_is_changed_before_a_slot_that_takes_its_time_is_made() 
     assert!(cancels(&ordered(busy(waits_for_nobody(), OperationKind::KeepSlots))));
     assert!(!cancels(&ordered(busy(waits_for_nobody(), OperationKind::Checkpoint))), "what somebody asked for");
 }
+
+#[test]
+fn row_48_a_daemon_that_finds_a_primary_running_lets_clients_in_when_standbys_have_what_is_there() {
+    let found = |flushed: u64| {
+        let mut world = waits_for_nobody();
+        let mut view = ClusterView::clone(world.view.as_deref().unwrap());
+        let members = [name("a"), name("b"), name("c")].into();
+        view.sync = Some(SyncRecord { leader: name("a"), epoch: Epoch(300), members, copies: 2 });
+        view.sync_revision = Revision(310);
+        world.view = Some(Arc::new(view));
+        (world.synchrony.server, world.in_force) = (None, None);
+        let shows = SqlFacts { replicas: vec![ReplicaFacts { flush_lsn: Some(Lsn(flushed)), ..streams() }], ..sql(false, 2, 1_000) };
+        world.probe = Some(probe(T0, shows.clone()));
+        let mut member = Checked::resume(world, State::Primary);
+        let mut actions = member.handle(T0, Event::Tick);
+        let later = T0 + ms(1_000);
+        let proved = LeaseEvent::Proved { lock: ours(), sent: later, until: times().deadlines(later).valid_until };
+        actions.extend(member.handle(later, Event::Lease(proved)));
+        actions.extend(member.handle(later, Event::Finished(Finished::NamesSet(Ok(())))));
+        actions.extend(member.handle(later, Event::Probed(probe(later, shows))));
+        operations(&actions)
+    };
+    let lets_in = [OperationKind::Open, OperationKind::Configure];
+    let is_let_in = |ordered: &[OperationKind]| ordered.iter().any(|kind| lets_in.contains(kind));
+    assert!(is_let_in(&found(1_000)));
+    let kept_out = found(900);
+    assert!(!is_let_in(&kept_out), "{kept_out:?}");
+}
