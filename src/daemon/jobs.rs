@@ -126,10 +126,10 @@ async fn prepare_files(
     inputs: &parameters::ConfigInputs,
     fall_back: bool,
 ) -> anyhow::Result<Option<String>> {
-    if fall_back && configure::fall_back(&host.layout)? {
+    let files = host.config_files(spec, inputs)?;
+    if fall_back && configure::fall_back(&host.layout, &files)? {
         return Ok(Some("PostgreSQL did not start with the new configuration; see its log".to_owned()));
     }
-    let files = host.config_files(spec, inputs)?;
     match configure::install_stopped(&host.settled()?.installation, &host.layout, &files).await? {
         Outcome::PutBack { why } => Ok(Some(why)),
         Outcome::Unchanged | Outcome::Installed { .. } | Outcome::Reloaded { .. } => Ok(None),

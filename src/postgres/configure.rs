@@ -243,8 +243,10 @@ pub fn served(layout: &Layout) -> Result<()> {
     Ok(())
 }
 
-/// After a failed start: puts the files that served last back. False when there are none, or they are the ones that just failed.
-pub fn fall_back(layout: &Layout) -> Result<bool> {
+/// After a failed start: puts the files that served last back, but for whom the server follows. False when there are none, or they are the
+/// ones that just failed.
+pub fn fall_back(layout: &Layout, files: &ConfigFiles) -> Result<bool> {
+    write_upstream(layout, files)?;
     let mut changed = false;
     for name in ["postgresql.conf", "pg_hba.conf", "pg_ident.conf"] {
         if let Some(content) = files::read_if_there(&layout.last_good_dir().join(name))? {

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 
 use pgherd::policy::parameters::{postgresql_conf, quote};
-use pgherd::postgres::Outcome;
 use pgherd::postgres::configure::{fall_back, install_running, install_stopped, served};
+use pgherd::postgres::{ConfigFiles, Outcome};
 
 use super::harness::{LIMIT, Server, installations, parameters, place};
 
-async fn install(server: &Server, files: &pgherd::postgres::ConfigFiles) -> Outcome {
+async fn install(server: &Server, files: &ConfigFiles) -> Outcome {
     install_running(&server.installation, &server.layout, &server.sql, files, LIMIT).await.unwrap()
 }
 
@@ -127,10 +127,13 @@ async fn a_failed_start_falls_back_once_to_the_files_that_served() {
         server.install().await;
         server.spawn();
         super::harness::eventually(|| server.has_ended()).await;
-        assert!(fall_back(&server.layout).unwrap());
+        // Another leads by now.
+        server.inputs.primary_conninfo = Some("host=127.0.0.1 port=1".into());
+        assert!(fall_back(&server.layout, &server.files()).unwrap());
         server.spawn();
         server.until("it starts with the old files", |_| true).await;
-        assert!(!fall_back(&server.layout).unwrap(), "there is nothing older to fall back to");
+        assert_eq!(server.ask("select current_setting('primary_conninfo')").await, "host=127.0.0.1 port=1");
+        assert!(!fall_back(&server.layout, &server.files()).unwrap(), "there is nothing older to fall back to");
     }
 }
 
