@@ -27,6 +27,8 @@ const CHECK_LIMIT: Duration = Duration::from_secs(20);
 const MARK: &str = "# Written by pgherd";
 /// postgresql.auto.conf without a setting.
 const NO_ALTER_SYSTEM: &str = "# Written by pgherd: ALTER SYSTEM is undone, settings are in the cluster's spec.\n";
+/// Beside the data directory: pg_hba.conf as it is to be when clients are let in.
+const WHEN_OPEN: &str = "pg_hba.when_open.conf";
 const AUTO_CONF: &str = "postgresql.auto.conf";
 
 /// The files as they should be.
@@ -158,8 +160,13 @@ pub fn write_names(layout: &Layout, names: &Names, failover_slots: bool) -> Resu
     files::write_if_changed(&layout.data_dir().join(parameters::live::NAMES_CONF), conf.as_bytes()).map(drop)
 }
 
-/// Before a start: no client gets in. What served last stays kept beside, for [`open`].
+/// Before a start: no client gets in. What was put in place for this start is kept beside, for [`open`].
 pub fn close(layout: &Layout, pg_hba: &str) -> Result<()> {
+    if !is_closed(layout)? {
+        layout.prepare()?;
+        let installed = files::read_if_there(&layout.data_dir().join("pg_hba.conf"))?.unwrap_or_default();
+        files::write_if_changed(&layout.beside().join(WHEN_OPEN), installed.as_bytes())?;
+    }
     files::write_if_changed(&layout.data_dir().join("pg_hba.conf"), pg_hba.as_bytes()).map(drop)
 }
 
@@ -167,10 +174,14 @@ fn is_closed(layout: &Layout) -> Result<bool> {
     Ok(files::read_if_there(&layout.data_dir().join("pg_hba.conf"))?.is_some_and(|text| text.contains(hba::CLOSED)))
 }
 
-/// On a running server that [`close`] closed: clients get in by the lines that served last, or else by these.
+/// On a running server that [`close`] may have closed: clients get in by the lines that it closed, or else by these. What served last may be
+/// of an older document.
 pub async fn open(layout: &Layout, sql: &Sql, pg_hba: &str, limit: Duration) -> Result<()> {
-    let served = files::read_if_there(&layout.last_good_dir().join("pg_hba.conf"))?;
-    files::write_if_changed(&layout.data_dir().join("pg_hba.conf"), served.as_deref().unwrap_or(pg_hba).as_bytes())?;
+    if is_closed(layout)? {
+        let installed = files::read_if_there(&layout.beside().join(WHEN_OPEN))?;
+        files::write_if_changed(&layout.data_dir().join("pg_hba.conf"), installed.as_deref().unwrap_or(pg_hba).as_bytes())?;
+    }
+    // Also when it was opened before: who did may have been ended before the server was told.
     sql.reload(limit).await?;
     Ok(())
 }

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use pgherd::policy::hba::CLOSED;
 use pgherd::policy::parameters::{postgresql_conf, quote};
-use pgherd::postgres::configure::{fall_back, install_running, install_stopped, served};
+use pgherd::postgres::configure::{close, fall_back, install_running, install_stopped, open, served};
 use pgherd::postgres::{ConfigFiles, Outcome};
 
 use super::harness::{LIMIT, Server, installations, parameters, place};
@@ -134,6 +135,35 @@ async fn a_failed_start_falls_back_once_to_the_files_that_served() {
         server.until("it starts with the old files", |_| true).await;
         assert_eq!(server.ask("select current_setting('primary_conninfo')").await, "host=127.0.0.1 port=1");
         assert!(!fall_back(&server.layout, &server.files()).unwrap(), "there is nothing older to fall back to");
+    }
+}
+
+#[tokio::test]
+async fn row_48_clients_that_were_kept_out_are_let_in_by_the_document_that_the_server_was_started_with() {
+    for installation in installations().await {
+        let root = place();
+        let mut server = Server::primary(&installation, root.path(), "a").await;
+        let former = server.files();
+        served(&server.layout).unwrap();
+        server.stop();
+        // A document that no server has served yet, which takes something away.
+        let present = ConfigFiles { pg_hba: former.pg_hba.replace("host all postgres", "host postgres postgres"), ..former.clone() };
+        assert_ne!(former.pg_hba, present.pg_hba);
+        let path = server.data_dir().join("pg_hba.conf");
+        let lines = || std::fs::read_to_string(&path).unwrap();
+        install_stopped(&installation, &server.layout, &present).await.unwrap();
+        close(&server.layout, CLOSED).unwrap();
+        assert_eq!(lines(), CLOSED);
+        // Closed once more, as after another crash that came before clients were let in.
+        close(&server.layout, CLOSED).unwrap();
+        install_stopped(&installation, &server.layout, &present).await.unwrap();
+        server.spawn();
+        server.until("it takes connections of ours", |_| true).await;
+        close(&server.layout, CLOSED).unwrap();
+        open(&server.layout, &server.sql, "", LIMIT).await.unwrap();
+        assert_eq!(lines(), present.pg_hba);
+        open(&server.layout, &server.sql, "", LIMIT).await.unwrap();
+        assert_eq!(lines(), present.pg_hba, "there was nothing to open");
     }
 }
 
