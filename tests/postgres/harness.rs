@@ -293,9 +293,10 @@ impl Server {
     /// Asks until that is the answer.
     pub async fn until_asked(&self, what: &str, statement: &str, answer: &str) {
         let deadline = std::time::Instant::now() + PATIENCE;
+        let mut looks = tokio::time::interval(Duration::from_millis(50));
         while self.ask(statement).await != answer {
+            looks.tick().await;
             assert!(std::time::Instant::now() < deadline, "{}: not seen that {what}\n{}", self.name, self.log());
-            tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
 
