@@ -32,6 +32,22 @@ async fn a_server_that_is_gone_or_frozen_is_unknown_and_one_that_came_back_is_se
 }
 
 #[tokio::test]
+async fn the_question_is_planned_once_and_every_change_is_seen_by_the_next_probe() {
+    for installation in installations().await {
+        let root = place();
+        let server = Server::primary(&installation, root.path(), "a").await;
+        let before = server.facts().await;
+        assert!(before.slots.is_empty() && before.lowered.is_empty(), "{before:?}");
+        server.run("select pg_create_physical_replication_slot('one'); alter role postgres set synchronous_commit = off").await;
+        let after = server.facts().await;
+        assert_eq!(after.slots.iter().map(|slot| slot.name.as_str()).collect::<Vec<_>>(), ["one"]);
+        assert_eq!(after.lowered, ["postgres in every database"]);
+        let asked = server.ask("select string_agg(query, '; ') from pg_stat_activity where query ilike '%probe%' and pid <> pg_backend_pid()");
+        assert_eq!(asked.await, "execute probe", "neither a second connection nor a plan for each probe");
+    }
+}
+
+#[tokio::test]
 async fn a_standby_that_is_not_consistent_yet_says_not_yet() {
     for installation in installations().await {
         let root = place();
