@@ -300,10 +300,14 @@ impl LocalCluster {
         self.postgres_processes(index).contains(&id).then_some(id)
     }
 
-    /// Daemon, guard and PostgreSQL of a node at once, as when its power goes.
+    /// Daemon, guard and every process of PostgreSQL: all that runs of a node.
+    pub fn processes(&self, index: usize) -> Vec<ProcessId> {
+        self.daemon(index).into_iter().chain(self.guard(index)).chain(self.postgres_processes(index)).collect()
+    }
+
+    /// All of a node at once, as when its power goes.
     pub fn cut_power(&self, index: usize) {
-        let mut all: Vec<ProcessId> = self.daemon(index).into_iter().chain(self.guard(index)).collect();
-        all.extend(self.postgres_processes(index));
+        let all = self.processes(index);
         for id in &all {
             id.signal(Signal::SIGKILL);
         }
@@ -342,9 +346,11 @@ impl LocalCluster {
         self.status().is_ok_and(|status| status.is_whole(self.plan.nodes.len()))
     }
 
-    /// Waits until the cluster is whole or `give_up` says that nobody wants to know any more.
-    pub fn wait_until_whole(&self, bound: Duration, give_up: impl Fn() -> bool) -> bool {
-        wait_for_every(Duration::from_millis(STATUS_PAUSE_MS), bound, || give_up() || self.is_whole()) && !give_up()
+    /// Waits until the cluster is whole and each commit is on two members, or `give_up` says that nobody wants to know any more.
+    pub fn wait_until_durable(&self, bound: Duration, give_up: impl Fn() -> bool) -> bool {
+        let nodes = self.plan.nodes.len();
+        let durable = || self.status().is_ok_and(|status| status.is_whole(nodes) && status.is_durable(nodes));
+        wait_for_every(Duration::from_millis(STATUS_PAUSE_MS), bound, || give_up() || durable()) && !give_up()
     }
 
     /// Ends every process and removes the directory.
@@ -391,7 +397,7 @@ impl LocalCluster {
             ttl_s: 5,
             loop_wait_s: 1,
             failsafe: None,
-            mode: "async".into(),
+            mode: "quorum".into(),
             replication: Vec::new(),
             version: self.plan.programs.postgres_major()?,
             parameters: [("max_connections", "50"), ("shared_buffers", "16MB"), ("wal_keep_size", "128MB")]

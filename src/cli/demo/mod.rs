@@ -71,7 +71,7 @@ pub struct DemoArgs {
 pub enum Script {
     /// Break the primary twice under load and account for every acknowledged row
     Failover,
-    /// Measure how long writes stop when the primary is stopped or killed, and what pgherd costs; minutes for each run
+    /// Measure how long writes stop when a node is stopped, killed or cut off, and what pgherd costs; minutes for each run
     Bench,
 }
 
@@ -97,7 +97,7 @@ pub fn run(args: &DemoArgs) -> Result<bool> {
         println!("{}", how_to_connect(&cluster)?);
         match args.script {
             Some(Script::Failover) => drill::failover(&cluster, &stop),
-            Some(Script::Bench) => bench::run(&cluster, &args.bench, &stop),
+            Some(Script::Bench) => bench::run(&cluster, &ports, &args.bench, &stop),
             None => {
                 println!("Ctrl-C ends it and removes everything.");
                 while !wait_for(Duration::from_secs(3600), || stop.load(Ordering::SeqCst)) {}
@@ -178,11 +178,11 @@ fn bring_up(cluster: &LocalCluster, document: &str, stop: &AtomicBool) -> Result
     for index in 0..cluster.plan.nodes.len() {
         cluster.start_node(index)?;
     }
-    let ready = cluster.wait_until_whole(Duration::from_millis(READY_BOUND_MS), || stop.load(Ordering::SeqCst));
+    let ready = cluster.wait_until_durable(Duration::from_millis(READY_BOUND_MS), || stop.load(Ordering::SeqCst));
     if stop.load(Ordering::SeqCst) {
         bail!("interrupted");
     }
-    ensure!(ready, "the cluster was not whole within {} s", READY_BOUND_MS / 1000);
+    ensure!(ready, "the cluster was not whole, with commits that wait for both standbys, within {} s", READY_BOUND_MS / 1000);
     Ok(())
 }
 

@@ -41,6 +41,13 @@ pub struct StatusMember {
     pub conditions: Vec<serde_json::Value>,
 }
 
+impl StatusMember {
+    /// Whether commits wait for this member, alone or among others.
+    pub fn is_waited_for(&self) -> bool {
+        matches!(self.role.as_deref(), Some("sync_standby" | "quorum_standby"))
+    }
+}
+
 impl Status {
     /// The member of that name.
     pub fn member(&self, name: &str) -> Option<&StatusMember> {
@@ -51,6 +58,11 @@ impl Status {
     pub fn is_calm(&self) -> bool {
         let harmless = |condition: &serde_json::Value| condition["severity"] == "info";
         self.conditions.iter().chain(self.members.iter().flat_map(|member| &member.conditions)).all(harmless)
+    }
+
+    /// Whether commits wait for standbys, and each of the `nodes` - 1 others is one that may acknowledge them.
+    pub fn is_durable(&self, nodes: usize) -> bool {
+        self.members.iter().filter(|member| member.is_waited_for()).count() + 1 == nodes
     }
 
     /// Whether one leader leads and `nodes` - 1 others stream from it on its timeline.
@@ -80,6 +92,16 @@ mod tests {
         };
         assert!(status("info").is_calm() && Status::default().is_calm());
         assert!(!status("warning").is_calm() && !status("error").is_calm());
+    }
+
+    #[test]
+    fn a_cluster_is_durable_when_every_standby_may_acknowledge_a_commit() {
+        let status = |role: &str| {
+            let text = format!(r#"{{"members":[{{"name":"a","role":"leader"}},{{"name":"b","role":"quorum_standby"}},{{"name":"c","role":"{role}"}}]}}"#);
+            serde_json::from_str::<Status>(&text).unwrap()
+        };
+        assert!(status("quorum_standby").is_durable(3) && status("sync_standby").is_durable(3));
+        assert!(!status("replica").is_durable(3), "one that was left out acknowledges nothing");
     }
 
     #[test]

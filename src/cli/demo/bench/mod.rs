@@ -1,4 +1,4 @@
-//! `pgherd demo --script bench`: how long writes stop when the primary is stopped, killed or loses its power, and what pgherd costs.
+//! `pgherd demo --script bench`: how long writes stop when a node is stopped, killed, cut off or loses its power, and what pgherd costs.
 //!
 //! Everything runs with the defaults of a cluster document, three members and three members of etcd on one machine; HAProxy checks every
 //! second, as `render haproxy` has it. So a figure holds what processes and their clocks cost, and no network. The scenarios take turns:
@@ -7,6 +7,7 @@
 mod clients;
 mod idle;
 mod machine;
+mod overhead;
 mod report;
 mod scenario;
 mod statistics;
@@ -23,6 +24,7 @@ use clap::Args;
 use super::cluster::LocalCluster;
 use super::documents::ClusterDocument;
 use super::drill::leader;
+use super::ports::PortBlock;
 use super::process::wait_for_every;
 use super::runtime::in_own_thread;
 use super::writer::Writer;
@@ -32,8 +34,17 @@ use scenario::{Rounds, Run, Scenario};
 
 /// `ha.loop_wait`'s default, in seconds.
 const LOOP_WAIT_S: u32 = 5;
-/// What is run in turn, with the default ttl; the idle cluster is measured behind it.
-const TURNS: [Scenario; 5] = [Scenario::Stop, Scenario::Postmaster, Scenario::Daemon, Scenario::Switchover, Scenario::Power];
+/// What is run in turn, with the default ttl; the idle cluster, and what quorum costs, are measured behind it.
+const TURNS: [Scenario; 8] = [
+    Scenario::Stop,
+    Scenario::Postmaster,
+    Scenario::Daemon,
+    Scenario::Switchover,
+    Scenario::Power,
+    Scenario::StandbyStop,
+    Scenario::StandbyKill,
+    Scenario::StandbySilent,
+];
 /// How often each scenario is run, unless told.
 const RUNS: u16 = 10;
 /// How long making the clients' table may take, in milliseconds.
@@ -98,7 +109,7 @@ pub fn first_ttl_s() -> u32 {
 }
 
 /// Measures. True when every promise is kept.
-pub fn run(cluster: &LocalCluster, args: &BenchArgs, stop: &AtomicBool) -> Result<bool> {
+pub fn run(cluster: &LocalCluster, ports: &PortBlock, args: &BenchArgs, stop: &AtomicBool) -> Result<bool> {
     let (at, load_before) = (wall_clock(), machine::load());
     make_table(cluster)?;
     let mut runs = Vec::new();
@@ -112,6 +123,13 @@ pub fn run(cluster: &LocalCluster, args: &BenchArgs, stop: &AtomicBool) -> Resul
             Err(error) => result = Err(error),
         }
     }
+    let mut overhead = None;
+    if result.is_ok() && args.wants(Scenario::Overhead) {
+        match document(cluster, first_ttl_s()).and_then(|document| overhead::measure(cluster, &document, ports, args.count(), stop)) {
+            Ok(measured) => overhead = Some(measured),
+            Err(error) => result = Err(error),
+        }
+    }
     if result.is_ok() && args.wants(Scenario::PowerShort) {
         result = change_ttl(cluster, Scenario::PowerShort.ttl_s())
             .and_then(|()| rounds(cluster, stop, args.count(), &[Scenario::PowerShort], &mut runs));
@@ -122,10 +140,11 @@ pub fn run(cluster: &LocalCluster, args: &BenchArgs, stop: &AtomicBool) -> Resul
         command: args.command(),
         load: [load_before, machine::load()],
         machine: machine::look(&cluster.plan.programs, &cluster.plan.dir),
-        targets: report::targets(&outages, idle.as_ref()),
+        targets: report::targets(&outages, idle.as_ref(), overhead.as_ref()),
         outages,
         runs,
         idle,
+        overhead,
     };
     // What was measured is shown even when a later run failed.
     println!("\n{}", report.markdown());

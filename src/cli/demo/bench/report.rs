@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::idle::{Idle, Member};
 use super::machine::Machine;
+use super::overhead::Overhead;
 use super::scenario::{Run, Scenario};
 use super::statistics::{Summary, summary};
 
@@ -35,6 +36,8 @@ pub struct Report {
     pub outages: Vec<Outages>,
     /// Costs while nothing happens.
     pub idle: Option<Idle>,
+    /// What quorum costs.
+    pub overhead: Option<Overhead>,
     /// What was promised, and what came of it.
     pub targets: Vec<Target>,
 }
@@ -86,7 +89,7 @@ pub fn outages(runs: &[Run]) -> Vec<Outages> {
 }
 
 /// The promises about what was measured. A switchover's outage is information.
-pub fn targets(outages: &[Outages], idle: Option<&Idle>) -> Vec<Target> {
+pub fn targets(outages: &[Outages], idle: Option<&Idle>, overhead: Option<&Overhead>) -> Vec<Target> {
     let at_most = |what: String, measured: f64, limit: f64, unit| Target { what, measured, limit, unit, met: measured <= limit };
     let mut targets = Vec::new();
     for each in outages {
@@ -102,8 +105,17 @@ pub fn targets(outages: &[Outages], idle: Option<&Idle>) -> Vec<Target> {
                 targets.push(at_most(format!("{title}: longest through HAProxy"), each.haproxy.max_s, limit, "s"));
                 targets.push(at_most(format!("{title}: longest seen directly"), each.direct.max_s, limit, "s"));
             }
-            Scenario::Switchover | Scenario::Idle => {}
+            Scenario::StandbyStop | Scenario::StandbyKill | Scenario::StandbySilent => {
+                let limit = if each.scenario == Scenario::StandbySilent { 3.0 } else { 1.0 };
+                targets.push(at_most(format!("{title}: longest pause through HAProxy"), each.haproxy.max_s, limit, "s"));
+                targets.push(at_most(format!("{title}: longest pause seen directly"), each.direct.max_s, limit, "s"));
+            }
+            Scenario::Switchover | Scenario::Idle | Scenario::Overhead => {}
         }
+    }
+    for cost in overhead.into_iter().flat_map(|overhead| &overhead.costs) {
+        let what = format!("cost of quorum over async beside PostgreSQL without pgherd, writers: {}: median", cost.writers);
+        targets.push(at_most(what, cost.percent.median, 5.0, "%"));
     }
     let Some(idle) = idle else { return targets };
     let below =
@@ -143,6 +155,9 @@ impl Report {
         );
         self.write_outages(&mut text);
         self.write_idle(&mut text);
+        if let Some(overhead) = &self.overhead {
+            overhead.write(&mut text);
+        }
         text.push_str("| promise | measured | limit | |\n| --- | ---: | ---: | --- |\n");
         for target in &self.targets {
             let Target { what, measured, limit, unit, met } = target;
@@ -243,7 +258,7 @@ mod tests {
     }
 
     fn missed(runs: &[Run]) -> Vec<String> {
-        targets(&outages(runs), None).into_iter().filter(|target| !target.met).map(|target| target.what).collect()
+        targets(&outages(runs), None, None).into_iter().filter(|target| !target.met).map(|target| target.what).collect()
     }
 
     #[test]
@@ -257,6 +272,16 @@ mod tests {
     fn what_is_promised_within_a_bound_is_missed_by_one_run_beyond_it() {
         assert_eq!(missed(&[run(Scenario::Power, 11.0, 10.0, 9), run(Scenario::Power, 12.1, 10.0, 9)]).len(), 1);
         assert_eq!(missed(&[run(Scenario::PowerShort, 4.9, 4.9, 9)]), Vec::<String>::new());
+    }
+
+    #[test]
+    fn one_pause_beyond_the_limit_is_a_miss_when_a_standby_goes_and_three_seconds_are_left_to_one_that_goes_silent() {
+        for scenario in [Scenario::StandbyStop, Scenario::StandbyKill] {
+            assert_eq!(missed(&[run(scenario, 0.9, 1.0, 0)]), Vec::<String>::new());
+            assert_eq!(missed(&[run(scenario, 0.1, 0.1, 0), run(scenario, 1.1, 1.2, 0)]).len(), 2);
+        }
+        assert_eq!(missed(&[run(Scenario::StandbySilent, 2.9, 3.0, 0)]), Vec::<String>::new());
+        assert_eq!(missed(&[run(Scenario::StandbySilent, 0.1, 3.1, 0)]).len(), 1);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use super::super::cluster::{LocalCluster, remove_dir};
 use super::super::drill::leader;
 use super::super::http;
 use super::super::process::{ProcessId, wait_for, wait_for_every};
+use super::super::status::StatusMember;
 use super::clients::Client;
 use super::statistics::outage;
 use crate::clock::{BootTime, wall_clock};
@@ -50,14 +51,27 @@ pub enum Scenario {
     Power,
     /// The same with a ttl of 3 s
     PowerShort,
+    /// SIGTERM to the daemon of a standby
+    StandbyStop,
+    /// SIGKILL to daemon, guard and PostgreSQL of a standby
+    StandbyKill,
+    /// SIGSTOP to all of a standby: it is silent, and its connections stay open
+    StandbySilent,
     /// Memory, CPU and requests to etcd while nothing happens
     Idle,
+    /// What quorum costs over async, beside PostgreSQL without pgherd
+    Overhead,
 }
 
 impl Scenario {
     /// The ttl it is measured with, in seconds.
     pub fn ttl_s(self) -> u32 {
         if self == Scenario::PowerShort { 3 } else { 10 }
+    }
+
+    /// Whether it is done to a standby, and not to the primary.
+    fn is_of_standby(self) -> bool {
+        matches!(self, Scenario::StandbyStop | Scenario::StandbyKill | Scenario::StandbySilent)
     }
 
     /// For a table.
@@ -69,7 +83,11 @@ impl Scenario {
             Scenario::Switchover => "`pgherd switchover --to`",
             Scenario::Power => "SIGKILL of everything on the primary, ttl 10 s",
             Scenario::PowerShort => "SIGKILL of everything on the primary, ttl 3 s",
+            Scenario::StandbyStop => "clean stop of a standby's daemon (SIGTERM)",
+            Scenario::StandbyKill => "SIGKILL of everything on a standby",
+            Scenario::StandbySilent => "SIGSTOP of everything on a standby",
             Scenario::Idle => "idle",
+            Scenario::Overhead => "overhead",
         }
     }
 }
@@ -126,18 +144,27 @@ impl<'a> Rounds<'a> {
     /// Does one scenario and waits until the cluster is as before.
     pub fn run(&mut self, scenario: Scenario) -> Result<Run> {
         self.rows_flow(BootTime::now())?;
-        let (node, index) = leader(self.cluster)?;
+        let (_, primary) = leader(self.cluster)?;
+        let index = if scenario.is_of_standby() { self.a_standby_of(primary, scenario)? } else { primary };
+        let node = self.cluster.name(index).to_owned();
         self.not_a_crash_loop(scenario, index)?;
         let (at, fault) = (wall_clock(), BootTime::now());
         self.faults.entry((scenario, index)).or_default().push(fault);
         self.inflict(scenario, index).with_context(|| format!("{scenario:?} on {node}"))?;
         self.wait_until_ready().with_context(|| format!("after {scenario:?} on {node}"))?;
         self.rows_flow(BootTime::now())?;
-        self.judge(scenario, (at, node), index, fault)
+        self.judge(scenario, (at, node), primary, fault)
+    }
+
+    /// The one that has met this scenario least often.
+    fn a_standby_of(&self, primary: usize, scenario: Scenario) -> Result<usize> {
+        let met = |index: &usize| self.faults.get(&(scenario, *index)).map_or(0, Vec::len);
+        let standbys = (0..self.cluster.plan.nodes.len()).filter(|index| *index != primary);
+        standbys.min_by_key(met).context("there is no standby")
     }
 
     fn inflict(&self, scenario: Scenario, index: usize) -> Result<()> {
-        let daemon = self.cluster.daemon(index).context("the primary's daemon does not run")?;
+        let daemon = self.cluster.daemon(index).context("its daemon does not run")?;
         match scenario {
             Scenario::Stop => {
                 daemon.signal(Signal::SIGTERM);
@@ -146,7 +173,7 @@ impl<'a> Rounds<'a> {
                 self.cluster.start_node(index)?;
             }
             Scenario::Postmaster => {
-                let postmaster = self.cluster.postmaster(index).context("the primary's postmaster does not run")?;
+                let postmaster = self.cluster.postmaster(index).context("its postmaster does not run")?;
                 postmaster.signal(Signal::SIGKILL);
                 self.gone(postmaster)?;
                 self.rows_flow(BootTime::now())?;
@@ -172,19 +199,52 @@ impl<'a> Rounds<'a> {
                 self.rows_flow(BootTime::now())?;
                 self.cluster.start_node(index)?;
             }
-            Scenario::Idle => {}
+            Scenario::StandbyStop => {
+                daemon.signal(Signal::SIGTERM);
+                self.gone(daemon)?;
+                self.rows_flow_without(index)?;
+                self.cluster.start_node(index)?;
+            }
+            Scenario::StandbyKill => {
+                self.cluster.cut_power(index);
+                self.rows_flow_without(index)?;
+                self.cluster.start_node(index)?;
+            }
+            Scenario::StandbySilent => {
+                // Once more: a postmaster may have had a child on the way.
+                for _ in 0..2 {
+                    self.cluster.processes(index).iter().for_each(|id| id.signal(Signal::SIGSTOP));
+                }
+                let flow = self.rows_flow_without(index);
+                self.cluster.processes(index).iter().for_each(|id| id.signal(Signal::SIGCONT));
+                flow?;
+            }
+            Scenario::Idle | Scenario::Overhead => {}
         }
         Ok(())
     }
 
-    fn judge(&self, scenario: Scenario, (at, node): (String, String), index: usize, fault: BootTime) -> Result<Run> {
+    /// Waits until commits wait for this standby no more, which is a change of the names of its own, and for rows after that.
+    fn rows_flow_without(&self, index: usize) -> Result<()> {
+        let pause = Duration::from_millis(STATUS_PAUSE_MS);
+        let named = || {
+            let status = self.cluster.status();
+            status.map_or(true, |status| status.member(self.cluster.name(index)).is_some_and(StatusMember::is_waited_for))
+        };
+        let left = wait_for_every(pause, Duration::from_millis(RECOVERY_BOUND_MS), || self.interrupted() || !named());
+        ensure!(!self.interrupted(), "interrupted");
+        ensure!(left, "commits still wait for it after {} s", RECOVERY_BOUND_MS / 1000);
+        self.rows_flow(BootTime::now())
+    }
+
+    fn judge(&self, scenario: Scenario, (at, node): (String, String), primary: usize, fault: BootTime) -> Result<Run> {
         let longest = |client: &Client| {
             let acknowledged: Vec<BootTime> =
                 client.tried().iter().filter(|tried| tried.failure.is_none()).map(|tried| tried.ended).collect();
             outage(&acknowledged, fault).with_context(|| format!("no row of the client `{}` was acknowledged", client.name()))
         };
         let failures = |client: &Client| -> Vec<String> {
-            let of_leader = |tried: &super::clients::Tried| tried.node.is_none_or(|node| node == index);
+            let of_leader = |tried: &super::clients::Tried| tried.node.is_none_or(|node| node == primary);
             client.tried().into_iter().filter(|tried| tried.ended > fault && of_leader(tried)).filter_map(|tried| tried.failure).collect()
         };
         let (haproxy_failed, direct_failed) = (failures(&self.haproxy), failures(&self.direct));
@@ -224,7 +284,15 @@ impl<'a> Rounds<'a> {
     fn not_a_crash_loop(&mut self, scenario: Scenario, index: usize) -> Result<()> {
         let before = match scenario {
             Scenario::Postmaster | Scenario::Daemon => self.faults.get(&(scenario, index)).cloned().unwrap_or_default(),
-            Scenario::Stop | Scenario::Switchover | Scenario::Power | Scenario::PowerShort | Scenario::Idle => return Ok(()),
+            Scenario::Stop
+            | Scenario::Switchover
+            | Scenario::Power
+            | Scenario::PowerShort
+            | Scenario::StandbyStop
+            | Scenario::StandbyKill
+            | Scenario::StandbySilent
+            | Scenario::Idle
+            | Scenario::Overhead => return Ok(()),
         };
         let lately = || {
             before.iter().filter(|at| BootTime::now().since(**at) < Duration::from_millis(CRASH_WINDOW_MS)).count() < FAULTS_IN_WINDOW_MAX
@@ -232,14 +300,14 @@ impl<'a> Rounds<'a> {
         self.wait("time does not pass", lately)
     }
 
-    /// Waits until one leads, all others stream, and nobody has a condition worse than a piece of information.
+    /// Waits until one leads, all others stream and may acknowledge commits, and nobody has a condition worse than a piece of information.
     pub fn wait_until_ready(&self) -> Result<()> {
         let nodes = self.cluster.plan.nodes.len();
         let pause = Duration::from_millis(STATUS_PAUSE_MS);
         let mut last = None;
         let ready = wait_for_every(pause, Duration::from_millis(RECOVERY_BOUND_MS), || {
             last = self.cluster.status().ok();
-            self.interrupted() || last.as_ref().is_some_and(|status| status.is_whole(nodes) && status.is_calm())
+            self.interrupted() || last.as_ref().is_some_and(|status| status.is_whole(nodes) && status.is_durable(nodes) && status.is_calm())
         });
         ensure!(!self.interrupted(), "interrupted");
         ensure!(ready, "the cluster was not ready again within {} s; its last status: {last:?}", RECOVERY_BOUND_MS / 1000);

@@ -26,14 +26,34 @@ pub struct Summary {
 
 /// The distribution of `times`; None when nothing was measured.
 pub fn summary(times: &[Duration]) -> Option<Summary> {
-    let mut seconds: Vec<f64> = times.iter().map(Duration::as_secs_f64).collect();
-    seconds.sort_by(f64::total_cmp);
-    let count = seconds.len();
-    let (min_s, max_s) = (*seconds.first()?, *seconds.last()?);
+    let Spread { count, min, median, p95, max } = spread(times.iter().map(Duration::as_secs_f64).collect())?;
+    Some(Summary { count, min_s: min, median_s: median, p95_s: p95, max_s: max })
+}
+
+/// A distribution of whatever numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Spread {
+    /// How many were measured.
+    pub count: usize,
+    /// The least.
+    pub min: f64,
+    /// Half were not more. Of an even number the mean of the middle two.
+    pub median: f64,
+    /// 95 of 100 were not more, by nearest rank.
+    pub p95: f64,
+    /// The most.
+    pub max: f64,
+}
+
+/// The distribution of `values`; None when there are none.
+pub fn spread(mut values: Vec<f64>) -> Option<Spread> {
+    values.sort_by(f64::total_cmp);
+    let count = values.len();
+    let (min, max) = (*values.first()?, *values.last()?);
     let middle = count / 2;
-    let median_s = if count.is_multiple_of(2) { (seconds[middle - 1] + seconds[middle]) / 2.0 } else { seconds[middle] };
+    let median = if count.is_multiple_of(2) { (values[middle - 1] + values[middle]) / 2.0 } else { values[middle] };
     let rank = (count * 95).div_ceil(100);
-    Some(Summary { count, min_s, median_s, p95_s: seconds[rank - 1], max_s })
+    Some(Spread { count, min, median, p95: values[rank - 1], max })
 }
 
 /// The longest time without an acknowledgement that ends after `fault`. The last acknowledgement before the fault has to be among

@@ -1,0 +1,237 @@
+//! PostgreSQL as a person would set it up without pgherd: a primary and its standbys by initdb and pg_basebackup, no daemon.
+//!
+//! The settings are not typed again: they are asked of the primary that pgherd runs, and afterwards both are asked for all they have.
+//! What differs and is not a place, or whom a server follows, ends the measurement.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use tokio_postgres::Config;
+
+use super::super::super::cluster::{LocalCluster, remove_dir, run};
+use super::super::super::ports::PortBlock;
+use super::super::super::process::{ProcessId, wait_for};
+use super::texts;
+use crate::policy::parameters::quote;
+
+/// How long initdb or a copy may take, in milliseconds.
+const COMMAND_LIMIT_MS: u64 = 120_000;
+/// How long a server may take to answer, to stream, or to end, in milliseconds.
+const SERVER_LIMIT_MS: u64 = 60_000;
+/// Included by postgresql.conf, as pgherd does it: whom commits wait for.
+const NAMES_FILE: &str = "names.conf";
+/// Settings that say where something is, whom a server follows, and for whom commits wait.
+const PLACES: [&str; 10] = [
+    "config_file",
+    "data_directory",
+    "hba_file",
+    "ident_file",
+    "log_directory",
+    "port",
+    "primary_conninfo",
+    "primary_slot_name",
+    "synchronous_standby_names",
+    "unix_socket_directories",
+];
+/// What a configuration file or a command line has set.
+const SET: &str = "SELECT name, current_setting(name) FROM pg_settings WHERE source IN ('configuration file', 'command line')";
+/// Everything there is to compare.
+const ALL: &str = "SELECT name, coalesce(setting, '') FROM pg_settings";
+
+/// A primary and its standbys.
+pub struct Bare<'a> {
+    cluster: &'a LocalCluster,
+    settings: BTreeMap<String, String>,
+    primary: Server,
+    standbys: Vec<Server>,
+}
+
+struct Server {
+    /// A standby's application_name, and its slot's.
+    name: String,
+    port: u16,
+    dir: PathBuf,
+    postmaster: Option<ProcessId>,
+}
+
+impl<'a> Bare<'a> {
+    /// Starts it beside `cluster`, with the settings of the server at `pattern`, and with standbys of these names.
+    pub fn start(cluster: &'a LocalCluster, ports: &PortBlock, pattern: &Config, standbys: &[String]) -> Result<Bare<'a>> {
+        let nodes = u16::try_from(cluster.plan.nodes.len()).context("counting nodes")?;
+        let server = |(name, index): (&str, u16)| {
+            let dir = cluster.plan.dir.join(format!("bare-{name}"));
+            Server { name: name.to_owned(), port: ports.postgres(nodes + index), dir, postmaster: None }
+        };
+        let settings = settings(pattern, SET)?;
+        let primary = server(("primary", 0));
+        let standbys = standbys.iter().map(String::as_str).zip(1..).map(server).collect();
+        let mut bare = Bare { cluster, settings, primary, standbys };
+        bare.start_primary()?;
+        for index in 0..bare.standbys.len() {
+            bare.start_standby(index)?;
+        }
+        let streams = || {
+            let question = "SELECT application_name, state FROM pg_stat_replication WHERE state = 'streaming'";
+            bare.config().and_then(|config| texts(&config, question)).is_ok_and(|rows| rows.len() == bare.standbys.len())
+        };
+        ensure!(wait_for(Duration::from_millis(SERVER_LIMIT_MS), streams), "the standbys without pgherd do not stream");
+        same(&settings_of_all(pattern)?, &settings_of_all(&bare.config()?)?)?;
+        Ok(bare)
+    }
+
+    /// How to connect to the primary.
+    pub fn config(&self) -> Result<Config> {
+        self.cluster.connection(self.primary.port)
+    }
+
+    /// Sets synchronous_standby_names by hand. Returns before walsenders have read it.
+    pub fn set_names(&self, names: &str) -> Result<()> {
+        let quoted = quote(names).context("names with a NUL byte")?;
+        self.write(&self.primary.dir.join("data").join(NAMES_FILE), &format!("synchronous_standby_names = {quoted}\n"))?;
+        texts(&self.config()?, "SELECT pg_reload_conf()::text, ''").map(|_| ())
+    }
+
+    /// Ends it, and removes all of it.
+    pub fn end(self) -> Result<()> {
+        for server in self.standbys.iter().chain([&self.primary]) {
+            let Some(postmaster) = server.postmaster else { continue };
+            postmaster.signal(Signal::SIGINT);
+            let ended = wait_for(Duration::from_millis(SERVER_LIMIT_MS), || !postmaster.is_alive());
+            ensure!(ended, "the server in {} does not end", server.dir.display());
+            remove_dir(&server.dir)?;
+        }
+        Ok(())
+    }
+
+    fn start_primary(&mut self) -> Result<()> {
+        self.make_dir(&self.primary)?;
+        let passfile = self.cluster.plan.dir.join("secrets/superuser");
+        let mut initdb = self.program("initdb");
+        initdb.arg("--pgdata").arg(self.primary.dir.join("data")).arg("--username").arg(&self.cluster.household().user.name);
+        initdb.arg("--pwfile").arg(&passfile).args(["--auth-local", "peer", "--auth-host", "scram-sha-256"]);
+        initdb.args(["--encoding", "UTF8", "--locale", "C.UTF-8", "--data-checksums"]);
+        succeed(initdb)?;
+        self.configure(&self.primary, "")?;
+        self.primary.postmaster = Some(self.spawn(&self.primary)?);
+        let config = self.config()?;
+        let answers = || texts(&config, "SELECT '', ''").is_ok();
+        ensure!(wait_for(Duration::from_millis(SERVER_LIMIT_MS), answers), "the server in {} does not answer", self.primary.dir.display());
+        Ok(())
+    }
+
+    fn start_standby(&mut self, index: usize) -> Result<()> {
+        let (server, user) = (&self.standbys[index], &self.cluster.household().user.name);
+        self.make_dir(server)?;
+        // A name of ours has no quote in it.
+        texts(&self.config()?, &format!("SELECT pg_create_physical_replication_slot('{}')::text, ''", server.name)).context("making a slot")?;
+        let passfile = server.dir.join("pgpass");
+        self.write(&passfile, &format!("127.0.0.1:*:*:{user}:{}\n", self.cluster.superuser_password()?))?;
+        let mut copy = self.program("pg_basebackup");
+        copy.arg("--pgdata").arg(server.dir.join("data")).args(["--host", "127.0.0.1", "--port", &self.primary.port.to_string()]);
+        copy.args(["--username", user, "--no-password", "--checkpoint", "fast", "--wal-method", "stream"]).env("PGPASSFILE", &passfile);
+        succeed(copy)?;
+        self.write(&server.dir.join("data/standby.signal"), "")?;
+        let conninfo = format!(
+            "host=127.0.0.1 port={} user={user} passfile={} application_name={}",
+            self.primary.port,
+            passfile.display(),
+            server.name
+        );
+        self.configure(server, &conninfo)?;
+        self.standbys[index].postmaster = Some(self.spawn(server)?);
+        Ok(())
+    }
+
+    /// pgherd's settings at another place.
+    fn configure(&self, server: &Server, follows: &str) -> Result<()> {
+        let places = [
+            ("port", server.port.to_string()),
+            ("unix_socket_directories", server.dir.display().to_string()),
+            ("log_directory", "log".to_owned()),
+            ("primary_conninfo", follows.to_owned()),
+            ("primary_slot_name", if follows.is_empty() { String::new() } else { server.name.clone() }),
+            ("include_if_exists", NAMES_FILE.to_owned()),
+        ];
+        let mut text = String::new();
+        for (name, value) in self.settings.iter().map(|(name, value)| (name.as_str(), value)).chain(places.iter().map(|(n, v)| (*n, v))) {
+            let quoted = quote(value).with_context(|| format!("{name} with a NUL byte"))?;
+            let _ = writeln!(text, "{name} = {quoted}");
+        }
+        self.write(&server.dir.join("data/postgresql.conf"), &text)
+    }
+
+    fn make_dir(&self, server: &Server) -> Result<()> {
+        fs::create_dir(&server.dir).with_context(|| format!("making {}", server.dir.display()))?;
+        fs::set_permissions(&server.dir, fs::Permissions::from_mode(0o700))?;
+        self.cluster.household().user.own(&server.dir)
+    }
+
+    fn write(&self, path: &std::path::Path, text: &str) -> Result<()> {
+        use std::io::Write;
+        let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        file.write_all(text.as_bytes()).with_context(|| format!("writing {}", path.display()))?;
+        self.cluster.household().user.own(path)
+    }
+
+    /// One of PostgreSQL's programs, as the user of the servers.
+    fn program(&self, name: &str) -> Command {
+        let mut command = Command::new(self.cluster.plan.programs.postgres_bin.join(name));
+        command.current_dir(&self.cluster.plan.dir);
+        if let Some((uid, gid)) = self.cluster.household().user.change_to {
+            command.uid(uid).gid(gid);
+        }
+        command
+    }
+
+    fn spawn(&self, server: &Server) -> Result<ProcessId> {
+        let mut command = Command::new(self.cluster.plan.programs.postgres_bin.join("postgres"));
+        command.arg("-D").arg(server.dir.join("data"));
+        self.cluster.household().spawn(&format!("bare-{}", server.name), command, &server.dir.join("postgres.log"), true)
+    }
+}
+
+fn succeed(command: Command) -> Result<()> {
+    let program = command.get_program().display().to_string();
+    let said = run(command, Duration::from_millis(COMMAND_LIMIT_MS))?;
+    ensure!(said.code == Some(0), "{program}: exit {:?}: {}{}", said.code, said.out, said.err);
+    Ok(())
+}
+
+fn settings(config: &Config, question: &str) -> Result<BTreeMap<String, String>> {
+    let rows = texts(config, question).context("asking for the settings")?;
+    Ok(rows.into_iter().filter(|(name, _)| !PLACES.contains(&name.as_str())).collect())
+}
+
+fn settings_of_all(config: &Config) -> Result<BTreeMap<String, String>> {
+    settings(config, ALL)
+}
+
+/// Two servers that are compared have the same settings.
+fn same(of_pgherd: &BTreeMap<String, String>, of_bare: &BTreeMap<String, String>) -> Result<()> {
+    let names: std::collections::BTreeSet<&String> = of_pgherd.keys().chain(of_bare.keys()).collect();
+    let differ = names.into_iter().filter(|name| of_pgherd.get(*name) != of_bare.get(*name));
+    let list: Vec<String> = differ.map(|name| format!("{name}: {:?} and {:?}", of_pgherd.get(name), of_bare.get(name))).collect();
+    ensure!(list.is_empty(), "the primary under pgherd and the one without have different settings: {}", list.join("; "));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_are_compared_only_when_all_their_settings_are_the_same() {
+        let settings = |fsync: &str| BTreeMap::from([("fsync".to_owned(), fsync.to_owned())]);
+        assert!(same(&settings("on"), &settings("on")).is_ok());
+        assert!(same(&settings("on"), &settings("off")).unwrap_err().to_string().contains("fsync"));
+        assert!(same(&settings("on"), &BTreeMap::new()).is_err(), "one that only one of them has");
+    }
+}
