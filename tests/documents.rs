@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
+use pgherd::spec::cluster::ReplicationMode;
 use pgherd::spec::unbuilt::{conditions, refusals};
 use pgherd::spec::{Document, cluster, load_any, schema};
 use serde_json::Value as Json;
@@ -107,8 +108,10 @@ fn the_reference_deployment_is_valid_and_not_applied_before_there_is_a_watchdog(
 }
 
 #[test]
-fn the_demo_may_be_applied() {
-    assert_eq!(refusals(&cluster_spec("demo/cluster.yaml")), []);
+fn the_demo_may_be_applied_and_waits_for_standbys_as_by_default() {
+    let spec = cluster_spec("demo/cluster.yaml");
+    assert_eq!(refusals(&spec), []);
+    assert_eq!(spec.replication.mode, ReplicationMode::Quorum);
 }
 
 #[test]

@@ -42,7 +42,8 @@ async fn the_question_is_planned_once_and_every_change_is_seen_by_the_next_probe
         let after = server.facts().await;
         assert_eq!(after.slots.iter().map(|slot| slot.name.as_str()).collect::<Vec<_>>(), ["one"]);
         assert_eq!(after.lowered, ["postgres in every database"]);
-        let asked = server.ask("select string_agg(query, '; ') from pg_stat_activity where query ilike '%probe%' and pid <> pg_backend_pid()");
+        let asked =
+            server.ask("select string_agg(query, '; ') from pg_stat_activity where query ilike '%probe%' and pid <> pg_backend_pid()");
         assert_eq!(asked.await, "execute probe", "neither a second connection nor a plan for each probe");
     }
 }

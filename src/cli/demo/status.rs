@@ -97,7 +97,9 @@ mod tests {
     #[test]
     fn a_cluster_is_durable_when_every_standby_may_acknowledge_a_commit() {
         let status = |role: &str| {
-            let text = format!(r#"{{"members":[{{"name":"a","role":"leader"}},{{"name":"b","role":"quorum_standby"}},{{"name":"c","role":"{role}"}}]}}"#);
+            let text = format!(
+                r#"{{"members":[{{"name":"a","role":"leader"}},{{"name":"b","role":"quorum_standby"}},{{"name":"c","role":"{role}"}}]}}"#
+            );
             serde_json::from_str::<Status>(&text).unwrap()
         };
         assert!(status("quorum_standby").is_durable(3) && status("sync_standby").is_durable(3));

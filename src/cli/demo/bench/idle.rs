@@ -44,6 +44,8 @@ pub struct Member {
     pub daemon_core_percent: f64,
     /// The guard's.
     pub guard_core_percent: f64,
+    /// PostgreSQL's, of all its processes that lived throughout: what the daemon asks is answered there.
+    pub postgres_core_percent: f64,
 }
 
 /// What the whole cluster costs.
@@ -73,11 +75,17 @@ pub fn measure(cluster: &LocalCluster, stop: &AtomicBool) -> Result<Idle> {
     let leader = cluster.status()?.leader;
     rest(SETTLE_MS, stop)?;
     let processes = processes(cluster)?;
-    let (begun, before, used) = (BootTime::now(), counters(cluster)?, ticks(&processes));
+    let servers: Vec<Vec<ProcessId>> = (0..cluster.plan.nodes.len()).map(|index| cluster.postgres_processes(index)).collect();
+    let of_servers = || servers.iter().map(|server| ticks(server)).collect::<Vec<_>>();
+    let (begun, before, used, used_by_servers) = (BootTime::now(), counters(cluster)?, ticks(&processes), of_servers());
     rest(MEASURE_MS, stop)?;
     let seconds = BootTime::now().since(begun).as_secs_f64();
-    let (after, used_after) = (counters(cluster)?, ticks(&processes));
-    let percent = |at: usize| (used_after[at] - used[at]) / TICKS_PER_S / seconds * 100.0;
+    let (after, used_after, used_by_servers_after) = (counters(cluster)?, ticks(&processes), of_servers());
+    let share = |ticks: f64| ticks / TICKS_PER_S / seconds * 100.0;
+    let percent = |at: usize| share(used_after[at] - used[at]);
+    // One that has ended in between shows nothing afterwards.
+    let of_server =
+        |at: usize| used_by_servers_after[at].iter().zip(&used_by_servers[at]).map(|(after, before)| (after - before).max(0.0)).sum();
     let members = (0..cluster.plan.nodes.len())
         .map(|index| {
             let (daemon, guard) = (processes[2 * index], processes[2 * index + 1]);
@@ -88,6 +96,7 @@ pub fn measure(cluster: &LocalCluster, stop: &AtomicBool) -> Result<Idle> {
                 guard_mb: resident_mb(guard)?,
                 daemon_core_percent: percent(2 * index),
                 guard_core_percent: percent(2 * index + 1),
+                postgres_core_percent: share(of_server(index)),
             })
         })
         .collect::<Result<Vec<_>>>()?;

@@ -164,7 +164,7 @@ fn rounds(cluster: &LocalCluster, stop: &AtomicBool, count: u16, turns: &[Scenar
         return Ok(());
     }
     let mut rounds = Rounds::begin(cluster, stop)?;
-    rounds.wait_until_ready()?;
+    rounds.settle()?;
     for round in 1..=count {
         for scenario in turns {
             let run = rounds.run(*scenario)?;

@@ -194,18 +194,23 @@ impl Report {
 
     fn write_idle(&self, text: &mut String) {
         let Some(idle) = &self.idle else { return };
-        let _ = writeln!(text, "| idle for {:.0} s | daemon MB | guard MB | daemon % of a core | guard % of a core |", idle.seconds);
-        text.push_str("| --- | ---: | ---: | ---: | ---: |\n");
+        let _ = writeln!(
+            text,
+            "| idle for {:.0} s | daemon MB | guard MB | daemon % of a core | guard % of a core | PostgreSQL % of a core |",
+            idle.seconds
+        );
+        text.push_str("| --- | ---: | ---: | ---: | ---: | ---: |\n");
         for member in &idle.members {
             let _ = writeln!(
                 text,
-                "| {}{} | {:.1} | {:.1} | {:.2} | {:.2} |",
+                "| {}{} | {:.1} | {:.1} | {:.2} | {:.2} | {:.2} |",
                 member.name,
                 if member.leads { ", leads" } else { "" },
                 member.daemon_mb,
                 member.guard_mb,
                 member.daemon_core_percent,
                 member.guard_core_percent,
+                member.postgres_core_percent,
             );
         }
         let methods: Vec<String> = idle.by_method.iter().map(|(method, rate)| format!("{method} {rate:.2}")).collect();

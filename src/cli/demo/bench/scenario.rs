@@ -141,9 +141,8 @@ impl<'a> Rounds<'a> {
         self.direct.end()
     }
 
-    /// Does one scenario and waits until the cluster is as before.
+    /// Does one scenario to a cluster that has settled, and waits until it has again.
     pub fn run(&mut self, scenario: Scenario) -> Result<Run> {
-        self.rows_flow(BootTime::now())?;
         let (_, primary) = leader(self.cluster)?;
         let index = if scenario.is_of_standby() { self.a_standby_of(primary, scenario)? } else { primary };
         let node = self.cluster.name(index).to_owned();
@@ -151,8 +150,7 @@ impl<'a> Rounds<'a> {
         let (at, fault) = (wall_clock(), BootTime::now());
         self.faults.entry((scenario, index)).or_default().push(fault);
         self.inflict(scenario, index).with_context(|| format!("{scenario:?} on {node}"))?;
-        self.wait_until_ready().with_context(|| format!("after {scenario:?} on {node}"))?;
-        self.rows_flow(BootTime::now())?;
+        self.settle().with_context(|| format!("after {scenario:?} on {node}"))?;
         self.judge(scenario, (at, node), primary, fault)
     }
 
@@ -300,8 +298,14 @@ impl<'a> Rounds<'a> {
         self.wait("time does not pass", lately)
     }
 
+    /// Waits until the cluster is ready, and for rows after that.
+    pub fn settle(&self) -> Result<()> {
+        self.wait_until_ready()?;
+        self.rows_flow(BootTime::now())
+    }
+
     /// Waits until one leads, all others stream and may acknowledge commits, and nobody has a condition worse than a piece of information.
-    pub fn wait_until_ready(&self) -> Result<()> {
+    fn wait_until_ready(&self) -> Result<()> {
         let nodes = self.cluster.plan.nodes.len();
         let pause = Duration::from_millis(STATUS_PAUSE_MS);
         let mut last = None;

@@ -131,7 +131,8 @@ impl<'a> Bare<'a> {
         let (server, user) = (&self.standbys[index], &self.cluster.household().user.name);
         self.make_dir(server)?;
         // A name of ours has no quote in it.
-        texts(&self.config()?, &format!("SELECT pg_create_physical_replication_slot('{}')::text, ''", server.name)).context("making a slot")?;
+        texts(&self.config()?, &format!("SELECT pg_create_physical_replication_slot('{}')::text, ''", server.name))
+            .context("making a slot")?;
         let passfile = server.dir.join("pgpass");
         self.write(&passfile, &format!("127.0.0.1:*:*:{user}:{}\n", self.cluster.superuser_password()?))?;
         let mut copy = self.program("pg_basebackup");

@@ -1,8 +1,8 @@
 //! What `quorum` costs over `async` under pgherd, beside what it costs PostgreSQL alone with the same synchronous_standby_names.
 //!
 //! Both clusters run all the while on the same machine, and one of them is written to at a time, in slices of a quarter of a second in
-//! the order A B B A: what else the machine does meets both. A sweep measures every number of writers in one mode and then in the other, so that
-//! of each sweep one figure comes for each number of writers:
+//! the order A B B A, which is a block: what else the machine does meets both. A sweep measures some blocks of every number of writers in
+//! one mode and then as many in the other; of two that belong together comes one figure:
 //!
 //! ```text
 //! cost = 1 - (quorum under pgherd / quorum alone) / (async under pgherd / async alone)
@@ -31,8 +31,8 @@ use load::{Load, Slice};
 
 /// How many writers there are at once, in turn.
 const WRITERS: [i32; 3] = [1, 8, 32];
-/// How often the four slices of a block are repeated.
-const REPEATS: usize = 4;
+/// Blocks of one mode and number of writers in a sweep.
+const BLOCKS: u16 = 3;
 /// How long a change of mode may take, in milliseconds.
 const MODE_BOUND_MS: u64 = 60_000;
 /// Time between two looks whether it is in force, in milliseconds.
@@ -85,6 +85,8 @@ pub struct Rate {
 pub struct Block {
     /// The sweep that it belongs to.
     pub sweep: u16,
+    /// Its number among those of its mode and number of writers.
+    pub number: u16,
     /// For whom commits waited.
     pub mode: Mode,
     /// How many wrote at once.
@@ -100,7 +102,7 @@ pub struct Block {
 pub struct Cost {
     /// How many wrote at once.
     pub writers: i32,
-    /// In percent of commits per second, over the sweeps; below zero it costs less.
+    /// In percent of commits per second, over all pairs of blocks; below zero it costs less.
     pub percent: Spread,
 }
 
@@ -131,14 +133,15 @@ pub fn measure(cluster: &LocalCluster, document: &ClusterDocument, ports: &PortB
                 names = in_force;
             }
             for writers in WRITERS {
-                let block = sides.block(sweep, mode, writers).with_context(|| format!("{} with {writers} writers", mode.word()))?;
+                let measured = sides.blocks(sweep, mode, writers).with_context(|| format!("{} with {writers} writers", mode.word()))?;
+                let median = |of: fn(&Block) -> f64| spread(measured.iter().map(of).collect()).map_or(0.0, |each| each.median);
                 println!(
-                    "overhead {sweep:>3}/{sweeps} {:<6} {writers:>2} writers: {:>6.0} commits/s under pgherd, {:>6.0} without",
+                    "overhead {sweep:>3}/{sweeps} {:<6} writers {writers:>2}: {:>6.0} commits/s under pgherd, {:>6.0} without",
                     mode.word(),
-                    block.pgherd.commits_per_s,
-                    block.bare.commits_per_s
+                    median(|block| block.pgherd.commits_per_s),
+                    median(|block| block.bare.commits_per_s),
                 );
-                blocks.push(block);
+                blocks.extend(measured);
             }
         }
     }
@@ -153,8 +156,8 @@ fn modes(sweep: u16) -> [Mode; 2] {
 }
 
 /// Neither side is always the first, nor always in the middle.
-fn order(sweep: u16) -> [Side; 4] {
-    let (one, other) = if sweep % 2 == 1 { (Side::Pgherd, Side::Bare) } else { (Side::Bare, Side::Pgherd) };
+fn order(turn: u16) -> [Side; 4] {
+    let (one, other) = if turn % 2 == 1 { (Side::Pgherd, Side::Bare) } else { (Side::Bare, Side::Pgherd) };
     [one, other, other, one]
 }
 
@@ -202,17 +205,20 @@ impl Sides<'_> {
         Ok(seen.swap_remove(0).0)
     }
 
-    fn block(&self, sweep: u16, mode: Mode, writers: i32) -> Result<Block> {
+    fn blocks(&self, sweep: u16, mode: Mode, writers: i32) -> Result<Vec<Block>> {
         let (pgherd, bare) = (Load::connect(&self.pgherd, writers)?, Load::connect(&self.bare.config()?, writers)?);
-        let (mut of_pgherd, mut of_bare) = (Slice::default(), Slice::default());
-        for side in order(sweep).repeat(REPEATS) {
-            ensure!(!self.stop.load(Ordering::SeqCst), "interrupted");
-            match side {
-                Side::Pgherd => of_pgherd = of_pgherd.join(pgherd.slice()?),
-                Side::Bare => of_bare = of_bare.join(bare.slice()?),
+        let block = |number: u16| {
+            let (mut of_pgherd, mut of_bare) = (Slice::default(), Slice::default());
+            for side in order(sweep + number) {
+                ensure!(!self.stop.load(Ordering::SeqCst), "interrupted");
+                match side {
+                    Side::Pgherd => of_pgherd = of_pgherd.join(pgherd.slice()?),
+                    Side::Bare => of_bare = of_bare.join(bare.slice()?),
+                }
             }
-        }
-        Ok(Block { sweep, mode, writers, pgherd: rate(of_pgherd)?, bare: rate(of_bare)? })
+            Ok(Block { sweep, number, mode, writers, pgherd: rate(of_pgherd)?, bare: rate(of_bare)? })
+        };
+        (1..=BLOCKS).map(block).collect()
     }
 }
 
@@ -222,16 +228,18 @@ fn rate(slice: Slice) -> Result<Rate> {
     Ok(Rate { commits_per_s: latency.count as f64 / seconds, median_ms: latency.median * 1e3, p95_ms: latency.p95 * 1e3 })
 }
 
-/// One figure of each sweep that has both modes.
+/// One figure of each two blocks that differ only in the mode.
 fn costs(blocks: &[Block]) -> Vec<Cost> {
-    let relative = |sweep: u16, mode: Mode, writers: i32| {
-        let block = blocks.iter().find(|block| (block.sweep, block.mode, block.writers) == (sweep, mode, writers))?;
-        Some(block.pgherd.commits_per_s / block.bare.commits_per_s)
+    let relative = |block: &Block| block.pgherd.commits_per_s / block.bare.commits_per_s;
+    let place = |block: &Block| (block.sweep, block.number, block.writers);
+    let of_mode = |mode: Mode| blocks.iter().filter(move |block| block.mode == mode);
+    let cost = |quorum: &Block| {
+        let beside = of_mode(Mode::Async).find(|block| place(block) == place(quorum))?;
+        Some((1.0 - relative(quorum) / relative(beside)) * 100.0)
     };
     let of = |writers: i32| {
-        let sweeps = blocks.iter().filter(|block| block.mode == Mode::Quorum && block.writers == writers).map(|block| block.sweep);
-        let cost = |sweep| Some((1.0 - relative(sweep, Mode::Quorum, writers)? / relative(sweep, Mode::Async, writers)?) * 100.0);
-        Some(Cost { writers, percent: spread(sweeps.filter_map(cost).collect())? })
+        let percent = of_mode(Mode::Quorum).filter(|block| block.writers == writers).filter_map(cost);
+        Some(Cost { writers, percent: spread(percent.collect())? })
     };
     WRITERS.into_iter().filter_map(of).collect()
 }
@@ -246,7 +254,7 @@ impl Overhead {
                 self.write_row(text, mode, writers);
             }
         }
-        text.push_str("\n| cost of quorum over async beside PostgreSQL without pgherd, % | sweeps | min | median | p95 | max |\n");
+        text.push_str("\n| cost of quorum over async beside PostgreSQL without pgherd, % | blocks | min | median | p95 | max |\n");
         text.push_str("| --- | ---: | ---: | ---: | ---: | ---: |\n");
         for Cost { writers, percent } in &self.costs {
             let Spread { count, min, median, p95, max } = percent;
@@ -308,7 +316,7 @@ mod tests {
 
     fn block(sweep: u16, mode: Mode, writers: i32, pgherd: f64, bare: f64) -> Block {
         let rate = |commits_per_s| Rate { commits_per_s, median_ms: 1.0, p95_ms: 2.0 };
-        Block { sweep, mode, writers, pgherd: rate(pgherd), bare: rate(bare) }
+        Block { sweep, number: 1, mode, writers, pgherd: rate(pgherd), bare: rate(bare) }
     }
 
     #[test]
@@ -324,6 +332,15 @@ mod tests {
         let cost = &costs(&blocks)[0];
         assert_eq!((cost.writers, cost.percent.count), (8, 2));
         assert!((cost.percent.max - 10.0).abs() < 1e-9 && (cost.percent.min + 4.0).abs() < 1e-9, "{cost:?}");
+    }
+
+    #[test]
+    fn blocks_are_compared_with_the_one_of_the_same_number_in_the_same_sweep() {
+        let second = |block: Block| Block { number: 2, ..block };
+        let one = [block(1, Mode::Async, 8, 1000.0, 1000.0), block(1, Mode::Quorum, 8, 500.0, 500.0)];
+        let other = [second(block(1, Mode::Async, 8, 500.0, 1000.0)), second(block(1, Mode::Quorum, 8, 250.0, 500.0))];
+        let cost = costs(&[one, other].concat());
+        assert_eq!((cost[0].percent.count, cost[0].percent.min, cost[0].percent.max), (2, 0.0, 0.0));
     }
 
     #[test]
