@@ -359,9 +359,9 @@ mod tests {
 
     #[test]
     fn a_rate_counts_commits_per_second_of_both_slices() {
-        let slice = |latencies_s: &[f64]| Slice { seconds: 0.5, latencies_s: latencies_s.to_vec() };
+        let slice = |latencies_s: &[f64]| Slice { seconds: 0.25, latencies_s: latencies_s.to_vec() };
         let rate = rate(slice(&[0.001, 0.002]).join(slice(&[0.003]))).unwrap();
-        assert_eq!((rate.commits_per_s, rate.median_ms, rate.p95_ms), (3.0, 2.0, 3.0));
+        assert_eq!((rate.commits_per_s, rate.median_ms, rate.p95_ms), (6.0, 2.0, 3.0));
         assert!(super::rate(slice(&[])).is_err(), "nothing acknowledged is no rate of zero");
     }
 
