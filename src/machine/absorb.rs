@@ -15,6 +15,7 @@ use crate::policy::rejoin::Rejoin;
 use crate::types::{Epoch, Lsn};
 
 use super::action::{OperationKind, Upstream};
+use super::bookkeeping::MEMBER_KEY_FAILED;
 use super::event::{AcquireOutcome, Configured, Event, Failure, Finished, PutOutcome};
 use super::hold::LadderDue;
 use super::world::{Etcd, InForce, Lock, Vacancy, World, knows_of};
@@ -112,6 +113,7 @@ impl World {
             (None, _) => Some(Vacancy { id: view.history_revision, seen: now }),
         };
         if view.leader.is_some() {
+            self.clear("acquire_failed");
             self.peers = None;
         }
         let ours = self.lock.identity();
@@ -351,6 +353,7 @@ impl World {
             Finished::MemberPut(outcome) => self.absorb_put(now, outcome),
             Finished::Acquired(outcome) => {
                 self.ended(now, Kind::Acquire, !matches!(outcome, AcquireOutcome::Failed(_)));
+                self.clear("acquire_failed");
                 match outcome {
                     AcquireOutcome::Won(identity) => self.won(identity),
                     AcquireOutcome::Beaten | AcquireOutcome::SpecMoved => {
@@ -358,7 +361,10 @@ impl World {
                         self.pause(now, Kind::Acquire, ANSWERED_PAUSE_MS);
                     }
                     // Unknown: it may have been applied; a lock that turns out to be ours names its timeline in `history`.
-                    AcquireOutcome::Failed(_) => self.reserved = None,
+                    AcquireOutcome::Failed(why) => {
+                        self.reserved = None;
+                        self.warn("acquire_failed", why);
+                    }
                 }
             }
             Finished::Released(result) => {
@@ -458,6 +464,7 @@ impl World {
 
     fn absorb_put(&mut self, now: BootTime, outcome: PutOutcome) {
         let record = self.writing.take();
+        self.clear(MEMBER_KEY_FAILED);
         match outcome {
             PutOutcome::Written => {
                 self.foreign = None;
@@ -480,9 +487,10 @@ impl World {
                 self.ended(now, OperationKind::PutMember, true);
                 self.pause(now, OperationKind::PutMember, FOREIGN_AGAIN_MS);
             }
-            PutOutcome::Failed(_) => {
+            PutOutcome::Failed(why) => {
                 // Unknown whether it was written: the next one decides.
                 self.written = None;
+                self.warn(MEMBER_KEY_FAILED, why);
                 self.ended(now, OperationKind::PutMember, false);
             }
         }

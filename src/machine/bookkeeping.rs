@@ -32,6 +32,11 @@ pub const CRASH_WINDOW_S: u64 = 60;
 /// So many starts within the window and another member has to lead.
 pub const CRASH_LIMIT: usize = 3;
 
+/// The condition that the member key could not be written: to be seen over HTTP.
+pub(crate) const MEMBER_KEY_FAILED: &str = "member_key_failed";
+/// Nothing is started on what could not be read.
+const UNREAD: &str = "the data directory could not be read, and PostgreSQL is not started; the log of this daemon says why";
+
 /// What etcd was asked for, as far as its answer does not say it.
 #[derive(Debug, Clone, Default)]
 pub struct Asked {
@@ -153,6 +158,10 @@ impl World {
         // A postmaster that started meanwhile has made this look old.
         if self.proved_empty() {
             self.clear("running_unread");
+            match data {
+                DataDirectory::Unknown => self.warn("data_directory_unread", UNREAD.to_owned()),
+                _ => self.clear("data_directory_unread"),
+            }
             let before = self.promoted;
             self.promoted = match &data {
                 // What the record does not say yet, the start that follows writes into it.

@@ -141,6 +141,7 @@ impl World {
         self.failsafe.lapsed = false;
         self.clear("reaffirm_failed");
         self.clear("lock_not_renewed");
+        self.clear("sync_failed");
     }
 
     /// The lock may still be ours; what proved it counts no more.

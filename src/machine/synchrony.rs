@@ -193,7 +193,7 @@ impl World {
         if result.is_err() && !mutant(Mutant::LostAnswerForgotten) {
             self.sure_of = None;
         }
-        self.ended(now, OperationKind::WriteSync, result.is_ok());
+        self.judge(now, OperationKind::WriteSync, result.as_ref().map_err(Clone::clone), "sync_failed");
         if !matches!(result, Ok((true, _))) {
             self.pause(now, OperationKind::WriteSync, ANSWERED_PAUSE_MS);
         }

@@ -19,6 +19,9 @@ use crate::types::{Lsn, TimelineId};
 /// How long pg_controldata may take: it reads one small file, but the disk may be stalled.
 pub const CONTROLDATA_LIMIT: Duration = Duration::from_secs(10);
 
+/// PostgreSQL writes the control file at this length, whatever it holds (pg_control.h, PG_CONTROL_FILE_SIZE).
+const CONTROL_FILE_BYTES: u64 = 8192;
+
 /// The data directory as it is now. Meant for a stopped server; of a running one it says what the last checkpoint wrote.
 pub async fn look(installation: &Installation, layout: &Layout) -> DataDirectory {
     match look_closer(installation, layout).await {
@@ -49,6 +52,13 @@ async fn look_closer(installation: &Installation, layout: &Layout) -> Result<Dat
             "{} holds files ({}) but is no PostgreSQL data directory; empty it or name another data_dir",
             data_dir.display(),
             names.iter().take(3).cloned().collect::<Vec<_>>().join(", ")
+        )));
+    }
+    let length = std::fs::metadata(data_dir.join("global/pg_control")).context("reading the length of the control file")?.len();
+    if length < CONTROL_FILE_BYTES {
+        return Ok(DataDirectory::Unusable(format!(
+            "the control file of {} is cut short, {length} bytes of {CONTROL_FILE_BYTES}; restore this member from another one",
+            data_dir.display()
         )));
     }
     let version = std::fs::read_to_string(data_dir.join("PG_VERSION")).context("reading PG_VERSION")?;

@@ -40,6 +40,25 @@ async fn initdb_never_touches_a_directory_that_holds_something() {
 }
 
 #[tokio::test]
+async fn row_34_a_control_file_that_is_overwritten_or_cut_short_is_told_from_one_that_could_not_be_read() {
+    for installation in installations().await {
+        let root = place();
+        let server = Server::new(&installation, root.path(), "a");
+        initdb(&installation, &server.layout, &initdb_job()).await.unwrap();
+        let file = server.data_dir().join("global/pg_control");
+        let whole = std::fs::read(&file).unwrap();
+        let damages = [vec![0xA5; whole.len()], vec![0; whole.len()], whole[..100].to_vec(), Vec::new()];
+        for damage in damages {
+            std::fs::write(&file, &damage).unwrap();
+            let seen = server.look().await;
+            assert!(matches!(&seen, DataDirectory::Unusable(why) if why.contains("control file")), "{} bytes: {seen:?}", damage.len());
+        }
+        std::fs::write(&file, &whole).unwrap();
+        assert!(matches!(server.look().await, DataDirectory::Full(_)));
+    }
+}
+
+#[tokio::test]
 async fn a_cancelled_initdb_leaves_the_place_empty_and_the_next_one_works() {
     for installation in installations().await {
         let root = place();

@@ -10,6 +10,7 @@ use crate::facts::guard::{PostmasterFacts, Word};
 use crate::facts::postgres::{DataDirectory, ProbeOutcome};
 use crate::facts::synchrony;
 use crate::machine::action::{Operation, OperationKind};
+use crate::machine::bookkeeping::MEMBER_KEY_FAILED;
 use crate::machine::node::Context;
 use crate::machine::rules::standby;
 use crate::machine::state::State;
@@ -83,7 +84,8 @@ fn record(world: &World, state: &State) -> Option<MemberRecord> {
         features: vec![failsafe::FEATURE.to_owned(), synchrony::FEATURE.to_owned(), slots::FEATURE.to_owned()],
         pending_restart: sql.map(|sql| sql.pending_restart.clone()).unwrap_or_default(),
         tags: member.tags.set(),
-        conditions: world.conditions.values().cloned().collect(),
+        // Once it is written this one is not true any more.
+        conditions: world.conditions.values().filter(|condition| condition.kind != MEMBER_KEY_FAILED).cloned().collect(),
     }))
 }
 

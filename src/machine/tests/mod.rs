@@ -11,6 +11,7 @@ mod found;
 mod lapses;
 mod reactions;
 mod recovery;
+mod refused;
 mod releases;
 mod requests;
 mod synchronous;
