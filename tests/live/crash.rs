@@ -44,33 +44,6 @@ fn row_11_a_clean_stop_of_the_primarys_daemon_hands_over_and_a_start_brings_a_re
     world.finish();
 }
 
-#[test]
-fn row_6_a_killed_postmaster_is_started_again_in_place_on_the_same_timeline() {
-    let setup = Setup::default();
-    let world = World::up(&setup);
-    let (leader, timeline) = (world.leader(), world.timeline());
-    let postmaster = world.postmaster(leader);
-    let begun = BootTime::now();
-    postmaster.signal(Signal::SIGKILL);
-    world.settle("another postmaster runs", || world.cluster.postmaster(leader).is_some_and(|now| now != postmaster));
-    world.wait_writes(leader);
-    assert_eq!((world.leader(), world.timeline()), (leader, timeline));
-    outage_is_bounded(&world, &setup, begun);
-    world.wait_whole("after the restart in place");
-    world.finish();
-}
-
-#[test]
-fn a_killed_postmaster_of_a_replica_comes_back_and_streams() {
-    let world = World::up(&Setup::default());
-    let replica = world.replica();
-    let postmaster = world.postmaster(replica);
-    postmaster.signal(Signal::SIGKILL);
-    world.settle("another postmaster runs", || world.cluster.postmaster(replica).is_some_and(|now| now != postmaster));
-    world.wait_whole("after the replica's restart");
-    world.finish();
-}
-
 /// No attempt on the leader failed since, and it still leads on the same timeline.
 #[track_caller]
 fn nothing_was_noticed(world: &World, leader: usize, timeline: u32, since: BootTime) {
@@ -80,33 +53,40 @@ fn nothing_was_noticed(world: &World, leader: usize, timeline: u32, since: BootT
     assert_eq!((world.leader(), world.timeline()), (leader, timeline));
 }
 
+/// What ends the daemon alone, and where the next one comes before A.
 #[test]
-fn row_1_a_killed_daemon_that_is_started_again_at_once_costs_no_write_and_no_failover() {
+fn row_1_row_11_a_daemon_that_is_killed_or_leaves_by_sigusr2_and_is_started_again_at_once_costs_no_write_and_no_failover() {
     let world = World::up(&Setup::default());
     let (leader, timeline, postmaster) = (world.leader(), world.timeline(), world.postmaster(world.leader()));
-    let begun = BootTime::now();
-    world.daemon(leader).signal(Signal::SIGKILL);
-    world.settle("the daemon is gone", || world.cluster.daemon(leader).is_none());
-    world.cluster.start_node(leader).unwrap();
-    world.settle("the daemon leads again", || world.http(leader, "/primary") == Some(200));
-    nothing_was_noticed(&world, leader, timeline, begun);
-    assert_eq!(world.postmaster(leader), postmaster, "PostgreSQL was not touched");
-    world.wait_whole("after the daemon's restart");
+    for signal in [Signal::SIGKILL, Signal::SIGUSR2] {
+        let begun = BootTime::now();
+        let daemon = world.daemon(leader);
+        daemon.signal(signal);
+        world.settle("the daemon is gone", || !daemon.is_alive());
+        world.cluster.start_node(leader).unwrap();
+        world.settle("the daemon leads again", || world.http(leader, "/primary") == Some(200));
+        nothing_was_noticed(&world, leader, timeline, begun);
+        assert_eq!(world.postmaster(leader), postmaster, "PostgreSQL was not touched");
+        world.wait_whole(&format!("after {signal}"));
+    }
     world.finish();
 }
 
 #[test]
-fn row_11_a_daemon_that_leaves_by_sigusr2_and_is_started_again_costs_no_write() {
-    let world = World::up(&Setup::default());
-    let (leader, timeline, postmaster) = (world.leader(), world.timeline(), world.postmaster(world.leader()));
-    let begun = BootTime::now();
-    let daemon = world.daemon(leader);
-    daemon.signal(Signal::SIGUSR2);
-    world.settle("the daemon has left", || !daemon.is_alive());
-    world.cluster.start_node(leader).unwrap();
-    world.settle("the daemon leads again", || world.http(leader, "/primary") == Some(200));
-    nothing_was_noticed(&world, leader, timeline, begun);
-    assert_eq!(world.postmaster(leader), postmaster, "PostgreSQL was not touched");
+fn row_6_a_killed_postmaster_is_started_again_in_place_on_the_same_timeline_and_so_is_a_replicas() {
+    let setup = Setup::default();
+    let world = World::up(&setup);
+    let (leader, timeline) = (world.leader(), world.timeline());
+    for index in [leader, world.replica()] {
+        let postmaster = world.postmaster(index);
+        let begun = BootTime::now();
+        postmaster.signal(Signal::SIGKILL);
+        world.settle("another postmaster runs", || world.cluster.postmaster(index).is_some_and(|now| now != postmaster));
+        world.wait_writes(leader);
+        assert_eq!((world.leader(), world.timeline()), (leader, timeline));
+        outage_is_bounded(&world, &setup, begun);
+        world.wait_whole("after the restart in place");
+    }
     world.finish();
 }
 

@@ -16,33 +16,21 @@ fn degraded(world: &World, index: usize) -> Option<bool> {
     world.json(index, "/health")["pgherd"]["degraded"].as_bool()
 }
 
-/// The primary hears nothing of etcd in the way of `network`; it is fenced before another leads, and comes back as a replica.
-fn primary_cut_from_etcd(network: Network) {
+/// The primary hears nothing of etcd; it is fenced before another leads, and comes back as a replica.
+#[test]
+fn row_15_row_18_without_failsafe_a_primary_that_does_not_hear_etcd_in_any_way_is_fenced_before_another_leads() {
     let world = World::up(&Setup { document: without_failsafe, ..Setup::default() });
-    let former = world.leader();
-    world.set_etcd_network(former, network);
-    let leader = world.wait_another_leads(former);
-    assert_ne!(world.http(former, "/primary"), Some(200));
-    world.settle("it says that it is degraded", || degraded(&world, former) == Some(true));
-    world.set_etcd_network(former, Network::Pass);
-    world.wait_whole("after the network healed");
-    assert_eq!(world.leader(), leader, "healing changes no leader");
+    for network in [Network::Cut, Network::Silent, Network::AnswersLost] {
+        let former = world.leader();
+        world.set_etcd_network(former, network);
+        let leader = world.wait_another_leads(former);
+        assert_ne!(world.http(former, "/primary"), Some(200), "{network:?}");
+        world.settle(&format!("it says that it is degraded: {network:?}"), || degraded(&world, former) == Some(true));
+        world.set_etcd_network(former, Network::Pass);
+        world.wait_whole("after the network healed");
+        assert_eq!(world.leader(), leader, "healing changes no leader: {network:?}");
+    }
     world.finish();
-}
-
-#[test]
-fn row_15_without_failsafe_a_primary_cut_from_etcd_is_fenced_before_another_leads() {
-    primary_cut_from_etcd(Network::Cut);
-}
-
-#[test]
-fn row_15_without_failsafe_a_primary_that_etcd_is_silent_to_is_fenced_before_another_leads() {
-    primary_cut_from_etcd(Network::Silent);
-}
-
-#[test]
-fn row_18_a_primary_whose_answers_from_etcd_are_lost_is_fenced_by_its_own_clock() {
-    primary_cut_from_etcd(Network::AnswersLost);
 }
 
 #[test]

@@ -4,16 +4,12 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use pgherd::cli::demo::documents::ClusterDocument;
-use pgherd::cli::demo::process::ProcessId;
 use pgherd::clock::BootTime;
 
 use crate::rig::proxy::Network;
-use crate::rig::said::ask;
-use crate::rig::wait::holds_throughout;
+use crate::rig::said::{ask, signal_all};
+use crate::rig::wait::{A_WHILE, holds_throughout};
 use crate::rig::world::{MustSucceed, Setup, World};
-
-/// For what must not happen meanwhile.
-const A_WHILE: Duration = Duration::from_secs(3);
 
 fn quorum(document: &mut ClusterDocument) {
     document.mode = "quorum".into();
@@ -24,63 +20,10 @@ fn strict_quorum(document: &mut ClusterDocument) {
     document.replication.push("strict: true".into());
 }
 
-fn with_two_copies(document: &mut ClusterDocument) {
-    quorum(document);
-    document.replication.push("synchronous_node_count: 2".into());
-}
-
 fn with_a_logical_slot(document: &mut ClusterDocument) {
     quorum(document);
     document.replication.push("slots: { changes: { type: logical, database: postgres, plugin: test_decoding } }".into());
     document.parameters.insert("wal_level".into(), "logical".into());
-}
-
-fn postgres_of(world: &World, members: &[usize]) -> Vec<ProcessId> {
-    members.iter().flat_map(|index| world.cluster.postgres_processes(*index)).collect()
-}
-
-fn signal_all(processes: &[ProcessId], signal: Signal) {
-    processes.iter().for_each(|process| process.signal(signal));
-}
-
-fn roles(world: &World) -> Vec<String> {
-    let mut roles: Vec<String> = world.status().members.into_iter().filter_map(|member| member.role).collect();
-    roles.sort();
-    roles
-}
-
-fn takes_writes(world: &World, index: usize, since: BootTime) -> bool {
-    world.prober().acknowledged_since(world.name(index), since) > 0
-}
-
-#[test]
-fn in_quorum_writes_go_on_while_one_of_two_standbys_is_frozen_killed_or_cut_off() {
-    let world = World::up(&Setup { proxied: true, document: quorum, ..Setup::default() });
-    assert_eq!(roles(&world), ["leader", "quorum_standby", "quorum_standby"]);
-    let (leader, timeline) = (world.leader(), world.timeline());
-    let standby = world.replica();
-    for blow in ["frozen", "killed", "cut off"] {
-        let processes = world.cluster.postgres_processes(standby);
-        match blow {
-            "frozen" => signal_all(&processes, Signal::SIGSTOP),
-            "killed" => world.cluster.cut_power(standby),
-            _ => world.set_whole_network(standby, Network::Silent),
-        }
-        let begun = BootTime::now();
-        world.settle(&format!("commits do not wait for the one that is {blow} any more"), || {
-            roles(&world) == ["leader", "quorum_standby", "replica"]
-        });
-        println!("{blow}: longest pause {:.3} s", world.prober().longest_gap(begun).as_secs_f64());
-        assert!(takes_writes(&world, leader, begun));
-        match blow {
-            "frozen" => signal_all(&processes, Signal::SIGCONT),
-            "killed" => drop(world.cluster.start_node(standby).unwrap()),
-            _ => world.set_whole_network(standby, Network::Pass),
-        }
-        world.settle("they wait for both again", || roles(&world) == ["leader", "quorum_standby", "quorum_standby"]);
-    }
-    assert_eq!((world.leader(), world.timeline()), (leader, timeline), "nothing of it is a reason to fail over");
-    world.finish();
 }
 
 #[test]
@@ -90,10 +33,10 @@ fn row_16_with_strict_a_primary_that_no_standby_hears_keeps_the_lock_and_acknowl
     world.set_replication_network(leader, Network::Cut);
     world.settle("commits wait", || {
         let begun = BootTime::now();
-        holds_throughout(Duration::from_millis(500), || !takes_writes(&world, leader, begun))
+        holds_throughout(Duration::from_millis(500), || !world.takes_writes(leader, begun))
     });
     let begun = BootTime::now();
-    assert!(holds_throughout(A_WHILE, || !takes_writes(&world, leader, begun) && world.http(leader, "/primary") == Some(200)));
+    assert!(holds_throughout(A_WHILE, || !world.takes_writes(leader, begun) && world.http(leader, "/primary") == Some(200)));
     world.settle("it is said", || world.has_condition(leader, "durability_reduced"));
     world.set_replication_network(leader, Network::Pass);
     world.wait_whole("after the link came back");
@@ -107,12 +50,12 @@ fn row_47_without_a_standby_commits_wait_for_nobody_only_once_nobody_else_may_le
     let world = World::up(&Setup { document: quorum, ..Setup::default() });
     let leader = world.leader();
     let standbys = world.others(leader);
-    let frozen = postgres_of(&world, &standbys);
+    let frozen = world.postgres_of(&standbys);
     signal_all(&frozen, Signal::SIGSTOP);
-    world.settle("only the leader may lead", || roles(&world) == ["leader", "replica", "replica"]);
+    world.settle("only the leader may lead", || world.roles() == ["leader", "replica", "replica"]);
     let begun = BootTime::now();
     world.settle("it acknowledges alone, and says so", || {
-        takes_writes(&world, leader, begun) && world.has_condition(leader, "durability_reduced")
+        world.takes_writes(leader, begun) && world.has_condition(leader, "durability_reduced")
     });
     // What is acknowledged now is nowhere else: the standbys come back too late for it.
     world.cluster.cut_power(leader);
@@ -128,18 +71,23 @@ fn row_47_without_a_standby_commits_wait_for_nobody_only_once_nobody_else_may_le
 }
 
 #[test]
-fn row_48_a_primary_that_starts_again_lets_no_client_in_before_a_standby_has_what_it_recovered() {
+fn row_46_row_48_a_commit_whose_wait_is_cancelled_is_warned_of_and_a_primary_that_starts_again_lets_no_client_in_before_a_standby_has_it() {
     let world = World::up(&Setup { document: strict_quorum, ..Setup::default() });
     let leader = world.leader();
     world.ask(leader, "create role client login password 'client'; create table t (id int); grant all on t to client").unwrap();
     let mut client = world.cluster.connection(world.port(leader)).unwrap();
     client.user("client").password("client").options("");
     assert_eq!(ask(client.clone(), "select count(*) from t", Duration::from_secs(5)).unwrap().as_deref(), Some("0"));
-    let frozen = postgres_of(&world, &world.others(leader));
+    let frozen = world.postgres_of(&world.others(leader));
     signal_all(&frozen, Signal::SIGSTOP);
     // It waits for standbys that do not answer: in the WAL, and not acknowledged.
-    let waits = ask(client.clone(), "insert into t values (1)", Duration::from_secs(1));
-    assert!(waits.is_err(), "{waits:?}");
+    let waiting = {
+        let config = world.cluster.connection(world.port(leader)).unwrap();
+        std::thread::spawn(move || ask(config, "set application_name = 'waits'; insert into t values (1)", Duration::from_secs(20)))
+    };
+    let cancel = "select count(*) from (select pg_cancel_backend(pid) from pg_stat_activity where application_name = 'waits' and wait_event = 'SyncRep') c";
+    world.settle("the commit waits, and is cancelled", || world.ask(leader, cancel).is_ok_and(|count| count.as_deref() == Some("1")));
+    assert!(waiting.join().unwrap().is_ok(), "PostgreSQL answers, with a warning");
     let postmaster = world.postmaster(leader);
     postmaster.signal(Signal::SIGKILL);
     world.settle("it is started again", || world.cluster.postmaster(leader).is_some_and(|now| now != postmaster));
@@ -152,26 +100,6 @@ fn row_48_a_primary_that_starts_again_lets_no_client_in_before_a_standby_has_wha
         ask(client.clone(), "select count(*) from t", Duration::from_secs(5)).is_ok_and(|count| count.as_deref() == Some("1"))
     });
     world.wait_whole("after the standbys came back");
-    world.finish();
-}
-
-#[test]
-fn row_46_a_commit_whose_wait_is_cancelled_is_told_by_a_warning() {
-    let world = World::up(&Setup { document: strict_quorum, ..Setup::default() });
-    let leader = world.leader();
-    world.ask(leader, "create table t (id int)").unwrap();
-    let frozen = postgres_of(&world, &world.others(leader));
-    signal_all(&frozen, Signal::SIGSTOP);
-    let waiting = {
-        let config = world.cluster.connection(world.port(leader)).unwrap();
-        std::thread::spawn(move || ask(config, "set application_name = 'waits'; insert into t values (1)", Duration::from_secs(20)))
-    };
-    let cancel = "select count(*) from (select pg_cancel_backend(pid) from pg_stat_activity where application_name = 'waits' and wait_event = 'SyncRep') c";
-    world.settle("the commit waits, and is cancelled", || world.ask(leader, cancel).is_ok_and(|count| count.as_deref() == Some("1")));
-    assert!(waiting.join().unwrap().is_ok(), "PostgreSQL answers, with a warning");
-    signal_all(&frozen, Signal::SIGCONT);
-    world.wait_whole("after the standbys came back");
-    world.wait_writes(leader);
     world.finish();
 }
 
@@ -203,28 +131,11 @@ fn the_mode_changes_while_the_cluster_works_in_all_directions() {
     ] {
         world.document.mode = mode.into();
         world.apply().must_succeed("pgherd apply");
-        world.settle(&format!("the mode is {mode}"), || roles(&world) == wanted);
+        world.settle(&format!("the mode is {mode}"), || world.roles() == wanted);
         let begun = BootTime::now();
-        world.settle("it takes writes", || takes_writes(&world, leader, begun));
+        world.settle("it takes writes", || world.takes_writes(leader, begun));
     }
     assert_eq!((world.leader(), world.timeline()), (leader, timeline));
-    world.finish();
-}
-
-#[test]
-fn with_two_copies_asked_for_every_failover_and_switchover_keeps_every_row() {
-    let setup = Setup { document: with_two_copies, ..Setup::default() };
-    let world = World::up(&setup);
-    let first = world.leader();
-    world.cluster.pgherd(&["switchover", "--to", world.name(world.replica()), "--yes"]).unwrap().must_succeed("pgherd switchover");
-    world.wait_whole("after the switchover");
-    world.wait_synchronous("after the switchover");
-    let second = world.leader();
-    assert_ne!(first, second);
-    world.cluster.cut_power(second);
-    world.wait_another_leads(second);
-    world.cluster.start_node(second).unwrap();
-    world.wait_whole("after the former primary came back");
     world.finish();
 }
 

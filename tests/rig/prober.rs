@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use pgherd::cli::demo::http;
 use pgherd::cli::demo::ledger::{Acknowledged, RowKey};
 use pgherd::cli::demo::runtime::block_on;
@@ -26,13 +27,15 @@ const ASK_LIMIT: Duration = Duration::from_millis(500);
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 /// After how long a row's fate is counted as unknown.
 const ROW_LIMIT: Duration = Duration::from_secs(20);
-/// Connections to one node beside each other.
+/// Connections of one client beside each other.
 const CONNECTIONS_MAX: usize = 4;
 
 /// A node as the prober reaches it.
 #[derive(Debug, Clone)]
 pub struct Target {
     pub node: String,
+    /// Clients that write to it beside each other, each with rows of its own.
+    pub clients: usize,
     pub postgres: Config,
     pub api: SocketAddr,
 }
@@ -41,6 +44,8 @@ pub struct Target {
 #[derive(Debug, Clone)]
 pub struct Probe {
     pub node: String,
+    /// By whom: a row is named by its client and that client's own count.
+    pub client: String,
     pub attempt: Attempt,
 }
 
@@ -70,7 +75,7 @@ impl Prober {
             threads.push(std::thread::spawn(move || {
                 let local = tokio::task::LocalSet::new();
                 block_on(local.run_until(async {
-                    write(&to, &writes).await;
+                    join_all((0..to.clients).map(|client| write(&to, format!("{}.{client}", to.node), &writes))).await;
                     Ok(())
                 }))
                 .unwrap();
@@ -123,7 +128,7 @@ impl Prober {
     pub fn acknowledged(&self) -> Vec<Acknowledged> {
         let row = |probe: &Probe| match probe.attempt.outcome {
             Outcome::Acknowledged { timeline, position } => {
-                Some(Acknowledged { row: (probe.node.clone(), probe.attempt.seq), timeline, position })
+                Some(Acknowledged { row: (probe.client.clone(), probe.attempt.seq), timeline, position })
             }
             Outcome::Failed(_) | Outcome::Unknown(_) => None,
         };
@@ -133,7 +138,7 @@ impl Prober {
     /// Rows that the server refused for certain.
     pub fn failed(&self) -> BTreeSet<RowKey> {
         let failed = |probe: &&Probe| matches!(probe.attempt.outcome, Outcome::Failed(_));
-        self.log.probes.lock().unwrap().iter().filter(failed).map(|probe| (probe.node.clone(), probe.attempt.seq)).collect()
+        self.log.probes.lock().unwrap().iter().filter(failed).map(|probe| (probe.client.clone(), probe.attempt.seq)).collect()
     }
 
     /// Stops writing and asking.
@@ -161,7 +166,8 @@ struct Lane {
     busy: AtomicBool,
 }
 
-async fn write(target: &Target, log: &Arc<Log>) {
+/// One client.
+async fn write(target: &Target, client: String, log: &Arc<Log>) {
     let mut lanes: Vec<Rc<Lane>> = Vec::new();
     let seq = AtomicI64::new(0);
     let mut tick = tokio::time::interval(ROW_INTERVAL);
@@ -180,13 +186,14 @@ async fn write(target: &Target, log: &Arc<Log>) {
             continue;
         };
         lane.busy.store(true, Ordering::SeqCst);
-        let (node, seq, log) = (target.node.clone(), seq.fetch_add(1, Ordering::SeqCst), Arc::clone(log));
+        let (node, client) = (target.node.clone(), client.clone());
+        let (seq, log) = (seq.fetch_add(1, Ordering::SeqCst), Arc::clone(log));
         tokio::task::spawn_local(async move {
             let begun = BootTime::now();
-            let answer = tokio::time::timeout(ROW_LIMIT, lane.writer.insert(&node, seq, &node)).await;
+            let answer = tokio::time::timeout(ROW_LIMIT, lane.writer.insert(&client, seq, &node)).await;
             let too_late = || Attempt { seq, begun, ended: BootTime::now(), outcome: Outcome::Unknown("no answer in time".into()) };
             let attempt = answer.unwrap_or_else(|_| too_late());
-            log.probes.lock().unwrap().push(Probe { node, attempt });
+            log.probes.lock().unwrap().push(Probe { node, client, attempt });
             lane.busy.store(false, Ordering::SeqCst);
         });
     }

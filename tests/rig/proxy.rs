@@ -1,6 +1,7 @@
 //! A TCP proxy that can break a connection the ways a network does: cut, silent in one direction or both, slow.
 //!
-//! Silence keeps the bytes and delivers them when it is over, as TCP does when packets are lost for a while.
+//! Silence keeps the bytes and delivers them when it is over, as TCP does when packets are lost for a while. It can be broken for the
+//! connections of one standby alone: a walreceiver says the member's name as its application_name when it connects.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -10,6 +11,8 @@ use std::time::{Duration, Instant};
 
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 const CHUNK_BYTES: usize = 16 * 1024;
+/// A start-up packet is within this.
+const CALLER_BYTES: usize = 1024;
 
 /// What the network does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,9 +31,16 @@ pub enum Network {
     Slow(Duration),
 }
 
+/// For all, and for who is told apart from them.
+#[derive(Debug, Clone)]
+struct State {
+    all: Network,
+    one: Option<(String, Network)>,
+}
+
 #[derive(Debug)]
 struct Shared {
-    network: Mutex<Network>,
+    network: Mutex<State>,
     changed: Condvar,
     ended: AtomicBool,
     streams: Mutex<Vec<TcpStream>>,
@@ -38,14 +48,15 @@ struct Shared {
 
 impl Shared {
     /// Waits until the network lets a chunk pass; false when it must not pass at all.
-    fn lets_pass(&self, is_answer: bool) -> bool {
+    fn lets_pass(&self, is_answer: bool, caller: &Caller) -> bool {
         let arrived = Instant::now();
         let mut network = self.network.lock().unwrap();
         loop {
             if self.ended.load(Ordering::SeqCst) {
                 return false;
             }
-            let wait = match *network {
+            let one = network.one.as_ref().filter(|(name, _)| caller.is(name)).map(|(_, network)| *network);
+            let wait = match one.unwrap_or(network.all) {
                 Network::Cut => return false,
                 Network::Pass => return true,
                 Network::AnswersLost if !is_answer => return true,
@@ -78,7 +89,7 @@ impl Proxy {
         let listener = TcpListener::bind(listen).unwrap_or_else(|error| panic!("binding {listen}: {error}"));
         let address = listener.local_addr().unwrap();
         let shared = Arc::new(Shared {
-            network: Mutex::new(Network::Pass),
+            network: Mutex::new(State { all: Network::Pass, one: None }),
             changed: Condvar::new(),
             ended: AtomicBool::new(false),
             streams: Mutex::default(),
@@ -103,11 +114,17 @@ impl Proxy {
 
     /// Changes what the network does, at once, also for connections that are open.
     pub fn set(&self, network: Network) {
-        *self.shared.network.lock().unwrap() = network;
+        self.shared.network.lock().unwrap().all = network;
         self.shared.changed.notify_all();
         if network == Network::Cut {
             self.shared.break_all();
         }
+    }
+
+    /// The same for the connections of one standby alone, also for those that are open. What is held back when it is cut is lost.
+    pub fn set_for(&self, name: &str, network: Network) {
+        self.shared.network.lock().unwrap().one = Some((name.to_owned(), network));
+        self.shared.changed.notify_all();
     }
 }
 
@@ -121,7 +138,7 @@ impl Drop for Proxy {
 }
 
 fn serve(client: TcpStream, to: SocketAddr, shared: &Arc<Shared>) {
-    if *shared.network.lock().unwrap() == Network::Cut {
+    if shared.network.lock().unwrap().all == Network::Cut {
         return;
     }
     let Ok(server) = TcpStream::connect_timeout(&to, CONNECT_LIMIT) else { return };
@@ -130,16 +147,38 @@ fn serve(client: TcpStream, to: SocketAddr, shared: &Arc<Shared>) {
     let copies = |stream: &TcpStream| stream.try_clone().unwrap();
     shared.streams.lock().unwrap().extend([copies(&client), copies(&server)]);
     let (answers_from, answers_to) = (copies(&server), copies(&client));
-    let back = Arc::clone(shared);
-    std::thread::spawn(move || pump(answers_from, answers_to, &back, true));
-    pump(client, server, shared, false);
+    let (back, caller) = (Arc::clone(shared), Arc::new(Caller::default()));
+    let called = Arc::clone(&caller);
+    std::thread::spawn(move || pump(answers_from, answers_to, &back, true, &called));
+    pump(client, server, shared, false, &caller);
+}
+
+/// The first that a client said, in which its name is.
+#[derive(Debug, Default)]
+struct Caller(Mutex<Vec<u8>>);
+
+impl Caller {
+    fn says(&self, chunk: &[u8]) {
+        let mut said = self.0.lock().unwrap();
+        let room = CALLER_BYTES.saturating_sub(said.len());
+        said.extend(chunk.iter().take(room));
+    }
+
+    /// PostgreSQL's start-up packet: names and values, each ended by a zero.
+    fn is(&self, name: &str) -> bool {
+        let named = format!("application_name\0{name}\0");
+        self.0.lock().unwrap().windows(named.len()).any(|part| part == named.as_bytes())
+    }
 }
 
 /// Copies one direction until either side ends.
-fn pump(mut from: TcpStream, mut to: TcpStream, shared: &Shared, is_answer: bool) {
+fn pump(mut from: TcpStream, mut to: TcpStream, shared: &Shared, is_answer: bool, caller: &Caller) {
     let mut chunk = vec![0; CHUNK_BYTES];
     while let Ok(length) = from.read(&mut chunk) {
-        if !shared.lets_pass(is_answer) {
+        if !is_answer {
+            caller.says(&chunk[..length]);
+        }
+        if !shared.lets_pass(is_answer, caller) {
             let _ = from.shutdown(Shutdown::Both);
             break;
         }
@@ -208,6 +247,20 @@ mod tests {
             client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
             assert_eq!(client.read(&mut [0; 64]).unwrap(), 4, "{network:?}");
         }
+    }
+
+    #[test]
+    fn one_caller_alone_is_held_back_and_what_was_held_back_when_it_is_cut_is_lost() {
+        let (proxy, mut other) = echo();
+        let mut one = TcpStream::connect(proxy.address()).unwrap();
+        one.set_read_timeout(Some(LIMIT)).unwrap();
+        one.write_all(b"user\0r\0application_name\0n2\0\0").unwrap();
+        assert!(one.read(&mut [0; 64]).is_ok_and(|length| length > 0));
+        proxy.set_for("n2", Network::Silent);
+        assert_eq!((echoes(&mut one), echoes(&mut other)), (None, Some(4)));
+        proxy.set_for("n2", Network::Cut);
+        assert_ne!(one.read(&mut [0; 64]).ok(), Some(4));
+        assert_eq!(echoes(&mut other), Some(4));
     }
 
     #[test]

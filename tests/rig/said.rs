@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use pgherd::cli::demo::http;
+use pgherd::cli::demo::process::ProcessId;
 use pgherd::cli::demo::runtime::in_own_thread;
+use pgherd::clock::BootTime;
 
 use super::world::World;
 
@@ -34,10 +37,54 @@ impl World {
 
     /// What a node said on entering this state, each time, oldest first.
     pub fn entered(&self, index: usize, state: &str) -> Vec<String> {
-        let said = self.cluster.pgherd(&["events", "-o", "json", "--limit", "500"]).unwrap();
-        let events: Vec<serde_json::Value> = serde_json::from_str(&said.out).unwrap();
         let of = |event: &&serde_json::Value| event["member"] == *self.name(index) && event["facts"]["to"] == *state;
-        events.iter().filter(of).map(|event| event["message"].as_str().unwrap_or_default().to_owned()).collect()
+        self.events().iter().filter(of).map(|event| event["message"].as_str().unwrap_or_default().to_owned()).collect()
+    }
+
+    /// What a node decided of this kind, each time, oldest first.
+    pub fn decided(&self, index: usize, kind: &str) -> Vec<String> {
+        let of = |event: &&serde_json::Value| event["member"] == *self.name(index) && event["kind"] == *kind;
+        self.events().iter().filter(of).map(|event| event["message"].as_str().unwrap_or_default().to_owned()).collect()
+    }
+
+    fn events(&self) -> Vec<serde_json::Value> {
+        serde_json::from_str(&self.cluster.pgherd(&["events", "-o", "json", "--limit", "500"]).unwrap().out).unwrap()
+    }
+
+    /// What a member says over HTTP is in its way: etcd may take no writes.
+    pub fn says(&self, index: usize, kind: &str) -> Option<String> {
+        let said = self.json(index, "/patroni");
+        let found = said["pgherd"]["conditions"].as_array()?.iter().find(|condition| condition["kind"] == *kind)?.clone();
+        Some(found["message"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// The roles of all members, in order of the alphabet.
+    pub fn roles(&self) -> Vec<String> {
+        let mut roles: Vec<String> = self.status().members.into_iter().filter_map(|member| member.role).collect();
+        roles.sort();
+        roles
+    }
+
+    /// The member that has this role.
+    pub fn with_role(&self, role: &str) -> Option<usize> {
+        let members = self.status().members;
+        self.cluster.index_of(&members.iter().find(|member| member.role.as_deref() == Some(role))?.name)
+    }
+
+    /// Whether a row that was sent to this node after `since` was acknowledged.
+    pub fn takes_writes(&self, index: usize, since: BootTime) -> bool {
+        self.prober().acknowledged_since(self.name(index), since) > 0
+    }
+
+    /// Every PostgreSQL process of these nodes.
+    pub fn postgres_of(&self, members: &[usize]) -> Vec<ProcessId> {
+        members.iter().flat_map(|index| self.cluster.postgres_processes(*index)).collect()
+    }
+
+    /// The process of a standby that receives WAL.
+    pub fn walreceiver(&self, index: usize) -> Option<ProcessId> {
+        let title = |process: &ProcessId| std::fs::read_to_string(format!("/proc/{}/cmdline", process.pid)).unwrap_or_default();
+        self.cluster.postgres_processes(index).into_iter().find(|process| title(process).contains("walreceiver"))
     }
 
     /// Whether the status shows a condition for this member whose text has `word` in it.
@@ -61,6 +108,11 @@ impl World {
             self.cluster.status().is_ok_and(|status| status.members.iter().any(|member| waits(member.role.as_deref())))
         });
     }
+}
+
+/// To each of them.
+pub fn signal_all(processes: &[ProcessId], signal: Signal) {
+    processes.iter().for_each(|process| process.signal(signal));
 }
 
 /// Runs SQL and gives the first column of the last row.

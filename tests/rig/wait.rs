@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+/// For what must not happen meanwhile.
+pub const A_WHILE: Duration = Duration::from_secs(3);
 /// Time between two looks, in milliseconds.
 const LOOK_MS: u64 = 50;
 /// Time between two looks that each cost a process, in milliseconds.

@@ -55,13 +55,15 @@ pub struct Setup {
     pub etcd_3_5: bool,
     /// Whether what members say to each other goes through proxies too, and not only what they say to etcd.
     pub proxied: bool,
+    /// Clients of the prober that write to each node.
+    pub clients: usize,
     /// Changes the cluster document before it is applied.
     pub document: fn(&mut ClusterDocument),
 }
 
 impl Default for Setup {
     fn default() -> Setup {
-        Setup { nodes: 3, etcd_members: 1, ttl_s: 4, postgres_17: false, etcd_3_5: false, proxied: false, document: |_| {} }
+        Setup { nodes: 3, etcd_members: 1, ttl_s: 4, postgres_17: false, etcd_3_5: false, proxied: false, clients: 1, document: |_| {} }
     }
 }
 
@@ -75,6 +77,7 @@ pub struct World {
     pub cluster: LocalCluster,
     pub document: ClusterDocument,
     pub prober: Option<Prober>,
+    clients: usize,
     /// By node, then by member of etcd.
     etcd_proxies: Vec<Vec<Proxy>>,
     /// By node: what others reach its PostgreSQL and its API through.
@@ -110,7 +113,7 @@ impl World {
         // What a lost row means is judged by the mode: tests say so when they want commits to wait.
         document.mode = std::env::var("PGHERD_TEST_MODE").unwrap_or_else(|_| "async".into());
         (setup.document)(&mut document);
-        World { cluster, document, prober: None, etcd_proxies, node_proxies, ports, _place: place }
+        World { cluster, document, prober: None, clients: setup.clients, etcd_proxies, node_proxies, ports, _place: place }
     }
 
     /// A whole cluster with the prober at work.
@@ -155,6 +158,7 @@ impl World {
     pub fn probe_all(&mut self) {
         let target = |index| Target {
             node: self.cluster.name(index).to_owned(),
+            clients: self.clients,
             postgres: self.cluster.connection(self.port(index)).unwrap(),
             api: self.cluster.plan.nodes[index].api_listen,
         };
@@ -333,6 +337,11 @@ impl World {
     /// Breaks or heals what others hear of a node's PostgreSQL.
     pub fn set_replication_network(&self, index: usize, network: Network) {
         self.node_proxies[index][0].set(network);
+    }
+
+    /// Breaks or heals what one standby alone hears of a node's PostgreSQL.
+    pub fn set_stream(&self, of: usize, to: usize, network: Network) {
+        self.node_proxies[of][0].set_for(self.name(to), network);
     }
 
     /// Breaks or heals what others hear of a node's API.
