@@ -106,7 +106,7 @@ impl Untold {
 
     /// Nobody was told that it is there, and it is nowhere.
     #[track_caller]
-    fn is_nowhere(self, world: &World) {
+    fn ends_nowhere(self, world: &World) {
         let told = self.told.join().unwrap();
         assert!(told.is_err(), "a client was told that the row is there: {told:?}");
         let rows = |index| world.ask(index, ROWS).unwrap();
@@ -161,7 +161,7 @@ fn row_49_with_two_copies_each_change_of_leader_keeps_every_row_and_one_that_com
     world.cluster.start_node(former).unwrap();
     world.wait_whole("after those ahead of it came back");
     assert_eq!(world.leader(), next);
-    untold.is_nowhere(&world);
+    untold.ends_nowhere(&world);
     was_copied_anew(&world, ahead);
     was_copied_anew(&world, former);
     world.finish();
@@ -194,7 +194,7 @@ fn row_10_row_49_in_sync_on_17_another_replaces_a_deaf_standby_and_one_ahead_of_
     world.cluster.start_node(former).unwrap();
     world.wait_whole("after the former primary came back");
     assert_eq!(world.leader(), next);
-    untold.is_nowhere(&world);
+    untold.ends_nowhere(&world);
     was_copied_anew(&world, ahead);
     was_copied_anew(&world, former);
     world.wait_writes(next);
