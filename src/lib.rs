@@ -30,6 +30,7 @@ pub mod machine;
 pub mod mutants;
 pub mod policy;
 pub mod postgres;
+pub mod routing;
 pub mod spec;
 pub mod telemetry;
 pub mod types;

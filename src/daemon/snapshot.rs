@@ -32,6 +32,7 @@ pub fn take(now: BootTime, cluster: &ClusterName, machine: &Machine, kept: &Kept
     snapshot.view = world.view.clone().map(|view| (world.view_as_of, view));
     snapshot.etcd_reachable = world.etcd == Etcd::Reachable;
     if let Some((generation, spec)) = &world.spec {
+        snapshot.spec = Some(std::sync::Arc::clone(spec));
         snapshot.mode = spec.replication.mode;
         snapshot.ttl = spec.ha.ttl;
         snapshot.loop_wait = spec.ha.loop_wait;

@@ -8,4 +8,5 @@ pub mod failsafe;
 pub mod guard;
 pub mod lease;
 pub mod postgres;
+pub mod routing;
 pub mod synchrony;

@@ -81,6 +81,7 @@ fn get(snapshot: &Snapshot, moment: Moment, path: &str, parameters: &Parameters)
             Some(record) => (OK, json(&record.members)),
             None => (BAD_GATEWAY, Body::Text("failsafe mode is not in force\n".to_owned())),
         },
+        "pgherd" if path.ends_with("/serves") => (OK, json(&health::serves_answer(snapshot, now))),
         "pgherd" if path.ends_with("/writable") => (OK, json(&health::writable(snapshot, now))),
         _ => (code(health_path(snapshot, now, path, parameters)), json(&bodies::member(snapshot, moment))),
     }

@@ -62,6 +62,7 @@ const TABLE: &[(&str, u16, u16, u16, bool)] = &[
     ("/config", 200, 200, 200, false),
     ("/metrics", 200, 200, 200, false),
     ("/failsafe", 502, 502, 502, false),
+    ("/pgherd/serves", 200, 200, 200, false),
     ("/pgherd/writable", 200, 200, 200, false),
 ];
 
@@ -340,6 +341,49 @@ fn an_old_no_is_not_a_no() {
     let answer = ask(&snapshot, at(snapshot.loop_wait + Duration::from_secs(1)), &Method::GET, "/pgherd/writable");
     let Body::Json(text) = answer.body else { panic!("{answer:?}") };
     assert_eq!(serde_json::from_str::<Value>(&text).unwrap()["writable"], Value::Null);
+}
+
+#[test]
+fn what_a_member_serves_is_told_to_routing_and_a_doubt_is_not_a_no() {
+    let serves = |snapshot: &Snapshot| {
+        let body = body(snapshot, "/pgherd/serves");
+        [body["primary"].as_bool(), body["replica"].as_bool()]
+    };
+    assert_eq!(serves(&primary()), [Some(true), Some(false)]);
+    assert_eq!(serves(&replica()), [Some(false), Some(true)]);
+    assert_eq!(serves(&stopped()), [Some(false), Some(false)]);
+    let leaves = Snapshot { ends_postgres: true, ..primary() };
+    assert_eq!(serves(&leaves), [Some(false), Some(false)], "sessions are on their way out");
+    let with_doubt = |change: fn(&mut Snapshot)| {
+        let mut snapshot = primary();
+        change(&mut snapshot);
+        serves(&snapshot)[0]
+    };
+    let failed = Probe { begun: start(), outcome: ProbeOutcome::Unknown("no answer".to_owned()) };
+    assert_eq!(serves(&Snapshot { probe: Some(failed), ..primary() }), [None, None], "one probe that failed");
+    assert_eq!(with_doubt(|snapshot| snapshot.lock = None), None, "a daemon that starts beside a primary has no proof yet");
+    assert_eq!(with_doubt(|snapshot| snapshot.closed = true), None);
+    assert_eq!(with_doubt(|snapshot| snapshot.postmaster = None), Some(true), "as /primary says");
+    let mut by_hand = replica();
+    seen(&mut by_hand).in_recovery = false;
+    assert_eq!(serves(&by_hand), [Some(false), Some(false)], "promoted by hand");
+    let mut spared = replica();
+    spared.tags.insert("noloadbalance".to_owned(), Value::Bool(true));
+    assert_eq!(serves(&spared), [Some(false), Some(false)]);
+}
+
+#[test]
+fn what_a_member_that_hangs_knew_is_no_word_and_from_a_on_it_says_yes_no_more() {
+    let word = |snapshot: &Snapshot, after| {
+        let Body::Json(text) = ask(snapshot, at(after), &Method::GET, "/pgherd/serves").body else { panic!("no JSON") };
+        let body: Value = serde_json::from_str(&text).unwrap();
+        [body["primary"].as_bool(), body["replica"].as_bool()]
+    };
+    assert_eq!(word(&replica(), replica().loop_wait + Duration::from_secs(1)), [None, None]);
+    let a = primary().lock.unwrap().announce_at.since(start());
+    let probed_just_now = Snapshot { loop_wait: a * 2, ..primary() };
+    assert_eq!(word(&probed_just_now, a - Duration::from_millis(1)), [Some(true), Some(false)]);
+    assert_eq!(word(&probed_just_now, a), [None, Some(false)], "a proof may still come, and the sessions are not cut before the fast stop");
 }
 
 #[test]

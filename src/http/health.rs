@@ -7,6 +7,7 @@
 use crate::clock::BootTime;
 use crate::facts::cluster::MemberRole;
 use crate::facts::guard::{PostmasterFacts, Word};
+use crate::facts::routing::{Serves, ServesAnswer};
 use crate::http::peer::Writable;
 use crate::http::query::{self, Parameters};
 use crate::http::snapshot::Snapshot;
@@ -42,6 +43,34 @@ pub fn is_serving_replica(snapshot: &Snapshot, now: BootTime, parameters: &Param
     }
     let limit = query::first(parameters, "lag").and_then(query::bytes);
     limit.is_none_or(|limit| !is_behind(leader_position(snapshot, now), sql.replay_lsn.0, limit))
+}
+
+/// What this member serves, for those who tell it to their HAProxy. "Yes" is what the health paths say; "no" only what is sure to last a
+/// moment: a probe that failed, a proof that is late or a daemon that has just started may be over before the next check, and sessions
+/// that are cut do not come back.
+pub fn serves(snapshot: &Snapshot, now: BootTime) -> Serves {
+    let by_guard = match &snapshot.postmaster {
+        Some(PostmasterFacts::Running { word: Word::Standby, .. }) => Some(MemberRole::Replica),
+        Some(PostmasterFacts::Running { word: Word::Writable, .. }) => Some(MemberRole::Primary),
+        Some(PostmasterFacts::Ending { .. } | PostmasterFacts::ProvedEmpty { .. }) => Some(MemberRole::Uninitialized),
+        Some(PostmasterFacts::Unclaimed { .. }) | None => None,
+    };
+    let in_recovery = snapshot.fresh_sql(now).map(|sql| sql.in_recovery);
+    let ends = snapshot.ends_postgres || by_guard == Some(MemberRole::Uninitialized);
+    let not_primary = ends || by_guard == Some(MemberRole::Replica) || in_recovery == Some(true);
+    let not_replica = ends || in_recovery == Some(false) || snapshot.tag_is_on("noloadbalance");
+    let is_current = now.since(snapshot.taken) <= snapshot.loop_wait;
+    let word = |yes: bool, no: bool| if yes { Some(true) } else { (no && is_current).then_some(false) };
+    Serves {
+        primary: word(is_primary(snapshot, now), not_primary),
+        replica: word(!ends && is_serving_replica(snapshot, now, &[]), not_replica),
+    }
+}
+
+/// `/pgherd/serves`.
+pub fn serves_answer(snapshot: &Snapshot, now: BootTime) -> ServesAnswer {
+    let age_ms = u64::try_from(now.since(snapshot.taken).as_millis()).unwrap_or(u64::MAX);
+    ServesAnswer { member: snapshot.member.clone(), serves: serves(snapshot, now), age_ms }
 }
 
 /// Patroni's rule: behind only when the leader's position is known and farther than ours plus the limit.

@@ -13,9 +13,11 @@ use hyper::{Method, Request, StatusCode};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::facts::failsafe::PromiseAsk;
+use crate::facts::routing::ServesAnswer;
 use crate::types::{Epoch, MemberName};
 
 /// What a member answers that has promised; Patroni's word.
@@ -40,7 +42,15 @@ pub struct Writable {
 
 /// GET `/pgherd/writable` of the member whose API is at `api_url` (`http://10.0.12.9:8008`), all within `timeout`.
 pub async fn ask_writable(api_url: &str, timeout: Duration) -> anyhow::Result<Writable> {
-    let target = format!("{}/pgherd/writable", api_url.trim_end_matches('/'));
+    get(format!("{}/pgherd/writable", api_url.trim_end_matches('/')), timeout).await
+}
+
+/// GET `/pgherd/serves` of the member whose API is at `api_url`, all within `timeout`.
+pub async fn ask_serves(api_url: &str, timeout: Duration) -> anyhow::Result<ServesAnswer> {
+    get(format!("{}/pgherd/serves", api_url.trim_end_matches('/')), timeout).await
+}
+
+async fn get<T: DeserializeOwned>(target: String, timeout: Duration) -> anyhow::Result<T> {
     let (status, body) = send(Method::GET, &target, Bytes::new(), timeout).await?;
     if !status.is_success() {
         bail!("{target} answered {status}");

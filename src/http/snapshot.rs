@@ -11,7 +11,7 @@ use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, Condition, MemberRole};
 use crate::facts::guard::{LockFacts, PostmasterFacts};
 use crate::facts::postgres::{Probe, ProbeOutcome, SqlFacts};
-use crate::spec::cluster::ReplicationMode;
+use crate::spec::cluster::{ClusterSpec, ReplicationMode};
 use crate::types::{ClusterName, MemberName, SystemId};
 
 /// Everything that answers are made of.
@@ -51,6 +51,8 @@ pub struct Snapshot {
     pub view: Option<(BootTime, Arc<ClusterView>)>,
     /// Whether etcd answers.
     pub etcd_reachable: bool,
+    /// The spec in force.
+    pub spec: Option<Arc<ClusterSpec>>,
     /// `replication.mode`.
     pub mode: ReplicationMode,
     /// `ha.ttl`.
@@ -115,6 +117,7 @@ impl Snapshot {
             probe: None,
             view: None,
             etcd_reachable: false,
+            spec: None,
             mode: ReplicationMode::Async,
             ttl: Duration::from_secs(10),
             loop_wait: Duration::from_secs(5),

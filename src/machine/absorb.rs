@@ -99,6 +99,13 @@ impl World {
                 self.stop_requested = true;
                 None
             }
+            Event::Routed(trouble) => {
+                match trouble {
+                    Some(trouble) => self.warn("routing", trouble),
+                    None => self.clear("routing"),
+                }
+                None
+            }
         }
     }
 

@@ -64,6 +64,8 @@ pub enum Event {
         /// When it was received.
         received: BootTime,
     },
+    /// The HAProxys of this host were looked at and told what they had wrong, or why that cannot be.
+    Routed(Option<String>),
 }
 
 enumerated! {
@@ -104,6 +106,8 @@ enumerated! {
         StopRequested,
         /// [`Event::PromiseAsked`].
         PromiseAsked,
+        /// [`Event::Routed`].
+        Routed,
     }
 }
 
@@ -130,6 +134,7 @@ impl Event {
             Event::Finished(_) => EventKind::Finished,
             Event::StopRequested => EventKind::StopRequested,
             Event::PromiseAsked { .. } => EventKind::PromiseAsked,
+            Event::Routed(_) => EventKind::Routed,
         }
     }
 }

@@ -46,7 +46,8 @@ pub fn reaction(state: StateKind, event: EventKind) -> Reaction {
             Starting => Noted,
             _ => NothingNew,
         },
-        E::SpecUnreadable => Noted,
+        // How clients get to a member changes nothing of what it does.
+        E::SpecUnreadable | E::Routed => Noted,
         E::SpecRead => match state {
             Starting | Undeclared | AwaitingLeader | Initializing | Following | Candidate | Promoting | Primary | HandingOver => TakenIn,
             // What is being done was begun under the spec before, and is gone through with.

@@ -7,6 +7,7 @@ pub mod hba;
 pub mod parameters;
 pub mod rejoin;
 pub mod renewal;
+pub mod routing;
 pub mod slots;
 pub mod synchrony;
 pub mod timelines;

@@ -263,6 +263,17 @@ fn a_virtual_address_that_cannot_reach_a_member_is_warned_of() {
 }
 
 #[test]
+fn runtime_sockets_of_haproxy_are_a_few_paths_that_a_socket_can_have() {
+    let sockets = |list: &str| with_node(&format!("  routing: {{ haproxy_sockets: [ {list} ] }}\n"));
+    let key = "spec.routing.haproxy_sockets";
+    assert_eq!(sockets("/run/haproxy/admin.sock").unwrap().spec.routing.haproxy_sockets.len(), 1);
+    at(sockets("haproxy.sock"), &format!("{key}[0]"), "absolute path");
+    at(sockets("/run/a.sock, /run/a.sock"), &format!("{key}[1]"), "in the list already");
+    at(sockets(&format!("/run/{}", "x".repeat(103))), &format!("{key}[0]"), "at most 107 bytes");
+    at(sockets(&(0..9).map(|n| format!("/run/{n}.sock")).collect::<Vec<_>>().join(", ")), key, "at most 8");
+}
+
+#[test]
 fn an_endpoint_that_is_no_url_is_shown_what_was_meant() {
     let endpoint = |text: &str| node::load("test", &NODE.replace("http://127.0.0.1:2379", text));
     at(endpoint("http/127.0.0.1:2379"), "spec.etcd.endpoints[0]", "did you mean `http://127.0.0.1:2379`?");

@@ -90,11 +90,6 @@ pub fn node_conditions(node: &NodeSpec) -> Vec<Condition> {
     idle.say_if(!node.postgres.tablespace_map.is_empty(), "postgres.tablespace_map", "has no effect: tablespaces keep their paths");
     idle.say_if(node.postgres.rewind.is_some(), "postgres.rewind", "has no effect: a diverged member is cloned anew");
     idle.say_if(node.routing.interface.is_some(), "routing.interface", "has no effect: no virtual address is moved");
-    idle.say_if(
-        !node.routing.haproxy_sockets.is_empty(),
-        "routing.haproxy_sockets",
-        "has no effect: HAProxy sees a role change by its checks",
-    );
     idle.say_if(!node.routing.manage.is_empty(), "routing.manage", "has no effect: no service is kept current");
     idle.0
 }

@@ -19,6 +19,7 @@ mod interrupted;
 mod network;
 mod operator;
 mod rig_works;
+mod routing;
 mod standbys;
 mod synchronous;
 mod versions;

@@ -2,6 +2,7 @@
 //! checkers that judge what it saw.
 
 pub mod checker;
+pub mod haproxy;
 pub mod prober;
 pub mod proxy;
 pub mod said;

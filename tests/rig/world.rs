@@ -27,6 +27,7 @@ use pgherd::clock::BootTime;
 use pgherd::types::TimelineId;
 
 use super::checker::{broken_history, two_primaries_claimed, two_writers};
+use super::haproxy::Haproxy;
 use super::prober::{Prober, Target};
 use super::proxy::{Network, Proxy};
 use super::secrets;
@@ -57,13 +58,25 @@ pub struct Setup {
     pub proxied: bool,
     /// Clients of the prober that write to each node.
     pub clients: usize,
+    /// An HAProxy before the nodes, and who tells it.
+    pub haproxy: Option<Haproxy>,
     /// Changes the cluster document before it is applied.
     pub document: fn(&mut ClusterDocument),
 }
 
 impl Default for Setup {
     fn default() -> Setup {
-        Setup { nodes: 3, etcd_members: 1, ttl_s: 4, postgres_17: false, etcd_3_5: false, proxied: false, clients: 1, document: |_| {} }
+        Setup {
+            nodes: 3,
+            etcd_members: 1,
+            ttl_s: 4,
+            postgres_17: false,
+            etcd_3_5: false,
+            proxied: false,
+            clients: 1,
+            haproxy: None,
+            document: |_| {},
+        }
     }
 }
 
@@ -100,10 +113,11 @@ impl World {
         }
         let mut plan = LocalCluster::plan_on_loopback(&place.path().join("c"), setup.nodes, setup.etcd_members, &ports, programs);
         plan.cluster = "live".into();
-        plan.frontends = None;
+        Haproxy::plan(setup.haproxy, &mut plan);
         let etcd_proxies = proxy_etcd(&mut plan);
         let node_proxies = if setup.proxied { proxy_nodes(&mut plan) } else { Vec::new() };
         let cluster = LocalCluster::lay_out(plan).unwrap();
+        Haproxy::name_in_documents(setup.haproxy, &cluster);
         let mut document = cluster.document().unwrap();
         document.ttl_s = setup.ttl_s;
         document.loop_wait_s = LOOP_WAIT_S;
@@ -120,6 +134,7 @@ impl World {
     pub fn up(setup: &Setup) -> World {
         let mut world = World::lay_out(setup);
         world.start_etcd_and_apply();
+        world.cluster.start_haproxy().unwrap();
         world.start_all();
         world.wait_whole("after the bootstrap");
         if world.document.mode != "async" {

@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 
 use super::documents::{ClusterDocument, DeclaredMember, NodeDocument};
 use super::etcd::EtcdMember;
-use super::haproxy::{Backend, Frontends, configuration};
+use super::haproxy::{self, Backend, Checks, Frontends, configuration};
 use super::http;
 use super::process::{Found, Household, OsUser, ProcessId, become_subreaper, wait_for, wait_for_every};
 use super::programs::Programs;
@@ -141,6 +141,7 @@ impl LocalCluster {
             bin_dir: self.plan.programs.postgres_bin.clone(),
             dir: self.node_dir(index),
             secrets: self.plan.dir.join("secrets"),
+            haproxy_sockets: self.plan.frontends.map(|_| self.haproxy_socket()).into_iter().collect(),
         }
     }
 
@@ -227,6 +228,11 @@ impl LocalCluster {
         let address = (Ipv4Addr::LOCALHOST, member.client_port).into();
         http::ask("GET", address, "/health", Duration::from_millis(HEALTH_LIMIT_MS))
             .is_ok_and(|(code, body)| code == 200 && body.contains("true"))
+    }
+
+    /// The runtime socket of HAProxy.
+    pub fn haproxy_socket(&self) -> PathBuf {
+        haproxy::runtime_socket(&self.plan.dir.join("haproxy"))
     }
 
     /// Starts HAProxy, if the plan has one.
@@ -383,7 +389,7 @@ impl LocalCluster {
             dir: dir.to_owned(),
             cluster: "demo".into(),
             nodes: (0..nodes).map(node).collect(),
-            frontends: Some(Frontends { write: ports.write(), read: ports.read(), stats: ports.stats() }),
+            frontends: Some(Frontends { write: ports.write(), read: ports.read(), stats: ports.stats(), checks: Checks::default() }),
             programs,
             etcd,
         }

@@ -122,6 +122,8 @@ pub struct NodeDocument {
     pub dir: PathBuf,
     /// Where the password files are.
     pub secrets: PathBuf,
+    /// Runtime sockets of HAProxy that the node tells of changes of roles.
+    pub haproxy_sockets: Vec<PathBuf>,
 }
 
 impl NodeDocument {
@@ -129,6 +131,7 @@ impl NodeDocument {
     pub fn to_yaml(&self) -> String {
         let endpoints: Vec<String> = self.endpoints.iter().map(|url| quoted(url)).collect();
         let path = |path: &Path| quoted(&path.to_string_lossy());
+        let sockets: Vec<String> = self.haproxy_sockets.iter().map(|socket| path(socket)).collect();
         format!(
             "apiVersion: pgherd/v1
 kind: Node
@@ -147,6 +150,7 @@ spec:
     superuser: {{ username: {os_user}, password_file: {superuser} }}
     replication: {{ username: replicator, password_file: {replication} }}
   watchdog: {{ device: {watchdog} }}
+  routing: {{ haproxy_sockets: [ {sockets} ] }}
   run_dir: {run_dir}
 ",
             name = self.name,
@@ -161,6 +165,7 @@ spec:
             log_dir = path(&self.dir.join("log")),
             superuser = path(&self.secrets.join("superuser")),
             replication = path(&self.secrets.join("replication")),
+            sockets = sockets.join(", "),
             watchdog = path(&self.dir.join("no-watchdog")),
         )
     }
@@ -223,9 +228,11 @@ mod tests {
             bin_dir: "/usr/lib/postgresql/15/bin".into(),
             dir: "/tmp/demo/n1".into(),
             secrets: "/tmp/demo/secrets".into(),
+            haproxy_sockets: vec!["/tmp/demo/haproxy/haproxy.sock".into()],
         };
         let text = document.to_yaml();
-        crate::spec::node::load("node.yaml", &text).unwrap();
+        let read = crate::spec::node::load("node.yaml", &text).unwrap().spec;
+        assert_eq!(read.routing.haproxy_sockets, document.haproxy_sockets);
         assert!(text.contains("no-watchdog"));
     }
 }

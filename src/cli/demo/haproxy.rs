@@ -1,9 +1,10 @@
 //! HAProxy of a local cluster: the reference deployment's listeners with the checks of the default cluster document.
 //!
-//! The checks ask OPTIONS /master and /replica, Patroni's paths: what stands in hand-written files today must go on working.
+//! The nodes tell it of changes of roles through its runtime socket; its checks are what is left when they do not. These ask OPTIONS
+//! /master and /replica, Patroni's paths: what stands in hand-written files today must go on working.
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A server behind HAProxy.
 #[derive(Debug, Clone)]
@@ -27,6 +28,30 @@ pub struct Frontends {
     pub read: u16,
     /// Statistics page.
     pub stats: u16,
+    /// How often it looks by itself.
+    pub checks: Checks,
+}
+
+/// The checks of a server: the time between two, and what follows from them.
+#[derive(Debug, Clone, Copy)]
+pub struct Checks {
+    /// Of one that stays as it is, in milliseconds.
+    pub inter_ms: u32,
+    /// Of one that is about to change, in milliseconds.
+    pub fastinter_ms: u32,
+    /// Whether HAProxy ends the sessions of a server that it takes out.
+    pub end_sessions: bool,
+}
+
+impl Default for Checks {
+    fn default() -> Checks {
+        Checks { inter_ms: 1_000, fastinter_ms: 200, end_sessions: true }
+    }
+}
+
+/// HAProxy's runtime socket, when its files are in `dir`.
+pub fn runtime_socket(dir: &Path) -> PathBuf {
+    dir.join("haproxy.sock")
 }
 
 /// The configuration file's text. `dir` takes the runtime socket.
@@ -35,7 +60,7 @@ pub fn configuration(dir: &Path, frontends: Frontends, backends: &[Backend]) -> 
         "global
     maxconn 1000
     nbthread 1
-    stats socket {dir}/haproxy.sock mode 600 level admin
+    stats socket {socket} mode 600 level admin
 
 defaults
     mode tcp
@@ -52,9 +77,11 @@ listen stats
     stats uri /
     stats refresh 2s
 ",
-        dir = dir.display(),
+        socket = runtime_socket(dir).display(),
         stats = frontends.stats,
     );
+    let Checks { inter_ms, fastinter_ms, end_sessions } = frontends.checks;
+    let end_sessions = if end_sessions { " on-marked-down shutdown-sessions" } else { "" };
     for (name, port, balance, path) in
         [("primary", frontends.write, "first", "/master"), ("standby", frontends.read, "roundrobin", "/replica")]
     {
@@ -66,7 +93,7 @@ listen {name}
     balance {balance}
     option httpchk OPTIONS {path}
     http-check expect status 200
-    default-server inter 1s fastinter 200ms fall 2 rise 1 on-marked-down shutdown-sessions
+    default-server inter {inter_ms}ms fastinter {fastinter_ms}ms fall 2 rise 1{end_sessions}
 "
         );
         for backend in backends {

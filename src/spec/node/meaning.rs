@@ -11,6 +11,10 @@ use crate::spec::walk::join;
 
 /// A Unix socket's address has room for 107 bytes, and PostgreSQL appends `/.s.PGSQL.65535`.
 const SOCKET_DIR_MAX_BYTES: usize = 107 - "/.s.PGSQL.65535".len();
+/// Longest path of a Unix socket, in bytes.
+const SOCKET_MAX_BYTES: usize = 107;
+/// Each HAProxy is looked at by a task of its own.
+const HAPROXY_SOCKETS_MAX: usize = 8;
 /// Longest interface name (Linux IFNAMSIZ - 1).
 const INTERFACE_MAX_BYTES: usize = 15;
 
@@ -178,9 +182,27 @@ fn routing(typed: typed::Routing, report: &mut Report) -> NodeRouting {
             );
         }
     }
-    let sockets = typed.haproxy_sockets.unwrap_or_default().into_iter().enumerate();
-    let haproxy_sockets = sockets.filter_map(|(index, file)| path(Some(file), &format!("spec.routing.haproxy_sockets[{index}]"), report));
-    NodeRouting { interface: typed.interface, haproxy_sockets: haproxy_sockets.collect(), manage: typed.manage.unwrap_or_default() }
+    let haproxy_sockets = haproxy_sockets(typed.haproxy_sockets.unwrap_or_default(), report);
+    NodeRouting { interface: typed.interface, haproxy_sockets, manage: typed.manage.unwrap_or_default() }
+}
+
+fn haproxy_sockets(typed: Vec<String>, report: &mut Report) -> Vec<PathBuf> {
+    if typed.len() > HAPROXY_SOCKETS_MAX {
+        report.error("spec.routing.haproxy_sockets", format!("expected at most {HAPROXY_SOCKETS_MAX}, found {}", typed.len()));
+    }
+    let mut sockets: Vec<PathBuf> = Vec::new();
+    for (index, typed) in typed.into_iter().enumerate() {
+        let key = format!("spec.routing.haproxy_sockets[{index}]");
+        let Some(socket) = path(Some(typed), &key, report) else { continue };
+        if socket.as_os_str().len() > SOCKET_MAX_BYTES {
+            report.error(&key, format!("expected at most {SOCKET_MAX_BYTES} bytes, as many as the path of a Unix socket may have"));
+        }
+        if sockets.contains(&socket) {
+            report.error(&key, format!("{} is in the list already", socket.display()));
+        }
+        sockets.push(socket);
+    }
+    sockets
 }
 
 /// Directories that would be in each other's way. PostgreSQL and base backups own everything below the data directory.

@@ -26,6 +26,7 @@ fn why() -> String {
 pub(super) fn happenings(world: &World) -> Vec<(World, Event)> {
     let mut all = vec![Event::Tick, Event::GuardGone, Event::StopRequested];
     all.extend([Event::EtcdUnreachable(why()), Event::EtcdSuspicious(why())]);
+    all.extend([Some(why()), None].map(Event::Routed));
     all.extend(specs());
     all.extend(views(world).into_iter().map(|view| Event::View(Arc::new(view), T0)));
     all.extend(of_the_lease(world).into_iter().map(Event::Lease));

@@ -1,0 +1,235 @@
+//! Tells the HAProxys of this host, through their runtime sockets, about a change of roles the moment that it is known.
+//!
+//! ```text
+//! the machine's last state (as the HTTP API gets it) --+
+//!                                                       +--> words --> policy/routing.rs --> orders --> HAProxy's socket
+//! the other members' /pgherd/serves, when something  --+                    ^                              |
+//! in etcd says that it may have changed                                     +---- how its servers stand ---+
+//! ```
+//! A view of etcd only says *when* to ask: that a member takes writes is heard from that member alone, whose answer knows its lock's
+//! deadlines. Nothing here is on the way of a lease, a probe or an order: one task for each socket reads the latest state and never makes
+//! anybody wait; what comes while it is busy is one state later, not a queue.
+//!
+//! What HAProxy is told holds until its next check, which judges anew. So a daemon that dies, hangs or cannot reach the socket leaves
+//! HAProxy as right as its checks are ([`crate::policy::routing`]); a HAProxy that was started anew is seen at the next look.
+
+mod haproxy;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::clock::BootTime;
+use crate::facts::cluster::MemberRole;
+use crate::facts::routing::{Server, Serves};
+use crate::http::snapshot::Snapshot;
+use crate::http::{health, peer};
+use crate::policy::routing::{self, Told, Words};
+use crate::types::{Epoch, MemberName};
+
+use haproxy::RuntimeSocket;
+
+/// How long another member may take to say what it serves.
+const ASK_TIMEOUT_MS: u64 = 500;
+/// A word that was asked for so long ago is not passed on any more: this task may not have run since.
+const WORD_COUNTS_MS: u64 = 1_000;
+/// First pause while the member that holds the lock does not say yet that it takes writes, or HAProxy does not answer. It doubles, up to
+/// `loop_wait`.
+const AGAIN_FIRST_MS: u64 = 50;
+
+/// What is in the way, by socket; called with all of it after each look.
+type Say = Arc<dyn Fn(Option<String>) + Send + Sync>;
+
+/// Begins to tell the HAProxys at these sockets. Ends with the runtime.
+pub fn start(sockets: &[PathBuf], snapshots: &watch::Receiver<Arc<Snapshot>>, say: &Say) {
+    let troubles = Arc::new(Mutex::new(BTreeMap::new()));
+    for path in sockets {
+        let teller = Teller {
+            socket: RuntimeSocket::new(path.clone()),
+            snapshots: snapshots.clone(),
+            told: Told::default(),
+            troubles: Arc::clone(&troubles),
+            say: Arc::clone(say),
+        };
+        tokio::spawn(teller.run());
+    }
+}
+
+/// One HAProxy.
+struct Teller {
+    socket: RuntimeSocket,
+    snapshots: watch::Receiver<Arc<Snapshot>>,
+    told: Told,
+    troubles: Arc<Mutex<BTreeMap<PathBuf, String>>>,
+    say: Say,
+}
+
+/// Words, and when they were asked for.
+type Heard = BTreeMap<MemberName, (BootTime, Serves)>;
+
+/// How a look ended.
+enum Look {
+    /// Everybody was heard. Some = what is wrong with how HAProxy is set up.
+    Done { settled: bool, trouble: Option<String> },
+    /// Something changed meanwhile.
+    Overtaken,
+}
+
+impl Teller {
+    async fn run(mut self) {
+        let mut pause_ms = AGAIN_FIRST_MS;
+        let mut signs = None;
+        loop {
+            let snapshot = Arc::clone(&self.snapshots.borrow_and_update());
+            let now = BootTime::now();
+            let seen = Signs::of(&snapshot, now);
+            if signs.as_ref() != Some(&seen) {
+                pause_ms = AGAIN_FIRST_MS;
+            }
+            let loop_wait_ms = u64::try_from(snapshot.loop_wait.as_millis()).unwrap_or(u64::MAX);
+            let look = self.look(&snapshot, &seen).await;
+            let wait_ms = match look {
+                Ok(Look::Overtaken) => 0,
+                Ok(Look::Done { settled, trouble }) => {
+                    self.report(trouble);
+                    if settled { loop_wait_ms } else { pause_ms.min(loop_wait_ms) }
+                }
+                Err(error) => {
+                    // One that was started anew has forgotten what it was told.
+                    self.told = Told::default();
+                    self.report(Some(format!("{error:#}")));
+                    pause_ms.min(loop_wait_ms)
+                }
+            };
+            pause_ms = pause_ms.saturating_mul(2).min(loop_wait_ms.max(AGAIN_FIRST_MS));
+            let _ = tokio::time::timeout(Duration::from_millis(wait_ms), news(&mut self.snapshots, &seen)).await;
+            signs = Some(seen);
+        }
+    }
+
+    /// Looks at the servers, and tells what is known with each word that comes in; our own is known at once.
+    async fn look(&mut self, snapshot: &Snapshot, seen: &Signs) -> anyhow::Result<Look> {
+        let Some(spec) = &snapshot.spec else { return Ok(Look::Done { settled: true, trouble: None }) };
+        let mut servers = self.socket.servers().await?;
+        let mut asks = JoinSet::new();
+        for member in spec.members.iter().filter(|member| member.name != snapshot.member) {
+            asks.spawn(ask(member.name.clone(), member.api_url()));
+        }
+        let mut heard = Heard::new();
+        loop {
+            self.tell(&mut heard, &mut servers).await?;
+            let next = tokio::select! {
+                next = asks.join_next() => next,
+                () = news(&mut self.snapshots, seen) => return Ok(Look::Overtaken),
+            };
+            match next {
+                Some(Ok(Some((member, word)))) => drop(heard.insert(member, word)),
+                Some(Ok(None) | Err(_)) => {}
+                None => break,
+            }
+        }
+        let words = counting(&heard, BootTime::now());
+        let members: Vec<&MemberName> = spec.members.iter().filter(|member| !member.nofailover()).map(|member| &member.name).collect();
+        let held = self.told.contradicted(&words, &servers);
+        let trouble = routing::misfit(&members, &servers).or_else(|| {
+            let member = held.first()?;
+            Some(format!("{member} says that it takes writes, and its own check holds it down: look at the check's path and port"))
+        });
+        let holder = seen.leader.as_ref().map(|(holder, _)| holder.as_str());
+        let settled = holder.is_none_or(|holder| routing::primary(&words).is_some_and(|primary| primary.as_str() == holder));
+        Ok(Look::Done { settled, trouble })
+    }
+
+    async fn tell(&mut self, heard: &mut Heard, servers: &mut [Server]) -> anyhow::Result<()> {
+        let now = BootTime::now();
+        {
+            let snapshot = self.snapshots.borrow();
+            heard.insert(snapshot.member.clone(), (now, health::serves(&snapshot, now)));
+        }
+        let orders = self.told.orders(&counting(heard, now), servers);
+        if !orders.is_empty() {
+            self.socket.tell(&orders).await?;
+            routing::after(&orders, servers);
+        }
+        Ok(())
+    }
+
+    /// What is in the way is said each time: events may be dropped, and come again.
+    fn report(&self, trouble: Option<String>) {
+        let path = self.socket.path();
+        let mut troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
+        match trouble {
+            Some(trouble) => {
+                let message = format!("HAProxy at {} is not told of all changes of roles: {trouble}", path.display());
+                if troubles.get(path) != Some(&message) {
+                    tracing::warn!("{message}");
+                }
+                troubles.insert(path.to_owned(), message);
+            }
+            None => {
+                if troubles.remove(path).is_some() {
+                    tracing::info!("HAProxy at {} is told of changes of roles again", path.display());
+                }
+            }
+        }
+        let all: Vec<&str> = troubles.values().map(String::as_str).collect();
+        (self.say)((!all.is_empty()).then(|| all.join("; ")));
+    }
+}
+
+/// The words that are not too old.
+fn counting(heard: &Heard, now: BootTime) -> Words {
+    let counts = |asked: &BootTime| now.since(*asked) <= Duration::from_millis(WORD_COUNTS_MS);
+    heard.iter().filter(|(_, (asked, _))| counts(asked)).map(|(member, (_, serves))| (member.clone(), *serves)).collect()
+}
+
+/// What a member says. None = nothing, and that is not "no".
+async fn ask(member: MemberName, api_url: String) -> Option<(MemberName, (BootTime, Serves))> {
+    let asked = BootTime::now();
+    match peer::ask_serves(&api_url, Duration::from_millis(ASK_TIMEOUT_MS)).await {
+        Ok(answer) if answer.member == member => Some((member, (asked, answer.serves))),
+        Ok(_) => None,
+        Err(error) => {
+            tracing::debug!(%member, error = format!("{error:#}"), "a member does not say what it serves");
+            None
+        }
+    }
+}
+
+/// What says that the members may serve something else than at the last look.
+#[derive(Debug, PartialEq, Eq)]
+struct Signs {
+    own: Serves,
+    leader: Option<(String, Epoch)>,
+    members: BTreeMap<MemberName, (MemberRole, String, String)>,
+}
+
+impl Signs {
+    fn of(snapshot: &Snapshot, now: BootTime) -> Self {
+        let view = snapshot.view.as_ref().map(|(_, view)| view);
+        let leader = view.and_then(|view| view.leader.as_ref()).map(|leader| (leader.holder.clone(), leader.epoch));
+        let members = view.map(|view| &view.members).into_iter().flatten();
+        let members = members.map(|(member, key)| {
+            let record = &key.record;
+            (member.clone(), (record.role, record.machine_state.clone(), record.state.clone()))
+        });
+        Signs { own: health::serves(snapshot, now), leader, members: members.collect() }
+    }
+}
+
+/// Returns once the signs are others than these.
+async fn news(snapshots: &mut watch::Receiver<Arc<Snapshot>>, than: &Signs) {
+    loop {
+        if snapshots.changed().await.is_err() {
+            // The daemon's loop has left.
+            return std::future::pending().await;
+        }
+        if Signs::of(&snapshots.borrow(), BootTime::now()) != *than {
+            return;
+        }
+    }
+}
