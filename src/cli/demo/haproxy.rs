@@ -55,6 +55,9 @@ pub fn runtime_socket(dir: &Path) -> PathBuf {
 }
 
 /// The configuration file's text. `dir` takes the runtime socket.
+///
+/// A server that refuses a connection would be tried again after a second, three times, even when HAProxy is told meanwhile that it is
+/// down [tried, HAProxy 2.6]. For writes there is no other one, and the client is sooner served when it is refused and comes again.
 pub fn configuration(dir: &Path, frontends: Frontends, backends: &[Backend]) -> String {
     let mut text = format!(
         "global
@@ -82,15 +85,17 @@ listen stats
     );
     let Checks { inter_ms, fastinter_ms, end_sessions } = frontends.checks;
     let end_sessions = if end_sessions { " on-marked-down shutdown-sessions" } else { "" };
-    for (name, port, balance, path) in
-        [("primary", frontends.write, "first", "/master"), ("standby", frontends.read, "roundrobin", "/replica")]
-    {
+    for (name, port, balance, again, path) in [
+        ("primary", frontends.write, "first", "retries 0", "/master"),
+        ("standby", frontends.read, "roundrobin", "option redispatch 1", "/replica"),
+    ] {
         let _ = write!(
             text,
             "
 listen {name}
     bind 127.0.0.1:{port}
     balance {balance}
+    {again}
     option httpchk OPTIONS {path}
     http-check expect status 200
     default-server inter {inter_ms}ms fastinter {fastinter_ms}ms fall 2 rise 1{end_sessions}
