@@ -37,8 +37,8 @@ use haproxy::RuntimeSocket;
 const ASK_TIMEOUT_MS: u64 = 500;
 /// A word that was asked for so long ago is not passed on any more: this task may not have run since.
 const WORD_COUNTS_MS: u64 = 1_000;
-/// First pause while the member that holds the lock does not say yet that it takes writes, or HAProxy does not answer. It doubles, up to
-/// `loop_wait`.
+/// First pause while the member that holds the lock does not say yet that it takes writes, HAProxy does not answer, or it had something to
+/// be told: a check that was on its way then may have undone it. It doubles, up to `loop_wait`.
 const AGAIN_FIRST_MS: u64 = 50;
 
 /// What is in the way, by socket; called with all of it after each look.
@@ -73,8 +73,13 @@ type Heard = BTreeMap<MemberName, (BootTime, Serves)>;
 
 /// How a look ended.
 enum Look {
-    /// Everybody was heard. Some = what is wrong with how HAProxy is set up.
-    Done { settled: bool, trouble: Option<String> },
+    /// Everybody was heard.
+    Done {
+        /// The next look may wait.
+        settled: bool,
+        /// What is wrong with how HAProxy is set up.
+        trouble: Option<String>,
+    },
     /// Something changed meanwhile.
     Overtaken,
 }
@@ -119,9 +124,9 @@ impl Teller {
         for member in spec.members.iter().filter(|member| member.name != snapshot.member) {
             asks.spawn(ask(member.name.clone(), member.api_url()));
         }
-        let mut heard = Heard::new();
+        let (mut heard, mut was_right) = (Heard::new(), true);
         loop {
-            self.tell(&mut heard, &mut servers).await?;
+            was_right &= self.tell(&mut heard, &mut servers).await?;
             let next = tokio::select! {
                 next = asks.join_next() => next,
                 () = news(&mut self.snapshots, seen) => return Ok(Look::Overtaken),
@@ -140,11 +145,12 @@ impl Teller {
             Some(format!("{member} says that it takes writes, and its own check holds it down: look at the check's path and port"))
         });
         let holder = seen.leader.as_ref().map(|(holder, _)| holder.as_str());
-        let settled = holder.is_none_or(|holder| routing::primary(&words).is_some_and(|primary| primary.as_str() == holder));
-        Ok(Look::Done { settled, trouble })
+        let leads = holder.is_none_or(|holder| routing::primary(&words).is_some_and(|primary| primary.as_str() == holder));
+        Ok(Look::Done { settled: leads && was_right, trouble })
     }
 
-    async fn tell(&mut self, heard: &mut Heard, servers: &mut [Server]) -> anyhow::Result<()> {
+    /// Whether there was nothing to tell.
+    async fn tell(&mut self, heard: &mut Heard, servers: &mut [Server]) -> anyhow::Result<bool> {
         let now = BootTime::now();
         {
             let snapshot = self.snapshots.borrow();
@@ -155,7 +161,7 @@ impl Teller {
             self.socket.tell(&orders).await?;
             routing::after(&orders, servers);
         }
-        Ok(())
+        Ok(orders.is_empty())
     }
 
     /// What is in the way is said each time: events may be dropped, and come again.
@@ -231,5 +237,63 @@ async fn news(snapshots: &mut watch::Receiver<Arc<Snapshot>>, than: &Signs) {
         if Signs::of(&snapshots.borrow(), BootTime::now()) != *than {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixListener;
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::http::testing::{primary, start};
+
+    const TEXT: &str = "apiVersion: pgherd/v1\nkind: Cluster\nmetadata: { name: main }\nspec:\n  members:\n    \
+                        - { name: mdw, address: 127.0.0.1 }\n    - { name: other, address: 127.0.0.1, port: 2, api_port: 1 }\n";
+    /// A HAProxy that takes both members for primaries whatever it is told, as one whose checks disagree.
+    const STUBBORN: &str = "1\n# be_id be_name srv_id srv_name srv_op_state srv_admin_state srv_check_state\n\
+                            2 primary 1 mdw 2 0 6\n2 primary 2 other 2 0 6\n\n";
+
+    /// Listens as HAProxy does, and passes on what it is told.
+    fn stubborn(path: &std::path::Path) -> mpsc::UnboundedReceiver<String> {
+        let listener = UnixListener::bind(path).unwrap();
+        let (said, told) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut line = [0; 4096];
+                let length = stream.read(&mut line).await.unwrap();
+                let line = String::from_utf8_lossy(&line[..length]).trim().to_owned();
+                let answer = if line.starts_with("show") { STUBBORN } else { "\n" };
+                stream.write_all(answer.as_bytes()).await.unwrap();
+                if !line.starts_with("show") {
+                    let _ = said.send(line);
+                }
+            }
+        });
+        told
+    }
+
+    #[tokio::test]
+    async fn what_a_check_undoes_that_was_on_its_way_is_told_again_long_before_the_next_look() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("s");
+        let mut told = stubborn(&path);
+        let mut snapshot = primary();
+        // Its facts are as of a made-up start; they have to be fresh now, and no look is due within this test.
+        snapshot.loop_wait = BootTime::now().since(start()) + Duration::from_secs(3_600);
+        if let Some(lock) = &mut snapshot.lock {
+            lock.announce_at = BootTime::now() + Duration::from_secs(3_600);
+        }
+        snapshot.spec = Some(Arc::new(crate::spec::cluster::load("test", TEXT).unwrap().spec));
+        let (_published, snapshots) = watch::channel(Arc::new(snapshot));
+        let (report, mut reports) = mpsc::unbounded_channel();
+        let say: Say = Arc::new(move |trouble| drop(report.send(trouble)));
+        super::start(&[path], &snapshots, &say);
+        for _ in 0..3 {
+            let line = told.recv().await.unwrap();
+            assert_eq!(line, "set server primary/other health down;shutdown sessions server primary/other");
+        }
+        assert_eq!(reports.recv().await, Some(None), "nothing is in the way");
     }
 }
