@@ -86,31 +86,33 @@ enum Look {
 
 impl Teller {
     async fn run(mut self) {
-        let mut pause_ms = AGAIN_FIRST_MS;
-        let mut signs = None;
+        let (mut again_ms, mut signs) = (AGAIN_FIRST_MS, None);
         loop {
             let snapshot = Arc::clone(&self.snapshots.borrow_and_update());
             let now = BootTime::now();
             let seen = Signs::of(&snapshot, now);
             if signs.as_ref() != Some(&seen) {
-                pause_ms = AGAIN_FIRST_MS;
+                again_ms = AGAIN_FIRST_MS;
             }
             let loop_wait_ms = u64::try_from(snapshot.loop_wait.as_millis()).unwrap_or(u64::MAX);
             let look = self.look(&snapshot, &seen).await;
-            let wait_ms = match look {
-                Ok(Look::Overtaken) => 0,
-                Ok(Look::Done { settled, trouble }) => {
-                    self.report(trouble);
-                    if settled { loop_wait_ms } else { pause_ms.min(loop_wait_ms) }
-                }
+            let overtaken = matches!(look, Ok(Look::Overtaken));
+            let settled = matches!(look, Ok(Look::Done { settled: true, .. }));
+            match look {
+                Ok(Look::Overtaken) => {}
+                Ok(Look::Done { trouble, .. }) => self.report(trouble),
                 Err(error) => {
                     // One that was started anew has forgotten what it was told.
                     self.told = Told::default();
                     self.report(Some(format!("{error:#}")));
-                    pause_ms.min(loop_wait_ms)
                 }
+            }
+            let wait_ms = match (overtaken, settled) {
+                (true, _) => 0,
+                (_, true) => loop_wait_ms,
+                (_, false) => again_ms.min(loop_wait_ms),
             };
-            pause_ms = pause_ms.saturating_mul(2).min(loop_wait_ms.max(AGAIN_FIRST_MS));
+            again_ms = if settled { AGAIN_FIRST_MS } else { again_ms.saturating_mul(2) };
             let _ = tokio::time::timeout(Duration::from_millis(wait_ms), news(&mut self.snapshots, &seen)).await;
             signs = Some(seen);
         }
@@ -255,6 +257,9 @@ mod tests {
     const STUBBORN: &str = "1\n# be_id be_name srv_id srv_name srv_op_state srv_admin_state srv_check_state\n\
                             2 primary 1 mdw 2 0 6\n2 primary 2 other 2 0 6\n\n";
 
+    /// Far less than the `loop_wait` of this test.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
     /// Listens as HAProxy does, and passes on what it is told.
     fn stubborn(path: &std::path::Path) -> mpsc::UnboundedReceiver<String> {
         let listener = UnixListener::bind(path).unwrap();
@@ -291,7 +296,7 @@ mod tests {
         let say: Say = Arc::new(move |trouble| drop(report.send(trouble)));
         super::start(&[path], &snapshots, &say);
         for _ in 0..3 {
-            let line = told.recv().await.unwrap();
+            let line = tokio::time::timeout(PATIENCE, told.recv()).await.expect("it is told again").unwrap();
             assert_eq!(line, "set server primary/other health down;shutdown sessions server primary/other");
         }
         assert_eq!(reports.recv().await, Some(None), "nothing is in the way");
