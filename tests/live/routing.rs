@@ -14,15 +14,21 @@ fn told_by(told_by: &'static [usize]) -> Setup {
     Setup { haproxy: Some(Haproxy { checks: NEVER, told_by }), ..Setup::default() }
 }
 
+/// A cluster whose HAProxy has been told what there is, and its leader.
+fn routed(setup: &Setup) -> (World, usize) {
+    let world = World::up(setup);
+    let leader = world.leader();
+    world.wait_routed(leader, "after the bootstrap");
+    (world, leader)
+}
+
 fn switch_over(world: &World, target: usize) {
     world.cluster.pgherd(&["switchover", "--to", world.name(target), "--yes"]).unwrap().must_succeed("pgherd switchover");
 }
 
 /// n1 alone tells it: as the former primary, as the new one and as neither.
 fn an_haproxy_on_one_host_follows_every_switchover(setup: &Setup) {
-    let world = World::up(setup);
-    let first = world.leader();
-    world.wait_routed(first, "after the bootstrap");
+    let (world, first) = routed(setup);
     let mut former = first;
     for target in [(first + 1) % 3, (first + 2) % 3, first] {
         let mut session = world.silent_session(world.write_port());
@@ -48,9 +54,7 @@ fn with_postgresql_17_an_haproxy_is_told_of_every_switchover_by_the_daemon_of_it
 #[test]
 fn clients_get_to_the_new_primary_after_a_power_cut_and_to_the_former_one_for_reading_once_it_is_back() {
     for postgres_17 in [false, true] {
-        let world = World::up(&Setup { postgres_17, ..told_by(ALL) });
-        let former = world.leader();
-        world.wait_routed(former, "after the bootstrap");
+        let (world, former) = routed(&Setup { postgres_17, ..told_by(ALL) });
         world.cluster.cut_power(former);
         let leader = world.wait_another_leads(former);
         world.settle("clients get to the new primary", || world.through(world.write_port()) == Some(leader));
@@ -64,9 +68,7 @@ fn clients_get_to_the_new_primary_after_a_power_cut_and_to_the_former_one_for_re
 
 #[test]
 fn after_a_killed_postmaster_clients_get_to_the_primary_that_was_started_again() {
-    let world = World::up(&told_by(ALL));
-    let leader = world.leader();
-    world.wait_routed(leader, "after the bootstrap");
+    let (world, leader) = routed(&told_by(ALL));
     let postmaster = world.postmaster(leader);
     postmaster.signal(Signal::SIGKILL);
     world.settle("another postmaster runs", || world.cluster.postmaster(leader).is_some_and(|now| now != postmaster));
@@ -77,9 +79,7 @@ fn after_a_killed_postmaster_clients_get_to_the_primary_that_was_started_again()
 
 #[test]
 fn sessions_on_a_former_primary_whose_host_hangs_are_cut() {
-    let world = World::up(&told_by(ALL));
-    let former = world.leader();
-    world.wait_routed(former, "after the bootstrap");
+    let (world, former) = routed(&told_by(ALL));
     let mut session = world.silent_session(world.write_port());
     let mut frozen = vec![world.daemon(former), world.guard(former)];
     frozen.extend(world.cluster.postgres_processes(former));
@@ -96,9 +96,7 @@ fn sessions_on_a_former_primary_whose_host_hangs_are_cut() {
 
 #[test]
 fn a_killed_daemon_costs_no_session_through_haproxy() {
-    let world = World::up(&told_by(ALL));
-    let leader = world.leader();
-    world.wait_routed(leader, "after the bootstrap");
+    let (world, leader) = routed(&told_by(ALL));
     let mut session = world.silent_session(world.write_port());
     world.daemon(leader).signal(Signal::SIGKILL);
     world.cluster.start_node(leader).unwrap();
@@ -111,9 +109,7 @@ fn a_killed_daemon_costs_no_session_through_haproxy() {
 
 #[test]
 fn an_haproxy_that_was_started_anew_is_told_again() {
-    let world = World::up(&told_by(ALL));
-    let leader = world.leader();
-    world.wait_routed(leader, "after the bootstrap");
+    let (world, leader) = routed(&told_by(ALL));
     world.restart_haproxy();
     world.wait_routed(leader, "after HAProxy was started anew, which takes every server for one that works");
     world.finish();
@@ -121,8 +117,7 @@ fn an_haproxy_that_was_started_anew_is_told_again() {
 
 #[test]
 fn without_its_socket_haproxy_follows_by_its_checks_and_the_member_says_so() {
-    let world = World::up(&Setup { haproxy: Some(Haproxy { checks: EACH_SECOND, told_by: ALL }), ..Setup::default() });
-    world.wait_routed(world.leader(), "after the bootstrap");
+    let (world, _) = routed(&Setup { haproxy: Some(Haproxy { checks: EACH_SECOND, told_by: ALL }), ..Setup::default() });
     std::fs::remove_file(world.cluster.haproxy_socket()).unwrap();
     world.settle("every member says so", || (0..world.nodes()).all(|index| world.has_condition(index, "haproxy.sock")));
     let target = world.replica();
