@@ -13,7 +13,7 @@ use super::synchrony::Synchronous;
 use super::wal::{Data, RECORD_BYTES};
 
 /// wal_retrieve_retry_interval as pgherd sets it.
-pub const RECEIVER_RETRY_MS: u64 = 1_000;
+pub const RECEIVER_RETRY_MS: u64 = 200;
 /// wal_sender_timeout and wal_receiver_timeout as pgherd sets them.
 pub const WAL_TIMEOUT_MS: u64 = 15_000;
 
