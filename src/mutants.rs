@@ -99,6 +99,10 @@ enumerated! {
         LostAnswerForgotten,
         /// Synchrony: a write of the record that is carried out late is not fenced.
         LateRecordObeyed,
+        /// Synchrony: a primary that starts again lets clients in at once (SAFETY row 48).
+        StartsOpen,
+        /// Synchrony: the next daemon lets clients in at once that the one before kept out.
+        FoundServerOpened,
     }
 }
 

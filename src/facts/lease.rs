@@ -73,6 +73,6 @@ pub enum LeaseEvent {
 pub enum LeaseLoss {
     /// The lease.
     LeaseNotFound,
-    /// The lock.
-    LockNotOurs,
+    /// This lock. The news may cross the order to hold another one.
+    LockNotOurs(LockIdentity),
 }

@@ -192,10 +192,14 @@ impl World {
                 self.note_unrenewed(&why);
                 None
             }
-            LeaseEvent::Lost { why: LeaseLoss::LockNotOurs } if mutant(Mutant::LostLockNotSeen) => None,
+            LeaseEvent::Lost { why: LeaseLoss::LockNotOurs(_) } if mutant(Mutant::LostLockNotSeen) => None,
+            // Of one that was lost before this one was taken: its last proof was on its way meanwhile.
+            LeaseEvent::Lost { why: LeaseLoss::LockNotOurs(lost) } if self.lock.identity().is_some_and(|lock| lock.epoch != lost.epoch) => {
+                None
+            }
             LeaseEvent::Lost { why } => {
                 let had = self.lock.identity().is_some();
-                if why != LeaseLoss::LockNotOurs {
+                if why == LeaseLoss::LeaseNotFound {
                     self.lease = None;
                     self.adopting = None;
                     // Its thread waits to be asked for another one: at once.
@@ -210,7 +214,7 @@ impl World {
                 }
                 self.lose_lock();
                 had.then(|| match why {
-                    LeaseLoss::LockNotOurs => "the lock's key is not ours any more".to_owned(),
+                    LeaseLoss::LockNotOurs(_) => "the lock's key is not ours any more".to_owned(),
                     _ => "the lease is gone".to_owned(),
                 })
             }

@@ -28,6 +28,17 @@ pub struct Known {
     pub lock: Revision,
 }
 
+/// Whether clients are let in: by pg_hba.conf, once this daemon has seen to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gate {
+    /// They are.
+    Open,
+    /// They are kept out, since it was started.
+    Closed(BootTime),
+    /// It was found running, then: the daemon before may have kept clients out, and may not have let them in.
+    Unknown(BootTime),
+}
+
 /// What a server goes by.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OfServer {
@@ -37,10 +48,8 @@ pub struct OfServer {
     pub in_force: InForce,
     /// When this daemon saw the names take effect last: what was asked before that shows what was before.
     pub took_at: BootTime,
-    /// Clients are kept out; when it was started so.
-    pub closed_since: Option<BootTime>,
-    /// It was found running then, and the daemon before may have kept clients out.
-    pub may_be_closed_since: Option<BootTime>,
+    /// Whether clients get in.
+    pub gate: Gate,
     /// How far it had recovered when it was seen first.
     pub recovered: Option<Lsn>,
 }
@@ -48,7 +57,7 @@ pub struct OfServer {
 impl OfServer {
     /// One that runs, of which so much is known.
     pub fn new(start: StartId, in_force: InForce, took_at: BootTime) -> Self {
-        OfServer { start, in_force, took_at, closed_since: None, may_be_closed_since: None, recovered: None }
+        OfServer { start, in_force, took_at, gate: Gate::Open, recovered: None }
     }
 }
 
@@ -97,8 +106,8 @@ impl Synchrony {
     /// A postmaster was started with the names that it was asked to be started with.
     pub(super) fn started(&mut self, now: BootTime, start: StartId) {
         if let Some((None, names)) = self.asked.take() {
-            let closed_since = self.closes.then_some(now);
-            self.server = Some(OfServer { closed_since, ..OfServer::new(start, InForce::since_start(names), now) });
+            let gate = if self.closes { Gate::Closed(now) } else { Gate::Open };
+            self.server = Some(OfServer { gate, ..OfServer::new(start, InForce::since_start(names), now) });
         }
     }
 
@@ -172,19 +181,19 @@ impl World {
     /// Clients were let in, or it is not known.
     pub(super) fn was_opened(&mut self, now: BootTime, result: Result<(), Failure>) {
         if let (Ok(()), Some(server)) = (&result, &mut self.synchrony.server) {
-            (server.closed_since, server.may_be_closed_since) = (None, None);
+            server.gate = Gate::Open;
         }
         self.judge(now, OperationKind::Open, result, "open_failed");
     }
 
     /// Clients are kept out of the running server.
     pub fn is_closed(&self) -> bool {
-        self.names_of_server().is_some_and(|server| server.closed_since.is_some())
+        self.names_of_server().is_some_and(|server| matches!(server.gate, Gate::Closed(_)))
     }
 
-    /// Clients may be kept out of the running server.
+    /// Clients are kept out of the running server, or it is not known: it was found running, and not looked at yet.
     pub(super) fn may_be_closed(&self) -> bool {
-        self.names_of_server().is_some_and(|server| server.closed_since.or(server.may_be_closed_since).is_some())
+        self.names_of_server().map_or(self.is_synchronous(), |server| server.gate != Gate::Open)
     }
 
     /// `sync` was written, or was not what was judged on, or it is not known.
@@ -218,7 +227,8 @@ impl World {
 
     /// A primary that starts again may have commits that no standby has, and that nobody was told of (SAFETY row 48).
     pub(super) fn starts_closed(&self, epoch: Epoch) -> bool {
-        self.sync_of(epoch).is_none_or(|known| known.record.is_some_and(|record| record.copies > 1))
+        let may_have = self.sync_of(epoch).is_none_or(|known| known.record.is_some_and(|record| record.copies > 1));
+        may_have && !mutant(Mutant::StartsOpen)
     }
 
     /// The names that a server is started with, and that a standby keeps: nothing is acknowledged by a new primary before it is known by whom.

@@ -235,7 +235,7 @@ impl Book {
     /// The proof failed. The lease itself is kept.
     pub fn lock_not_ours(&mut self) -> Option<LeaseEvent> {
         let held = self.held.as_mut()?;
-        held.lock.take().map(|_| LeaseEvent::Lost { why: LeaseLoss::LockNotOurs })
+        held.lock.take().map(|lock| LeaseEvent::Lost { why: LeaseLoss::LockNotOurs(lock) })
     }
 
     /// The guard did not acknowledge: nothing is renewed until somebody says that it is back.

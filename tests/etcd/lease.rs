@@ -63,7 +63,7 @@ async fn a_lock_made_anew_by_a_stranger_is_noticed_although_the_lease_renews(ser
     // With our name and on our lease, as a stranger can: both are to be read in etcd. Only the epoch is not ours.
     let on_ours = PutOptions::new().with_lease(lock.lease.lease.0);
     stranger.put("/pgherd/main/leader", "a", Some(on_ours)).await.unwrap();
-    keeper.until(lost(LeaseLoss::LockNotOurs)).await;
+    keeper.until(lost(LeaseLoss::LockNotOurs(lock))).await;
     keeper.until(|event| matches!(event, LeaseEvent::Renewed { .. })).await;
 }
 
@@ -71,16 +71,16 @@ async fn a_leader_key_written_by_hand_is_noticed_although_the_epoch_stays(server
     let mut keeper = Keeper::start(server.settings(), TTL_S);
     let lock = keeper.leading(&server.etcd(), "a").await;
     server.stranger().await.put("/pgherd/main/leader", "a", None).await.unwrap();
-    keeper.until(lost(LeaseLoss::LockNotOurs)).await;
+    keeper.until(lost(LeaseLoss::LockNotOurs(lock))).await;
     let leader = server.etcd().read_view().await.unwrap().leader.unwrap();
     assert_eq!((leader.epoch, leader.lease.0), (lock.epoch, 0), "it would never have gone away by itself");
 }
 
 async fn row_37_a_leader_key_deleted_by_hand_costs_the_lock_and_not_the_lease(server: EtcdServer) {
     let mut keeper = Keeper::start(server.settings(), TTL_S);
-    keeper.leading(&server.etcd(), "a").await;
+    let lock = keeper.leading(&server.etcd(), "a").await;
     server.stranger().await.delete("/pgherd/main/leader", None).await.unwrap();
-    keeper.until(lost(LeaseLoss::LockNotOurs)).await;
+    keeper.until(lost(LeaseLoss::LockNotOurs(lock))).await;
     for _ in 0..3 {
         keeper.until(|event| matches!(event, LeaseEvent::Renewed { .. })).await;
     }

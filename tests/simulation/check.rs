@@ -71,8 +71,8 @@ pub struct Checks {
     pub data_was_lost: bool,
     /// etcd was wiped or went back.
     pub etcd_forgot: bool,
-    /// A host ran under another's name: who has what is not told by names any more (limit o).
-    pub names_were_mixed: bool,
+    /// A disk is gone, etcd has forgotten, somebody promoted by hand, or a host had another's name (limit o): copies that were may not be.
+    pub copies_in_doubt: bool,
     /// Up to where commits were acknowledged.
     pub acknowledged: Acknowledged,
     pub acknowledgements: u64,
@@ -248,7 +248,7 @@ impl Checks {
         let off_its_number = !reserved && !self.by_hand.is_empty();
         if by_hand || off_its_number {
             self.by_hand.insert(token, Some(host));
-            self.data_was_lost = true;
+            (self.data_was_lost, self.copies_in_doubt) = (true, true);
             return;
         }
         let earlier = self.promoters.insert(timeline, (host, token)).filter(|_| !self.restored);
@@ -257,7 +257,10 @@ impl Checks {
             let kept = host.disk.kept.iter().chain(&host.server.data);
             kept.into_iter().any(|data| data.wal.extent_of(token).is_some())
         };
-        if let Some((other, _)) = earlier.filter(|(_, token)| hosts.iter().any(|host| is_left(host, *token))) {
+        // Nor of a directory that was put back a moment before, and that its daemon had not looked at since.
+        let was_there = |index: usize| !(self.etcd_forgot && self.seen_empty.contains(&index));
+        let mut there = hosts.iter().enumerate().filter(|(index, _)| was_there(*index)).map(|(_, host)| host);
+        if let Some((other, _)) = earlier.filter(|(_, token)| there.any(|host| is_left(host, *token))) {
             let what = format!("timeline {timeline} is promoted to by {} and by {}", hosts[other].name, hosts[host].name);
             self.fail("I9", what);
         }
@@ -324,7 +327,7 @@ impl Checks {
             by_hand(own) && of(from).iter().find(twin).is_some_and(|other| by_hand(other) || self.etcd_forgot)
         });
         if by_another(host) || by_another(from) || twins {
-            self.mixed_by_hand = true;
+            (self.mixed_by_hand, self.copies_in_doubt) = (true, true);
             return;
         }
         let what = format!("{} follows {} on a timeline of the same number that is another", hosts[host].name, hosts[from].name);

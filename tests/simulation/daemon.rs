@@ -370,6 +370,9 @@ impl Sim {
         let Some(daemon) = self.hosts[host].daemon.as_mut().filter(|daemon| daemon.probe == token && daemon.pace.is_some()) else { return };
         daemon.probing = true;
         let run = daemon.run;
+        if self.is_synchronous {
+            self.look_after_walsenders(host);
+        }
         let probe = self.ask_server(host, begun);
         let hangs = self.hosts[host].server.ail.slowness > 20;
         let takes = if hangs { ms(PROBE_TIMEOUT_MS) } else { self.random.between(us(200), ms(3)) };
@@ -404,7 +407,7 @@ impl Sim {
                     in_recovery: postmaster.recovering,
                     timeline: data.wal.timeline(),
                     receive_lsn: if postmaster.recovering { postmaster.received } else { data.wal.end },
-                    replay_lsn: if self.now < postmaster.replays_until { data.checkpoint } else { data.wal.end },
+                    replay_lsn: if self.now < postmaster.replays_until { data.replayed_at_least() } else { data.wal.end },
                     replay_paused: false,
                     walreceiver,
                     replicas: if self.is_synchronous { self.walsenders_of(host) } else { self.replicas_of(host, postmaster.pid) },
@@ -414,7 +417,7 @@ impl Sim {
                     receives: server.streaming(),
                     replayed_all: postmaster.recovering && self.now >= postmaster.replays_until,
                     lowered: Vec::new(),
-                    slots: data.slots.iter().map(|(name, at)| slot(name, *at)).collect(),
+                    slots: data.slots.iter().map(|(name, at)| slot(name, *at, self.is_active(host, name))).collect(),
                     pending_restart: Vec::new(),
                     server_version_num: 150_018,
                     postmaster_start_time: String::new(),
@@ -446,7 +449,7 @@ impl Sim {
     }
 }
 
-/// It holds WAL back, and nobody uses it: the model never removes any.
-fn slot(name: &str, at: Lsn) -> SlotFacts {
-    SlotFacts { name: name.to_owned(), restart_lsn: Some(at), wal_status: Some("reserved".to_owned()), ..SlotFacts::default() }
+/// It holds WAL back: the model never removes any.
+fn slot(name: &str, at: Lsn, active: bool) -> SlotFacts {
+    SlotFacts { name: name.to_owned(), active, restart_lsn: Some(at), wal_status: Some("reserved".to_owned()), ..SlotFacts::default() }
 }

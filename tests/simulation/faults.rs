@@ -20,6 +20,8 @@ const REQUEST_TTL_S: u64 = 120;
 /// A namesake is found out before it could have its name from etcd: from then on it is a member like any other, and failsafe relies on
 /// each name being used once.
 const NAMESAKE_S: u64 = 3;
+/// The choice of the slowest PostgreSQL.
+const SLOWEST: u64 = 39;
 /// A release that gets lost is carried out within so long, and mostly before the lock's key is written again.
 const REAFFIRMS_LATE_S: u64 = 8;
 
@@ -115,7 +117,10 @@ impl Sim {
             Kind::EtcdDown => self.etcd.serving = Serving::No { refuses: fault.choice.is_multiple_of(2) },
             Kind::EtcdFull => self.etcd.no_space = true,
             Kind::LockDeleted => {
-                self.early_loss();
+                if let Some(holder) = self.early_loss().filter(|_| fault.choice % 3 == 1) {
+                    // What has to end there takes its time.
+                    self.follows(ms(0), (Kind::SlowPostgres, SLOWEST), holder, secs(2));
+                }
                 self.etcd.delete_by_hand(|keys| keys.leader = None);
                 self.etcd_changed();
             }
@@ -143,7 +148,7 @@ impl Sim {
             Kind::LosesDeletions => self.etcd.bugs.loses_deletions = true,
             Kind::EtcdRestored => self.etcd.back_up(),
             Kind::EtcdWiped => {
-                self.checks.etcd_forgot = true;
+                (self.checks.etcd_forgot, self.checks.copies_in_doubt) = (true, true);
                 self.early_loss();
                 self.etcd.wipe();
                 self.checks.etcd_wiped();
@@ -248,13 +253,13 @@ impl Sim {
             }
             Kind::StartRefused => self.hosts[host].server.ail.refuses_start = true,
             Kind::PromotionRefused => self.hosts[host].server.ail.refuses_promotion = true,
-            Kind::SlowPostgres => self.hosts[host].server.ail.slowness = 1 + (fault.choice % 40) as u32,
+            Kind::SlowPostgres => self.hosts[host].server.ail.slowness = 1 + (fault.choice % (SLOWEST + 1)) as u32,
             Kind::StuckBackend => self.hosts[host].server.ail.stuck = true,
             Kind::DiskFull => self.hosts[host].server.ail.disk_full = true,
             Kind::CopiesBreak => self.hosts[host].server.ail.breaks_copies = true,
             Kind::DataLost => {
                 self.power_off(host);
-                self.checks.data_was_lost = true;
+                (self.checks.data_was_lost, self.checks.copies_in_doubt) = (true, true);
                 self.hosts[host].server.data = None;
                 self.hosts[host].disk = super::host::Disk::default();
             }
@@ -268,7 +273,7 @@ impl Sim {
                 self.kill_postmaster(host);
                 self.hosts[host].server.orphans.clear();
                 let data = self.hosts[host].server.data.take();
-                self.checks.data_was_lost = true;
+                (self.checks.data_was_lost, self.checks.copies_in_doubt) = (true, true);
                 self.hosts[host].moved_away = data.or(self.hosts[host].moved_away.take());
                 self.guard_turn(host);
             }
@@ -456,7 +461,7 @@ impl Sim {
     fn start_namesake(&mut self, index: usize, fault: &Fault) {
         let Some((leader, _)) = self.lock_runs_until() else { return };
         let other = (leader + 1 + (fault.choice % (self.hosts.len() as u64 - 1)) as usize) % self.hosts.len();
-        self.checks.names_were_mixed = true;
+        self.checks.copies_in_doubt = true;
         self.restart_as(other, member(leader));
         self.later(secs(NAMESAKE_S), What::FaultEnds { index });
     }

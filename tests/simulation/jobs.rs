@@ -8,6 +8,7 @@ use pgherd::machine::action::{Operation, OperationKind, StartAs, Upstream};
 use pgherd::machine::event::{Configured, Finished};
 use pgherd::policy::rejoin::{self, Inputs, OwnPromotion, Rejoin};
 use pgherd::policy::slots::Change;
+use pgherd::spec::cluster::ClusterSpec;
 use pgherd::types::{SystemId, TimelineId};
 
 use super::clock::ms;
@@ -18,7 +19,12 @@ use super::wal::Data;
 use super::world::{DaemonDue, Sim, What};
 
 /// How often a new session is asked what it has.
-const NAMES_LOOKS_MAX: u32 = 50;
+const LOOKS_MAX: u32 = 50;
+
+/// Whether the files of a standby name its slot.
+fn asks_for_slot(spec: &ClusterSpec, upstream: Option<&Upstream>) -> bool {
+    upstream.is_some_and(|upstream| spec.replication.use_slots && upstream.keeps_slots)
+}
 
 impl Sim {
     pub fn begin_job(&mut self, host: usize, operation: Operation) {
@@ -75,22 +81,37 @@ impl Sim {
                 let seen = data.as_ref().map_or(DataDirectory::Empty, |data| DataDirectory::Full(data.control(promotion)));
                 self.job_ends(host, Finished::Looked(seen));
             }
-            Operation::Start { role, names, .. } => {
-                self.hosts[host].server.names_on_disk = names;
+            Operation::Start { role, names, closed, spec, .. } => {
+                let by_slot = matches!(&role, StartAs::Standby(upstream) if asks_for_slot(&spec, upstream.as_ref()));
+                let this = &mut self.hosts[host].server;
+                (this.names_on_disk, this.closed_on_disk, this.slot_on_disk) = (names, closed, by_slot);
                 self.start_step(host, &role);
             }
             Operation::Open { .. } => {
-                let opened = self.hosts[host].server.accepting();
-                if !opened {
-                    return self.job_fails(host, "the server does not take connections");
+                if !self.hosts[host].server.accepting() || step > LOOKS_MAX {
+                    return self.job_fails(host, "the server does not take connections, or not the file");
+                }
+                if step == 1 {
+                    self.hosts[host].server.closed_on_disk = false;
+                    self.reload(host);
+                }
+                if self.is_closed(host) {
+                    return self.job_later(host, id, step + 1);
                 }
                 self.job_ends(host, Finished::Opened(Ok(())));
             }
             Operation::KeepSlots(changes) => {
+                let names = self.hosts[host].server.data.iter().flat_map(|data| data.slots.keys());
+                let active: Vec<String> = names.filter(|name| self.is_active(host, name)).cloned().collect();
                 let this = &mut self.hosts[host].server;
                 let Some(data) = this.data.as_mut().filter(|_| this.postmaster.is_some()) else {
                     return self.job_fails(host, "the server does not take connections");
                 };
+                // One that is in use cannot be dropped.
+                let in_use = |change: &Change| matches!(change, Change::Drop { name } if active.contains(name));
+                if changes.iter().any(in_use) {
+                    return self.job_fails(host, "the slot is active");
+                }
                 for change in changes {
                     match change {
                         Change::CreatePhysical { name } | Change::CreateLogical { name, .. } => drop(data.slots.insert(name, data.wal.end)),
@@ -101,12 +122,14 @@ impl Sim {
                 self.job_ends(host, Finished::SlotsKept(Ok(())));
             }
             Operation::SetNames { names, prove_waits, .. } => self.names_step(host, id, step, names, prove_waits),
-            Operation::Configure { generation, upstream, .. } => {
+            Operation::Configure { spec, generation, upstream } => {
                 if !self.hosts[host].server.accepting() {
                     return self.job_fails(host, "the server does not take connections");
                 }
                 let from = upstream.as_ref().and_then(|upstream| self.host_of(&upstream.member));
+                self.hosts[host].server.slot_on_disk = asks_for_slot(&spec, upstream.as_ref());
                 self.follow(host, from);
+                self.hosts[host].server.closed_on_disk = false;
                 if self.is_synchronous {
                     self.reload(host);
                 }
@@ -152,7 +175,7 @@ impl Sim {
             self.reload(host);
             return self.job_later(host, id, 2);
         }
-        if !self.hosts[host].server.accepting() || step > NAMES_LOOKS_MAX {
+        if !self.hosts[host].server.accepting() || step > LOOKS_MAX {
             return self.job_fails(host, "the server does not take connections, or not the names");
         }
         if !self.new_session_has(host, &names) {

@@ -11,6 +11,7 @@ mod daemon;
 mod documents;
 mod etcd;
 mod faults;
+mod gate;
 mod guard;
 mod heal;
 mod host;
@@ -32,6 +33,7 @@ mod strikes;
 mod synchrony;
 mod trace;
 mod wal;
+mod walsenders;
 mod watch;
 mod world;
 

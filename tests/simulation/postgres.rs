@@ -8,6 +8,7 @@ use pgherd::policy::rejoin::LeaderLineage;
 use pgherd::types::{Lsn, TimelineId};
 
 use super::clock::{Real, ms, us};
+use super::gate::Gate;
 use super::random::Random;
 use super::synchrony::Synchronous;
 use super::wal::{Data, RECORD_BYTES};
@@ -52,6 +53,8 @@ pub enum Receiver {
     Streaming {
         from: usize,
         pid: i32,
+        /// Its walsender there.
+        connection: u64,
         heard: Real,
     },
 }
@@ -62,6 +65,8 @@ pub struct Postmaster {
     pub phase: Phase,
     pub recovering: bool,
     pub upstream: Option<usize>,
+    /// It asks for its slot there.
+    pub by_slot: bool,
     pub receiver: Receiver,
     /// Up to where since the start; zero = nothing was asked for yet.
     pub received: Lsn,
@@ -75,6 +80,7 @@ pub struct Postmaster {
     pub replays_until: Real,
     /// What its processes make of synchronous_standby_names.
     pub synchronous: Synchronous,
+    pub gate: Gate,
 }
 
 impl Postmaster {
@@ -144,6 +150,10 @@ pub struct Server {
     pub ail: Ailments,
     /// synchronous_standby_names in the file.
     pub names_on_disk: Names,
+    /// primary_slot_name in the file is that of its member.
+    pub slot_on_disk: bool,
+    /// pg_hba.conf as it is in the file lets no client in.
+    pub closed_on_disk: bool,
     /// Backends whose postmaster is dead wait for standbys.
     pub orphans_wait: bool,
     next_pid: i32,
@@ -169,6 +179,7 @@ impl Server {
             phase: Phase::Starting { until: now.after(takes) },
             recovering: standby,
             upstream,
+            by_slot: self.slot_on_disk,
             receiver: Receiver::Waiting,
             received: Lsn(0),
             checkpoint_at: None,
@@ -177,6 +188,7 @@ impl Server {
             startups: 0,
             replays_until: now.after(takes),
             synchronous: Synchronous::started(self.names_on_disk.clone()),
+            gate: Gate::started(self.closed_on_disk),
         });
         pid
     }
@@ -290,7 +302,8 @@ impl Server {
         let Some(postmaster) = self.postmaster.take() else { return };
         let was_open = matches!(postmaster.phase, Phase::Accepting | Phase::Promoting { .. } | Phase::Stopping { .. });
         self.ended.push(Ended { pid: postmaster.pid, exit_status: None, signal: Some(9) });
-        let writable = was_open && !postmaster.recovering && !matches!(postmaster.phase, Phase::Promoting { .. });
+        let writable =
+            was_open && !postmaster.recovering && !postmaster.gate.is_closed() && !matches!(postmaster.phase, Phase::Promoting { .. });
         let of_standby = postmaster.of_standby();
         self.orphans_wait = postmaster.synchronous.backends_wait();
         self.orphans.push(Orphan { writable, of_standby, until: now.after(backends_live), stuck: false });
@@ -373,6 +386,7 @@ impl Server {
                 }
                 postmaster.phase = Phase::Accepting;
                 if let Some(data) = self.data.as_mut().filter(|_| primary) {
+                    postmaster.gate.recovered(data.wal.end, postmaster.since);
                     data.open();
                 }
                 if primary && self.ail.crashes {

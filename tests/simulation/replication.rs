@@ -64,6 +64,9 @@ impl Sim {
     }
 
     fn standbys_have_all(&self, host: usize) -> bool {
+        if self.is_synchronous {
+            return self.walsenders_are_done(host);
+        }
         let Some((data, postmaster)) = self.hosts[host].server.data.as_ref().zip(self.hosts[host].server.postmaster.as_ref()) else {
             return true;
         };
@@ -92,11 +95,12 @@ impl Sim {
 
     /// primary_conninfo is changed under a running standby.
     pub fn follow(&mut self, host: usize, upstream: Option<usize>) {
+        let by_slot = self.hosts[host].server.slot_on_disk;
         let Some(postmaster) = &mut self.hosts[host].server.postmaster else { return };
-        if postmaster.upstream == upstream || !postmaster.recovering {
+        if (postmaster.upstream, postmaster.by_slot) == (upstream, by_slot) || !postmaster.recovering {
             return;
         }
-        postmaster.upstream = upstream;
+        (postmaster.upstream, postmaster.by_slot) = (upstream, by_slot);
         postmaster.receiver = Receiver::Waiting;
         let pid = postmaster.pid;
         self.later(ms(5), What::Receiver { host, pid });
@@ -105,6 +109,9 @@ impl Sim {
     /// The walreceiver tries to connect, or looks after its connection.
     pub fn receiver_due(&mut self, host: usize, pid: i32) {
         let now = self.now;
+        if self.hosts[host].stands {
+            return self.later(ms(20), What::Receiver { host, pid });
+        }
         let Some(postmaster) = self.hosts[host].server.postmaster.as_ref().filter(|postmaster| postmaster.pid == pid) else { return };
         if !postmaster.recovering || !matches!(postmaster.phase, Phase::Accepting) {
             return;
@@ -116,11 +123,12 @@ impl Sim {
         }
         let (receiver, upstream) = (postmaster.receiver, postmaster.upstream);
         let next = match receiver {
-            Receiver::Streaming { from, pid: theirs, heard } => {
+            Receiver::Streaming { from, pid: theirs, connection, heard } => {
                 let reachable = !self.cut(host, from) && self.hosts[from].powered && !self.hosts[from].stands;
-                let there = self.hosts[from].server.postmaster.as_ref().is_some_and(|postmaster| postmaster.pid == theirs);
+                let there = self.hosts[from].server.postmaster.as_ref().is_some_and(|postmaster| postmaster.pid == theirs)
+                    && self.is_sent_to(from, connection);
                 match (reachable, there) {
-                    (true, true) => Receiver::Streaming { from, pid: theirs, heard: now },
+                    (true, true) => Receiver::Streaming { from, pid: theirs, connection, heard: now },
                     (true, false) => Receiver::Waiting,
                     (false, _) if now.since(heard) >= ms(WAL_TIMEOUT_MS) => Receiver::Waiting,
                     (false, _) => receiver,
@@ -137,9 +145,6 @@ impl Sim {
             }
         }
         self.later(ms(RECEIVER_RETRY_MS), What::Receiver { host, pid });
-        if let (true, Receiver::Streaming { from, .. }) = (began, next) {
-            self.walsender_starts(from, host);
-        }
         self.reply(host);
         if began {
             self.stream_to(host);
@@ -151,7 +156,7 @@ impl Sim {
             return None;
         }
         let source = &self.hosts[from].server;
-        let sender = source.postmaster.as_ref().filter(|_| source.sends() && source.accepting())?;
+        let pid = source.postmaster.as_ref().filter(|_| source.sends() && source.accepting())?.pid;
         let (ours, theirs) = (self.hosts[host].server.data.as_ref()?, source.data.as_ref()?);
         if ours.system_id != theirs.system_id {
             return None;
@@ -163,7 +168,8 @@ impl Sim {
         if !ours.wal.is_in_the_past_of(&theirs.wal) {
             self.checks.follows_another(host, from, &self.hosts);
         }
-        Some(Receiver::Streaming { from, pid: sender.pid, heard: self.now })
+        let connection = self.walsender_starts(from, host)?;
+        Some(Receiver::Streaming { from, pid, connection, heard: self.now })
     }
 
     /// What a walreceiver fetches of the server it connects to, and pgherd brings of the leader it may follow.
@@ -202,8 +208,9 @@ impl Sim {
         self.hosts[host].stream_due = false;
         let now = self.now;
         let Some(postmaster) = self.hosts[host].server.postmaster.as_ref().filter(|postmaster| postmaster.pid == pid) else { return };
-        let Receiver::Streaming { from, pid: theirs, .. } = postmaster.receiver else { return };
-        let gone = self.hosts[from].server.postmaster.as_ref().is_none_or(|postmaster| postmaster.pid != theirs);
+        let Receiver::Streaming { from, pid: theirs, connection, .. } = postmaster.receiver else { return };
+        let gone = self.hosts[from].server.postmaster.as_ref().is_none_or(|postmaster| postmaster.pid != theirs)
+            || !self.is_sent_to(from, connection);
         if self.cut(host, from) || gone || !self.hosts[from].powered {
             return;
         }
@@ -221,7 +228,7 @@ impl Sim {
             }
             data.wal.receive(&source);
             postmaster.received = data.wal.end;
-            postmaster.receiver = Receiver::Streaming { from, pid: theirs, heard: now };
+            postmaster.receiver = Receiver::Streaming { from, pid: theirs, connection, heard: now };
         }
         self.reply(host);
     }
@@ -229,8 +236,12 @@ impl Sim {
     /// Clients that try every server, as a driver with several hosts would that believes nobody.
     pub fn clients_write(&mut self) {
         let now = self.now;
+        if self.is_synchronous {
+            (0..self.hosts.len()).for_each(|host| self.look_after_walsenders(host));
+            self.looks_whether_copies_count();
+        }
         for host in 0..self.hosts.len() {
-            if !self.load || self.hosts[host].stands || !self.hosts[host].server.acknowledges(now) {
+            if !self.load || self.hosts[host].stands || !self.hosts[host].server.acknowledges(now) || !self.lets_client_in(host) {
                 continue;
             }
             if self.hosts[host].server.ail.disk_full {

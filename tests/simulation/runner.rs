@@ -173,7 +173,7 @@ impl Sim {
             let Some(daemon) = &host.daemon else { return false };
             let state = daemon.machine.state().name();
             if index == leader {
-                state == "primary" && host.server.acknowledges(self.now)
+                state == "primary" && host.server.acknowledges(self.now) && !self.is_closed(index)
             } else {
                 state == "following" && host.server.streaming()
             }

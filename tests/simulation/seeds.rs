@@ -30,4 +30,7 @@ pub const REGRESSIONS: &[(u64, &str)] = &[
     (1_633, "the last word of a guard that had died overtook the news of it, and the member asked it for ever to start PostgreSQL"),
     (1_780, "etcd was restored and named the leader before the present one: the check's error, the limit is stated"),
     (1_057, "one promotion past its reservation after a promotion by hand, its host cut off: the check's error, not the machine's"),
+    (238, "the daemon of a primary that kept clients out was upgraded, and the next one let them in at once"),
+    (5_639, "the news that the lock before was lost came after the next one was won: its guard was told to forget it, and it was used"),
+    (9_925, "keys and the data of a promotion were gone, and its number taken again while the data came back: the check's error"),
 ];

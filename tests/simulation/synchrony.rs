@@ -6,7 +6,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use pgherd::facts::cluster::ClusterView;
-use pgherd::facts::postgres::ReplicaFacts;
 use pgherd::facts::synchrony::Names;
 use pgherd::types::Lsn;
 
@@ -15,26 +14,16 @@ use super::clock::{ms, secs, us};
 use super::host::Host;
 use super::plan::Fault;
 use super::postgres::Receiver;
-use super::world::{Sim, What};
+use super::wal::Wal;
+use super::walsenders::Walsender;
+use super::world::{Sim, What, member};
 
 /// A process that reads the files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reader {
     Checkpointer,
-    /// The walsender to this host.
-    Walsender(usize),
-}
-
-#[derive(Debug, Clone)]
-pub struct Walsender {
-    pub to: usize,
-    /// The standby's postmaster.
-    theirs: i32,
-    /// What it read last.
-    names: Names,
-    /// What it made of it, for all to see.
-    priority: u32,
-    flush: Lsn,
+    /// The walsender of this connection.
+    Walsender(u64),
 }
 
 /// What a postmaster's processes go by.
@@ -43,7 +32,7 @@ pub struct Synchronous {
     /// The postmaster, and whatever it starts from now on.
     pub read: Names,
     checkpointer: Names,
-    senders: Vec<Walsender>,
+    pub senders: Vec<Walsender>,
     /// Commits that wait.
     waiting: Vec<Lsn>,
 }
@@ -57,11 +46,12 @@ impl Synchronous {
         self.checkpointer != Names::Nobody
     }
 
-    /// How far commits are released by the walsender to this host: None = it releases nobody.
-    fn released_by(&self, to: usize) -> Option<Lsn> {
-        let own = self.senders.iter().find(|sender| sender.to == to).filter(|sender| sender.priority > 0)?;
+    /// How far commits are released by the walsender of this connection: None = it releases nobody. Two of one name count twice.
+    fn released_by(&self, connection: u64) -> Option<Lsn> {
+        let counts = |sender: &&Walsender| sender.priority > 0 && sender.caught_up && sender.flush > Lsn(0);
+        let own = self.senders.iter().find(|sender| sender.connection == connection).filter(counts)?;
         let count = own.names.acks()?.acks as usize;
-        let mut candidates: Vec<&Walsender> = self.senders.iter().filter(|sender| sender.priority > 0 && sender.flush > Lsn(0)).collect();
+        let mut candidates: Vec<&Walsender> = self.senders.iter().filter(counts).collect();
         if candidates.len() < count || count == 0 {
             return None;
         }
@@ -69,7 +59,10 @@ impl Synchronous {
             Names::First(_) => {
                 candidates.sort_by_key(|sender| sender.priority);
                 candidates.truncate(count);
-                candidates.iter().any(|sender| sender.to == to).then(|| candidates.iter().map(|sender| sender.flush).min())?
+                candidates
+                    .iter()
+                    .any(|sender| sender.connection == connection)
+                    .then(|| candidates.iter().map(|sender| sender.flush).min())?
             }
             _ => {
                 candidates.sort_by_key(|sender| std::cmp::Reverse(sender.flush));
@@ -80,7 +73,7 @@ impl Synchronous {
 }
 
 /// SyncRepGetStandbyPriority: the place in the list.
-fn priority(names: &Names, name: &str) -> u32 {
+pub fn priority(names: &Names, name: &str) -> u32 {
     let place = |acks: &pgherd::facts::synchrony::Acks| acks.members.iter().position(|member| member.as_str() == name);
     match names {
         Names::Nobody | Names::Block => 0,
@@ -99,10 +92,11 @@ impl Sim {
     }
 
     pub fn reloads(&mut self, host: usize, pid: i32) {
-        let names = self.hosts[host].server.names_on_disk.clone();
+        let (names, closed) = (self.hosts[host].server.names_on_disk.clone(), self.hosts[host].server.closed_on_disk);
         let Some(postmaster) = self.hosts[host].server.postmaster.as_mut().filter(|postmaster| postmaster.pid == pid) else { return };
         postmaster.synchronous.read = names;
-        let senders = postmaster.synchronous.senders.iter().map(|sender| Reader::Walsender(sender.to));
+        postmaster.gate.reads(closed);
+        let senders = postmaster.synchronous.senders.iter().map(|sender| Reader::Walsender(sender.connection));
         let readers: Vec<Reader> = senders.chain([Reader::Checkpointer]).collect();
         for reader in readers {
             // Busy ones come to it late.
@@ -129,12 +123,12 @@ impl Sim {
                     woken.into_iter().for_each(|lsn| self.acknowledged(host, lsn));
                 }
             }
-            Reader::Walsender(to) => {
-                if let Some(sender) = synchronous.senders.iter_mut().find(|sender| sender.to == to) {
-                    sender.priority = priority(&names, &name_of[to]);
+            Reader::Walsender(connection) => {
+                if let Some(sender) = synchronous.senders.iter_mut().find(|sender| sender.connection == connection) {
+                    sender.priority = priority(&names, &name_of[sender.to]);
                     sender.names = names;
                     // It releases whom it can by its new names.
-                    self.releases(host, to);
+                    self.releases(host, connection);
                 }
             }
         }
@@ -152,61 +146,7 @@ impl Sim {
         }
     }
 
-    /// A standby has connected: a walsender that has what the postmaster has.
-    pub fn walsender_starts(&mut self, host: usize, to: usize) {
-        let name = self.hosts[to].name.to_string();
-        let Some(theirs) = self.hosts[to].server.postmaster.as_ref().map(|postmaster| postmaster.pid) else { return };
-        let Some(postmaster) = &mut self.hosts[host].server.postmaster else { return };
-        let synchronous = &mut postmaster.synchronous;
-        let names = synchronous.read.clone();
-        synchronous.senders.retain(|sender| sender.to != to);
-        synchronous.senders.push(Walsender { to, theirs, priority: priority(&names, &name), names, flush: Lsn(0) });
-    }
-
-    fn still_sends(&self, host: usize, sender: &Walsender) -> bool {
-        let Some(pid) = self.hosts[host].server.postmaster.as_ref().map(|postmaster| postmaster.pid) else { return false };
-        self.hosts[sender.to].server.postmaster.as_ref().is_some_and(|theirs| {
-            theirs.pid == sender.theirs && matches!(theirs.receiver, Receiver::Streaming { from, pid: of, .. } if from == host && of == pid)
-        })
-    }
-
-    fn end_walsenders(&mut self, host: usize) {
-        let Some(senders) = self.hosts[host].server.postmaster.as_ref().map(|postmaster| postmaster.synchronous.senders.clone()) else {
-            return;
-        };
-        let alive: Vec<usize> = senders.iter().filter(|sender| self.still_sends(host, sender)).map(|sender| sender.to).collect();
-        if let Some(postmaster) = &mut self.hosts[host].server.postmaster {
-            postmaster.synchronous.senders.retain(|sender| alive.contains(&sender.to));
-        }
-    }
-
-    /// A standby says how far it has flushed.
-    pub fn reply(&mut self, host: usize) {
-        if !self.is_synchronous {
-            return;
-        }
-        let Some(postmaster) = &self.hosts[host].server.postmaster else { return };
-        let Receiver::Streaming { from, pid: of, .. } = postmaster.receiver else { return };
-        let (theirs, flush) = (postmaster.pid, self.hosts[host].server.data.as_ref().map_or(Lsn(0), |data| data.wal.end));
-        let takes = self.timing.between(us(100), ms(2));
-        self.later(takes, What::Reply { host, from, theirs, of, flush });
-    }
-
-    pub fn replied(&mut self, host: usize, from: usize, theirs: i32, of: i32, flush: Lsn) {
-        if self.cut(host, from) || !self.hosts[from].powered {
-            return;
-        }
-        if self.hosts[from].stands {
-            return self.later(ms(20), What::Reply { host, from, theirs, of, flush });
-        }
-        let Some(postmaster) = self.hosts[from].server.postmaster.as_mut().filter(|postmaster| postmaster.pid == of) else { return };
-        let senders = &mut postmaster.synchronous.senders;
-        let Some(sender) = senders.iter_mut().find(|sender| sender.to == host && sender.theirs == theirs) else { return };
-        sender.flush = sender.flush.max(flush);
-        self.releases(from, host);
-    }
-
-    fn releases(&mut self, host: usize, by: usize) {
+    pub fn releases(&mut self, host: usize, by: u64) {
         let Some(postmaster) = &mut self.hosts[host].server.postmaster else { return };
         let Some(to) = postmaster.synchronous.released_by(by) else { return };
         let waiting = std::mem::take(&mut postmaster.synchronous.waiting);
@@ -220,7 +160,6 @@ impl Sim {
         if !self.is_synchronous {
             return;
         }
-        self.end_walsenders(host);
         let cancels = self.timing.below(100) == 0;
         let server = &mut self.hosts[host].server;
         let waits = match &mut server.postmaster {
@@ -243,6 +182,28 @@ impl Sim {
         self.checks.acknowledged(host, token, lsn, &self.etcd.view, &self.hosts);
     }
 
+    /// After copies were in doubt: one leads by a record of its own, all others are standbys of it, and each is who it should be.
+    pub fn looks_whether_copies_count(&mut self) {
+        if !self.checks.copies_in_doubt {
+            return;
+        }
+        let view = &self.etcd.view;
+        let (Some(leader), Some(record)) = (&view.leader, &view.sync) else { return };
+        let Some(host) = self.hosts.iter().position(|host| host.name.as_str() == leader.holder) else { return };
+        let is_theirs = record.leader == self.hosts[host].name && record.epoch == leader.epoch;
+        let follows = |other: usize| {
+            let server = &self.hosts[other].server;
+            let streams = server.postmaster.as_ref().map(|postmaster| postmaster.receiver);
+            server.recovering() && server.orphans.is_empty() && matches!(streams, Some(Receiver::Streaming { from, .. }) if from == host)
+        };
+        let leads = self.hosts[host].server.accepting() && !self.hosts[host].server.of_standby();
+        let all_follow = (0..self.hosts.len()).all(|other| self.hosts[other].name == member(other) && (other == host || follows(other)));
+        let wal = self.hosts[host].server.data.as_ref().map(|data| data.wal.clone());
+        if let Some(wal) = wal.filter(|_| is_theirs && leads && all_follow) {
+            self.checks.copies_count_again(&wal, &self.hosts);
+        }
+    }
+
     /// A process crashed in every standby, or in one: each goes through its WAL again, and says meanwhile how far it is with that.
     pub fn standbys_begin_anew(&mut self, fault: &Fault) {
         for host in 0..self.hosts.len() {
@@ -256,27 +217,18 @@ impl Sim {
             (postmaster.startups, postmaster.replays_until) = (postmaster.startups + 1, now.after(takes));
         }
     }
-
-    /// pg_stat_replication.
-    pub fn walsenders_of(&self, host: usize) -> Vec<ReplicaFacts> {
-        let Some(postmaster) = &self.hosts[host].server.postmaster else { return Vec::new() };
-        let written = self.hosts[host].server.data.as_ref().map_or(Lsn(0), |data| data.wal.end);
-        let row = |sender: &Walsender| ReplicaFacts {
-            application_name: self.hosts[sender.to].name.to_string(),
-            state: if written.bytes_since(sender.flush) > (1 << 20) { "catchup" } else { "streaming" }.to_owned(),
-            client_addr: None,
-            flush_lsn: Some(sender.flush),
-            replay_lsn: None,
-            sync_state: String::new(),
-            sync_priority: sender.priority,
-        };
-        postmaster.synchronous.senders.iter().filter(|sender| self.still_sends(host, sender)).map(row).collect()
-    }
 }
 
 /// Up to where commits were acknowledged, of each promotion's WAL; and the promotions whose leader had said in `sync` who has them.
 #[derive(Debug, Clone, Default)]
 pub struct Acknowledged(BTreeMap<u64, Lsn>, BTreeSet<u64>);
+
+impl Acknowledged {
+    /// A commit of this promotion's WAL at or behind this position was.
+    pub fn reaches(&self, token: u64, lsn: Lsn) -> bool {
+        self.0.get(&token).is_some_and(|farthest| *farthest >= lsn)
+    }
+}
 
 impl Checks {
     fn acknowledged(&mut self, host: usize, token: u64, lsn: Lsn, view: &ClusterView, hosts: &[Host]) {
@@ -345,8 +297,17 @@ impl Checks {
         }
     }
 
-    /// A disk is gone, etcd has forgotten, somebody promoted by hand, or a host had another's name: copies that were are not.
-    fn copies_do_not_count(&self) -> bool {
-        self.restored || self.data_was_lost || self.etcd_forgot || self.mixed_by_hand || self.names_were_mixed
+    /// Copies that were may not be any more, or etcd knows of them no more.
+    pub fn copies_do_not_count(&self) -> bool {
+        self.restored || self.copies_in_doubt
+    }
+
+    /// Copies count again when everybody has what the leader had acknowledged by then, and nothing that the leader has not. What else was
+    /// acknowledged is lost, and was forgiven.
+    fn copies_count_again(&mut self, leader: &Wal, hosts: &[Host]) {
+        self.acknowledged.0.retain(|token, lsn| leader.extent_of(*token).is_some_and(|extent| extent >= *lsn));
+        let has = |wal: &Wal| self.acknowledged.0.iter().all(|(token, lsn)| wal.extent_of(*token).is_some_and(|extent| extent >= *lsn));
+        let is_copy = |wal: &Wal| wal.is_in_the_past_of(leader) && has(wal);
+        self.copies_in_doubt = !hosts.iter().all(|host| host.server.data.as_ref().is_some_and(|data| is_copy(&data.wal)));
     }
 }

@@ -222,6 +222,11 @@ impl Data {
         self.state = DatabaseState::InArchiveRecovery;
     }
 
+    /// How far a standby that takes connections has got for certain: it is consistent. After the crash of a primary that is all there is.
+    pub fn replayed_at_least(&self) -> Lsn {
+        self.checkpoint.max(self.min_recovery.unwrap_or_default().0).min(self.wal.end)
+    }
+
     /// The history files of another server. No existing file is ever overwritten.
     pub fn bring(&mut self, theirs: &Wal) {
         if theirs.timeline() > self.brought.0 {

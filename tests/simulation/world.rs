@@ -162,8 +162,7 @@ pub enum What {
     Reply {
         host: usize,
         from: usize,
-        theirs: i32,
-        of: i32,
+        connection: u64,
         flush: Lsn,
     },
     /// A call of failsafe arrives at the HTTP API of `to`.
@@ -399,7 +398,7 @@ impl Sim {
             What::Stream { host, pid } => self.wal_arrives(host, pid),
             What::Reload { host, pid } => self.reloads(host, pid),
             What::Rereads { host, pid, reader } => self.rereads(host, pid, reader),
-            What::Reply { host, from, theirs, of, flush } => self.replied(host, from, theirs, of, flush),
+            What::Reply { host, from, connection, flush } => self.replied(host, from, connection, flush),
             What::PromiseCall { host, run, round, to, ask } => self.peer_is_called(host, run, round, to, *ask),
             What::CutEtcd { host } => self.cut_off_from_etcd(host),
             What::Supervisor { host } => self.supervise(host),

@@ -4,11 +4,12 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use crate::clock::BootTime;
 use crate::facts::guard::Word;
 use crate::facts::synchrony::{Names, SyncRecord};
 use crate::machine::action::{Action, Operation, OperationKind};
 use crate::machine::node::Context;
-use crate::machine::synchrony::{Known, OfServer};
+use crate::machine::synchrony::{Gate, Known, OfServer};
 use crate::machine::world::World;
 use crate::mutants::{Mutant, mutant};
 use crate::policy::synchrony::goal::{self, Standbys, Wanted};
@@ -21,10 +22,9 @@ const HURRY: Duration = Duration::from_secs(5);
 /// Of a primary.
 pub(crate) fn keep(context: &mut Context<'_>, lock: LockIdentity) {
     found_running(context, lock);
-    if context.world.may_be_closed() {
-        open(context, lock);
-    } else {
-        context.world.clear("closed");
+    match context.world.names_of_server().map(|server| server.gate) {
+        Some(Gate::Closed(since) | Gate::Unknown(since)) => open(context, lock, since),
+        Some(Gate::Open) | None => context.world.clear("closed"),
     }
     if let Some(why) = context.world.view.as_ref().and_then(|view| view.unreadable.get("sync").cloned()) {
         let message = format!("the key sync cannot be read, and nothing of it is changed: {why}; delete it to have it written anew");
@@ -73,8 +73,8 @@ fn found_running(context: &mut Context<'_>, lock: LockIdentity) {
     let (Some((start, _)), None, Some(known)) = (world.running(), world.names_of_server(), world.sync_of(lock.epoch)) else { return };
     let anybody = anybody(context);
     let in_force = InForce::unknown(known.record.as_ref(), anybody);
-    let may_be_closed_since = known.record.filter(|record| record.copies > 1).map(|_| context.now);
-    context.world.synchrony.server = Some(OfServer { may_be_closed_since, ..OfServer::new(start, in_force, context.now) });
+    let gate = if known.record.is_some_and(|record| record.copies > 1) { Gate::Unknown(context.now) } else { Gate::Open };
+    context.world.synchrony.server = Some(OfServer { gate, ..OfServer::new(start, in_force, context.now) });
 }
 
 /// Whoever may have been named: declared, or connected.
@@ -144,15 +144,14 @@ fn set(context: &mut Context<'_>, names: Names) {
 const CLOSED_MAX: Duration = Duration::from_secs(30);
 
 /// What was recovered may hold commits that no standby has: clients see them when as many standbys have them as `sync` asks for (SAFETY row 48).
-/// Of a server that was found running it is not known whether they are kept out; if they are, the daemon before waited for the same.
-fn open(context: &mut Context<'_>, lock: LockIdentity) {
+/// A daemon that finds the server running does not know how far it recovered: what it has by now is no less.
+fn open(context: &mut Context<'_>, lock: LockIdentity, since: BootTime) {
     let Some(spec) = context.world.spec().cloned() else { return };
     let known = context.world.sync_of(lock.epoch);
     let Some((replicas, written)) = context.world.sql().map(|sql| (sql.replicas.clone(), sql.written_by_then)) else { return };
     let Some(server) = context.world.synchrony.server.as_mut() else { return };
-    let Some(since) = server.closed_since.or(server.may_be_closed_since) else { return };
-    let is_known = server.closed_since.is_some();
     let recovered = *server.recovered.get_or_insert(written);
+    let found = matches!(server.gate, Gate::Unknown(_));
     let enough = known.is_some_and(|known| {
         known.record.is_none_or(|record| {
             let has_it = |name: &&MemberName| goal::flushed_by(&replicas, name).is_some_and(|flushed| flushed >= recovered);
@@ -160,19 +159,17 @@ fn open(context: &mut Context<'_>, lock: LockIdentity) {
         })
     });
     let patience_is_over = context.now.since(since) >= CLOSED_MAX;
-    if enough || patience_is_over {
+    if enough || patience_is_over || (found && mutant(Mutant::FoundServerOpened)) {
         let started = context.start(Operation::Open { spec });
-        if started && !enough && is_known {
+        if started && !enough && !found {
             let message = format!("clients are let in although too few standbys have what was recovered up to {recovered}");
             context.decide("opened_unreplicated", message);
         }
         return;
     }
-    if !is_known {
-        return;
-    }
+    let are = if found { "may be" } else { "are" };
     let message =
-        format!("clients are kept out until standbys have what was recovered up to {recovered}, for {} s at most", CLOSED_MAX.as_secs());
+        format!("clients {are} kept out until standbys have what was recovered up to {recovered}, for {} s at most", CLOSED_MAX.as_secs());
     context.world.warn("closed", message);
 }
 

@@ -12,14 +12,14 @@ use crate::facts::postgres::{DataDirectory, DatabaseState, Probe, SqlFacts, WalR
 use crate::machine::action::{Action, LeaseOrder, Operation, OperationKind, StartAs, StopMode};
 use crate::machine::bookkeeping::Asked;
 use crate::machine::event::{Event, Finished, ForeignKey, PeersAnswer, PutOutcome};
-use crate::machine::state::State;
+use crate::machine::state::{Promotion, State, Way};
 use crate::machine::world::{Lock, World};
 use crate::types::{Epoch, LeaseId, Revision, TimelineId};
 
 use super::checked::Checked;
 use super::cluster::{THREE, s};
 use super::fixtures::*;
-use super::reactions::worlds::{busy, empty, full, idle, leads, led_by_b, led_by_us, ours, proved, standby, vacant, without_us};
+use super::reactions::worlds::{busy, empty, full, idle, leads, led_by_b, led_by_us, locked, ours, proved, standby, vacant, without_us};
 use super::toy::Toy;
 
 /// The operations that were ordered.
@@ -467,5 +467,16 @@ fn l5_a_candidate_that_cannot_lead_as_it_is_asks_the_others_once_a_second_whethe
         }
         assert_eq!(checked.state().name(), "candidate");
         assert!((least..=most).contains(&asked), "eligible {eligible}: {asked} times in 4 s");
+    }
+}
+
+#[test]
+fn the_news_that_the_lock_before_is_lost_does_not_cost_the_one_that_was_just_won() {
+    let promotion = Promotion { lock: ours(), way: Way::Promote { timeline: TimelineId(3) }, since: T0 };
+    let mut checked = Checked::resume(locked(standby(), Lock::Unproved(ours())), State::Promoting { promotion });
+    for (lost, kept) in [(lock(7, 233), true), (ours(), false)] {
+        checked.handle(T0 + ms(1), Event::Lease(LeaseEvent::Lost { why: LeaseLoss::LockNotOurs(lost) }));
+        assert_eq!(checked.world().lock == Lock::Unproved(ours()), kept, "{lost:?}");
+        assert_eq!(checked.state().name() == "promoting", kept, "{lost:?}");
     }
 }

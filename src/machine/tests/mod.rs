@@ -8,6 +8,7 @@ mod toy;
 mod adoption;
 mod cluster;
 mod found;
+mod gate;
 mod lapses;
 mod reactions;
 mod recovery;

@@ -192,7 +192,7 @@ fn i2_a_guard_that_has_not_given_the_immediate_stop_when_everything_is_to_be_kil
 #[test]
 fn what_a_lock_was_to_be_fenced_by_is_forgotten_with_it() {
     let (mut checked, due) = stopping_in_good_order();
-    checked.handle(T0 + ms(5), Event::Lease(LeaseEvent::Lost { why: LeaseLoss::LockNotOurs }));
+    checked.handle(T0 + ms(5), Event::Lease(LeaseEvent::Lost { why: LeaseLoss::LockNotOurs(ours()) }));
     assert!(checked.world().ladder_due.is_some(), "it is being ended yet");
     checked.handle(T0 + ms(9), Event::Guard(guard(2, nothing_runs())));
     assert_eq!(checked.world().ladder_due, None);

@@ -73,7 +73,7 @@ fn i1_a_lock_that_could_not_be_written_again_since_it_is_gone_starts_no_primary(
     let (mut checked, now) = unsure();
     let gone = checked.handle(now, Event::Finished(Finished::Reaffirmed(Ok(None))));
     assert!(!starts(&gone, &StartAs::Primary), "{gone:?}");
-    let lost = LeaseEvent::Lost { why: crate::facts::lease::LeaseLoss::LockNotOurs };
+    let lost = LeaseEvent::Lost { why: crate::facts::lease::LeaseLoss::LockNotOurs(ours()) };
     let lost = checked.handle(now, Event::Lease(lost));
     assert!(!starts(&lost, &StartAs::Primary), "{lost:?}");
     assert_eq!(checked.world().lock, Lock::None);

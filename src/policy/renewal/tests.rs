@@ -116,7 +116,7 @@ fn a_lease_that_ran_out_by_our_clock_is_asked_for_until_etcd_says_that_it_is_gon
 fn a_lock_of_a_stranger_costs_the_lock_and_not_the_lease() {
     let mut book = keeping();
     book.hold(lock_on(1), ms(1)).unwrap();
-    assert_eq!(book.lock_not_ours(), Some(LeaseEvent::Lost { why: LeaseLoss::LockNotOurs }));
+    assert_eq!(book.lock_not_ours(), Some(LeaseEvent::Lost { why: LeaseLoss::LockNotOurs(lock_on(1)) }));
     assert_eq!(kept(&book), Some((lease(1), None)));
 }
 

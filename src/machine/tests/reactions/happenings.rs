@@ -76,7 +76,7 @@ fn of_the_lease(world: &World) -> Vec<LeaseEvent> {
         LeaseEvent::Renewed { sent: T0, until },
         LeaseEvent::Failed { why: why() },
         LeaseEvent::Lost { why: LeaseLoss::LeaseNotFound },
-        LeaseEvent::Lost { why: LeaseLoss::LockNotOurs },
+        LeaseEvent::Lost { why: LeaseLoss::LockNotOurs(world.lock.identity().unwrap_or(lock(7, 300))) },
         LeaseEvent::GuardSilent,
     ];
     if let Some(from) = world.lease {

@@ -124,7 +124,7 @@ impl Healed {
         let Some(lock) = self.lock else { return Some(LeaseEvent::Renewed { sent, until }) };
         if self.view.leader.as_ref().map(|leader| leader.epoch) != Some(lock.epoch) {
             self.lock = None;
-            return Some(LeaseEvent::Lost { why: LeaseLoss::LockNotOurs });
+            return Some(LeaseEvent::Lost { why: LeaseLoss::LockNotOurs(lock) });
         }
         self.guard.lock = Some(lock_facts(lock, sent));
         Some(LeaseEvent::Proved { lock, sent, until })

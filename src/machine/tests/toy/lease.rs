@@ -45,7 +45,7 @@ impl Toy {
                         None => LeaseEvent::Renewed { sent: now, until: now + times().validity() },
                         Some(lock) if !self.etcd.proves(lock) => {
                             daemon.lease.held = Some((identity, None));
-                            LeaseEvent::Lost { why: LeaseLoss::LockNotOurs }
+                            LeaseEvent::Lost { why: LeaseLoss::LockNotOurs(lock) }
                         }
                         Some(lock) if host.server.acknowledge(lock, now, times()) => {
                             daemon.lease.proved = now;
