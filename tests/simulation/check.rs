@@ -60,8 +60,9 @@ pub struct Checks {
     last_fenced: Epoch,
     /// etcd was restored from a backup: ids and epochs may come twice, and who leads is the operator's to see to (SAFETY row 43).
     pub restored: bool,
-    /// Hosts whose daemons had last seen an empty data directory when the lock was taken last.
-    seen_empty: BTreeSet<usize>,
+    /// Hosts that nobody could count on when the lock was taken last: their daemons had last seen an empty data directory, or they were
+    /// neither in the spec nor had a key in etcd, since somebody had deleted it.
+    out_of_sight: BTreeSet<usize>,
     /// The WAL that a promotion by hand began, and who was promoted. None once its data directory is another.
     by_hand: BTreeMap<u64, Option<usize>>,
     /// A standby received WAL of a promotion by hand, and follows the leadership that took the same number (a stated limit): from here on
@@ -258,7 +259,7 @@ impl Checks {
             kept.into_iter().any(|data| data.wal.extent_of(token).is_some())
         };
         // Nor of a directory that was put back a moment before, and that its daemon had not looked at since.
-        let was_there = |index: usize| !(self.etcd_forgot && self.seen_empty.contains(&index));
+        let was_there = |index: usize| !(self.etcd_forgot && self.out_of_sight.contains(&index));
         let mut there = hosts.iter().enumerate().filter(|(index, _)| was_there(*index)).map(|(_, host)| host);
         if let Some((other, _)) = earlier.filter(|(_, token)| there.any(|host| is_left(host, *token))) {
             let what = format!("timeline {timeline} is promoted to by {} and by {}", hosts[other].name, hosts[host].name);
@@ -300,7 +301,7 @@ impl Checks {
         let (Some(stayed), Some(left)) = (ours.get(shared), theirs.get(shared)) else { return };
         let token = theirs.last().map_or(0, |segment| segment.token);
         // A directory that was put back a moment before the election, and that its daemon had not looked at since, was not there yet.
-        let seen = |index: usize| !self.seen_empty.contains(&index);
+        let seen = |index: usize| !self.out_of_sight.contains(&index);
         let still_there = hosts.iter().enumerate().filter(|(index, _)| seen(*index)).any(|(_, other)| {
             let extent = other.server.data.as_ref().and_then(|data| data.wal.extent_of(token));
             extent.is_some_and(|extent| extent >= published.lsn)
@@ -382,7 +383,11 @@ impl Sim {
         if let Acquired::Ours(_) = outcome {
             self.checks.leaders.push((self.now, host));
             let is_empty = |host: &Host| host.daemon.as_ref().is_some_and(|daemon| daemon.machine.world().data == DataDirectory::Empty);
-            self.checks.seen_empty = (0..self.hosts.len()).filter(|index| is_empty(&self.hosts[*index])).collect();
+            let spec = self.etcd.view.spec.as_ref().and_then(|spec| self.specs.get(&spec.generation));
+            let declared = |host: &Host| spec.is_none_or(|spec| spec.member(&host.name).is_some());
+            let is_known = |host: &Host| declared(host) || self.etcd.view.members.contains_key(&host.name);
+            let out_of_sight = |host: &Host| is_empty(host) || !is_known(host);
+            self.checks.out_of_sight = (0..self.hosts.len()).filter(|index| out_of_sight(&self.hosts[*index])).collect();
             self.lock_hangs_on_a_lease(host);
             let name = self.hosts[host].name.clone();
             self.say(Some(host), || format!("etcd: {name} takes the lock"));

@@ -19,6 +19,7 @@ mod harness;
 
 mod account;
 mod ends;
+mod senders;
 mod standbys;
 mod timelines;
 mod twins;
@@ -52,11 +53,12 @@ impl Version {
 type Script = fn(Twins) -> Pin<Box<dyn Future<Output = ()>>>;
 
 /// What both have to agree on, with the number of servers it takes.
-const SCRIPTS: [(&str, usize, Script); 9] = [
+const SCRIPTS: [(&str, usize, Script); 10] = [
     ("a_primary_ends_and_recovers", 1, |twins| Box::pin(ends::primary(twins))),
     ("row_6_a_backend_outlives_its_postmaster", 1, |twins| Box::pin(ends::orphan(twins))),
     ("a_fast_stop_waits_for_the_standby", 2, |twins| Box::pin(ends::handover(twins))),
     ("a_standby_restarts_where_it_was", 2, |twins| Box::pin(standbys::restart(twins))),
+    ("row_10_a_walsender_stays_with_its_slot_when_its_standby_says_nothing", 2, |twins| Box::pin(senders::half_open(twins))),
     ("a_promotion_takes_the_first_free_id", 2, |twins| Box::pin(timelines::promotion(twins))),
     ("members_behind_the_switch_point_follow", 3, |twins| Box::pin(timelines::behind(twins))),
     ("row_49_a_member_past_the_switch_point_gets_nowhere", 3, |twins| Box::pin(timelines::past(twins))),
