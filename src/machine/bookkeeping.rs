@@ -11,8 +11,8 @@ use crate::facts::postgres::DataDirectory;
 use crate::policy::rejoin;
 use crate::types::Epoch;
 
-use super::absorb::ANSWERED_PAUSE_MS;
 use super::action::{Operation, OperationKind, StopMode};
+use super::finished::ANSWERED_PAUSE_MS;
 use super::world::{Backoff, World, knows_of};
 
 /// Longest wait between two attempts of an operation that fails.
@@ -241,6 +241,14 @@ impl World {
     /// Sets a warning.
     pub fn warn(&mut self, kind: &'static str, message: String) {
         self.set(kind, Severity::Warning, message);
+    }
+
+    /// A warning as long as there is something to warn of.
+    pub fn set_or_clear(&mut self, kind: &'static str, trouble: Option<String>) {
+        match trouble {
+            Some(trouble) => self.warn(kind, trouble),
+            None => self.clear(kind),
+        }
     }
 
     /// Sets an error.

@@ -1,8 +1,8 @@
 //! The lock as this member holds it: taken over, proved, being given back, let go, lost, not proved any more. Decides nothing.
 
-use super::absorb::ANSWERED_PAUSE_MS;
 use super::action::{Action, LeaseOrder, OperationKind};
 use super::event::Failure;
+use super::finished::ANSWERED_PAUSE_MS;
 use super::world::{Etcd, Lock, World};
 use crate::clock::BootTime;
 use crate::facts::guard::{PostmasterFacts, Rung, Word};

@@ -12,6 +12,7 @@ mod bookkeeping;
 pub mod edges;
 pub mod event;
 pub mod failsafe;
+mod finished;
 pub mod hold;
 mod node;
 pub mod reactions;

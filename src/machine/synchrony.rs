@@ -3,9 +3,9 @@
 //! What surprises: an answer that was lost leaves neither the old record nor the new one behind, but nothing that may be judged on. The
 //! lock's key is written again first, which puts an end to whatever is still on its way, and then a view as new as that is waited for.
 
-use super::absorb::ANSWERED_PAUSE_MS;
 use super::action::{Operation, OperationKind};
 use super::event::Failure;
+use super::finished::ANSWERED_PAUSE_MS;
 use super::world::World;
 use crate::clock::BootTime;
 use crate::facts::cluster::ClusterView;

@@ -4,6 +4,7 @@
 pub mod checker;
 pub mod haproxy;
 pub mod prober;
+pub mod proxies;
 pub mod proxy;
 pub mod said;
 pub mod secrets;

@@ -4,7 +4,6 @@
 //! history. A test that panics prints the ends of the logs and keeps them under target/.
 
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -13,7 +12,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
-use pgherd::cli::demo::cluster::{LocalCluster, NodePlan, Plan, Said, run};
+use pgherd::cli::demo::cluster::{LocalCluster, Said, run};
 use pgherd::cli::demo::documents::ClusterDocument;
 use pgherd::cli::demo::ledger::{judge, switch_points};
 use pgherd::cli::demo::ports::PortBlock;
@@ -29,6 +28,7 @@ use pgherd::types::TimelineId;
 use super::checker::{broken_history, two_primaries_claimed, two_writers};
 use super::haproxy::Haproxy;
 use super::prober::{Prober, Target};
+use super::proxies::{proxy_etcd, proxy_nodes};
 use super::proxy::{Network, Proxy};
 use super::secrets;
 use super::wait::{holds_within, settles_within};
@@ -488,25 +488,4 @@ fn tool(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools").join(name);
     assert!(path.exists(), "{} is missing: run `make setup-tests`", path.display());
     path
-}
-
-fn proxy_etcd(plan: &mut Plan) -> Vec<Vec<Proxy>> {
-    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let mut proxies = Vec::new();
-    for node in &mut plan.nodes {
-        let own: Vec<Proxy> = plan.etcd.iter().map(|member| Proxy::start(any, (Ipv4Addr::LOCALHOST, member.client_port).into())).collect();
-        node.endpoints = own.iter().map(|proxy| format!("http://{}", proxy.address())).collect();
-        proxies.push(own);
-    }
-    proxies
-}
-
-/// Declares each node under an address of its own, where a proxy listens on the ports that the node itself has on 127.0.0.1.
-fn proxy_nodes(plan: &mut Plan) -> Vec<[Proxy; 2]> {
-    let proxied = |(index, node): (usize, &mut NodePlan)| {
-        let address = Ipv4Addr::new(127, 0, 1, u8::try_from(index).unwrap() + 1);
-        node.declared.address = address.to_string();
-        [node.declared.port, node.declared.api_port].map(|port| Proxy::start((address, port).into(), (Ipv4Addr::LOCALHOST, port).into()))
-    };
-    plan.nodes.iter_mut().enumerate().map(proxied).collect()
 }
