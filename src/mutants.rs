@@ -103,6 +103,10 @@ enumerated! {
         StartsOpen,
         /// Synchrony: the next daemon lets clients in at once that the one before kept out.
         FoundServerOpened,
+        /// A standby that receives nothing is left alone (SAFETY row 10).
+        StandstillIgnored,
+        /// A standby never leaves the member that it is to follow, also if that one gives it nothing (SAFETY row 56).
+        CascadeWithoutFallback,
     }
 }
 

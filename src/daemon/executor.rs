@@ -266,6 +266,7 @@ impl Executor {
                 self.spawn(records::answer_request(etcd, id, mod_revision, progress));
             }
             Operation::AskPeers { vacancy, peers } => self.spawn(ask_peers(vacancy, peers)),
+            Operation::ReachLeader(leader) => self.spawn(jobs::reach_leader(Arc::clone(&self.host), leader)),
             Operation::FenceByScan => {
                 let guard = Arc::clone(&self.guard);
                 self.spawn(async move {

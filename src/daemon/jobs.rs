@@ -13,9 +13,9 @@ use crate::guard::protocol::{Request, StartOrder};
 use crate::machine::action::{Operation, StartAs, Upstream};
 use crate::machine::event::{Configured, Event, Finished};
 use crate::policy::rejoin::{self, Inputs, LostRange, OwnPromotion, Rejoin};
-use crate::policy::{parameters, slots};
+use crate::policy::{parameters, slots, upstream};
 use crate::postgres::{
-    CloneJob, InitdbJob, Keep, Outcome, clone_from, configure, data_directory, history_files, initdb, postmaster_command,
+    CloneJob, InitdbJob, Keep, LeaderFacts, Outcome, clone_from, configure, data_directory, history_files, initdb, postmaster_command,
     recover_interrupted_swap, set_standby, wal,
 };
 use crate::spec::cluster::{Checkpoint, ClusterSpec};
@@ -32,6 +32,8 @@ const CHECKPOINT_LIMIT: Duration = Duration::from_secs(120);
 const POST_INIT_LIMIT: Duration = Duration::from_secs(600);
 /// A question to the leader.
 const LEADER_LIMIT: Duration = Duration::from_secs(10);
+/// Whether the leader's server takes connections.
+const REACH_LIMIT: Duration = Duration::from_secs(3);
 /// A copy of the leader: terabytes over a slow line are somebody's normal case.
 const CLONE_LIMIT: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -49,8 +51,8 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, operation: Operation) -
             Ok(Finished::Configured { generation, upstream, result })
         }
         Operation::Initdb { spec } => make_cluster(&host, &spec).await.map(|()| Finished::Initialized(Ok(()))),
-        Operation::Clone { from, spec, lost, found_empty } => {
-            copy(&host, &from, &spec, lost, found_empty).await.map(|()| Finished::Cloned(Ok(())))
+        Operation::Clone { from, leader, spec, lost, found_empty } => {
+            copy(&host, (&from, &leader), &spec, lost, found_empty).await.map(|()| Finished::Cloned(Ok(())))
         }
         Operation::PlanRejoin { leader, history, .. } => plan(&host, &leader, &history).await.map(|plan| Finished::RejoinPlanned(Ok(plan))),
         Operation::Promote { lock, timeline, parent } => {
@@ -66,6 +68,12 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, operation: Operation) -
         other => Err(anyhow::anyhow!("{:?} is not a job", other.kind())),
     };
     Event::Finished(finished.unwrap_or_else(|error| Finished::failed_job(kind, format!("{error:#}"))))
+}
+
+/// Whether the leader's server takes our connections, as what a standby and a rejoin need of it. Changes nothing: no job.
+pub async fn reach_leader(host: Arc<Host>, leader: Upstream) -> Event {
+    let reached = async { anyhow::Ok(host.leader_server(&leader)?.answers(REACH_LIMIT).await?) };
+    Event::Finished(Finished::LeaderReached(reached.await.map_err(|error| format!("{error:#}"))))
 }
 
 async fn look(host: &Host) -> anyhow::Result<Finished> {
@@ -190,7 +198,13 @@ async fn make_cluster(host: &Host, spec: &ClusterSpec) -> anyhow::Result<()> {
     initdb(&host.settled()?.installation, &host.layout, &job).await
 }
 
-async fn copy(host: &Host, from: &Upstream, spec: &ClusterSpec, lost: Option<LostRange>, found_empty: bool) -> anyhow::Result<()> {
+async fn copy(
+    host: &Host,
+    (from, leader): (&Upstream, &Upstream),
+    spec: &ClusterSpec,
+    lost: Option<LostRange>,
+    found_empty: bool,
+) -> anyhow::Result<()> {
     let installation = &host.settled()?.installation;
     let keep = match data_directory::look(installation, &host.layout).await {
         DataDirectory::Empty => Keep::Empty,
@@ -215,11 +229,11 @@ async fn copy(host: &Host, from: &Upstream, spec: &ClusterSpec, lost: Option<Los
             Keep::Whole { why }
         }
     };
-    let leader = host.leader_server(from)?.look(LEADER_LIMIT).await.context("asking the leader before the copy")?;
+    let source = source_to_copy(host, from, leader).await?;
     let options = &spec.replication.basebackup;
     let job = CloneJob {
         conninfo: host.replication_conninfo(from),
-        leader,
+        source,
         max_rate_bytes: options.max_rate,
         compress: options.compress.clone(),
         checkpoint_fast: options.checkpoint == Checkpoint::Fast,
@@ -228,6 +242,19 @@ async fn copy(host: &Host, from: &Upstream, spec: &ClusterSpec, lost: Option<Los
     };
     clone_from(installation, &host.layout, &job).await?;
     Ok(())
+}
+
+/// What is copied, as it says itself; with the leader's history files, which are whole.
+async fn source_to_copy(host: &Host, from: &Upstream, leader: &Upstream) -> anyhow::Result<LeaderFacts> {
+    let of_leader = host.leader_server(leader)?.look(LEADER_LIMIT).await.context("asking the leader before the copy")?;
+    if from == leader {
+        return Ok(of_leader);
+    }
+    let member = &from.member;
+    let of_source = host.leader_server(from)?.look(LEADER_LIMIT).await.with_context(|| format!("asking `{member}` before the copy"))?;
+    upstream::may_be_copied(&of_source.lineage, &of_leader.lineage)
+        .map_err(|why| anyhow::anyhow!("`{member}` (tag clonefrom) is not copied: {why}"))?;
+    Ok(LeaderFacts { history_files: of_leader.history_files, ..of_source })
 }
 
 async fn plan(host: &Host, leader: &Upstream, history: &[HistoryEntry]) -> anyhow::Result<Rejoin> {

@@ -268,7 +268,7 @@ impl World {
         self.probe = None;
         self.data = DataDirectory::Unknown;
         self.postmaster_since = now;
-        self.not_streaming_since = None;
+        self.receiving.not_streaming_since = None;
         self.replayed_by = None;
     }
 
@@ -282,7 +282,7 @@ impl World {
             ProbeOutcome::Accepting(sql) => sql.walreceiver.as_ref().is_some_and(|receiver| receiver.status == "streaming"),
             ProbeOutcome::NotYet(_) | ProbeOutcome::Unknown(_) => false,
         };
-        self.not_streaming_since = if streaming { None } else { self.not_streaming_since.or(Some(now)) };
+        self.receiving.not_streaming_since = if streaming { None } else { self.receiving.not_streaming_since.or(Some(now)) };
         self.probe = Some(probe);
         // Before it has, it asks nobody for more.
         let all = |sql: &&SqlFacts| sql.in_recovery && (sql.replayed_all || sql.receive_lsn > Lsn(0));

@@ -149,10 +149,12 @@ pub enum Operation {
         /// Options come from here.
         spec: Arc<ClusterSpec>,
     },
-    /// Copy the leader beside and swap it in.
+    /// Copy the leader, or a standby of it, beside and swap it in.
     Clone {
         /// From whom.
         from: Upstream,
+        /// Who leads: what is copied has to be of its lineage.
+        leader: Upstream,
         /// Options come from here.
         spec: Arc<ClusterSpec>,
         /// What the directory that is swapped out has and nobody else: then it is kept whole.
@@ -271,6 +273,8 @@ pub enum Operation {
         /// Their HTTP addresses.
         peers: Vec<(MemberName, String)>,
     },
+    /// Ask the leader's server whether it takes our connections.
+    ReachLeader(Upstream),
     /// The guard is gone or silent: end all PostgreSQL processes ourselves, then start a new guard.
     FenceByScan,
 }
@@ -303,6 +307,7 @@ pub enum OperationKind {
     GiveUpInitialize,
     AnswerRequest,
     AskPeers,
+    ReachLeader,
     FenceByScan,
 }
 
@@ -334,6 +339,7 @@ impl Operation {
             Operation::GiveUpInitialize => OperationKind::GiveUpInitialize,
             Operation::AnswerRequest { .. } => OperationKind::AnswerRequest,
             Operation::AskPeers { .. } => OperationKind::AskPeers,
+            Operation::ReachLeader(_) => OperationKind::ReachLeader,
             Operation::FenceByScan => OperationKind::FenceByScan,
         }
     }
@@ -348,7 +354,7 @@ impl OperationKind {
                 true
             }
             PutMember | Acquire | Release | Reaffirm | WriteSync | WriteStatus | RecordPromotion | WriteFailsafe | ClaimInitialize
-            | GiveUpInitialize | AnswerRequest | AskPeers | FenceByScan => false,
+            | GiveUpInitialize | AnswerRequest | AskPeers | ReachLeader | FenceByScan => false,
         }
     }
 }

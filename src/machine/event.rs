@@ -211,6 +211,8 @@ pub enum Finished {
     RequestAnswered(Result<bool, Failure>),
     /// The other members were asked whether they are writable.
     PeersAsked(PeersAnswer),
+    /// The leader's server was asked whether it takes our connections.
+    LeaderReached(Result<(), Failure>),
     /// All PostgreSQL processes were ended by the daemon itself, and a scan found none.
     FencedByScan(Result<(), Failure>),
 }
@@ -245,6 +247,7 @@ impl Finished {
             Finished::InitializeGivenUp(_) => Kind::GiveUpInitialize,
             Finished::RequestAnswered(_) => Kind::AnswerRequest,
             Finished::PeersAsked(_) => Kind::AskPeers,
+            Finished::LeaderReached(_) => Kind::ReachLeader,
             Finished::FencedByScan(_) => Kind::FenceByScan,
         })
     }

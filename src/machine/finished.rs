@@ -153,6 +153,10 @@ impl World {
                 self.ended(now, Kind::AskPeers, true);
                 self.peers = Some(answer);
             }
+            Finished::LeaderReached(result) => {
+                self.ended(now, Kind::ReachLeader, result.is_ok());
+                self.receiving.reached = Some((now, result));
+            }
             Finished::FencedByScan(result) => {
                 self.guard_gone = self.guard_gone && result.is_err();
                 self.scanned_empty = result.is_ok() && self.guard.is_none();

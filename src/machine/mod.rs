@@ -16,6 +16,7 @@ mod finished;
 pub mod hold;
 mod node;
 pub mod reactions;
+pub mod receiving;
 mod rules;
 pub mod state;
 pub mod synchrony;

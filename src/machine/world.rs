@@ -21,6 +21,7 @@ use super::bookkeeping::Asked;
 use super::event::{ForeignKey, PeersAnswer};
 use super::failsafe::Failsafe;
 use super::hold::LadderDue;
+use super::receiving::Receiving;
 use super::synchrony::Synchrony;
 
 /// How long a standby that was asked to promote is left before it is asked again.
@@ -222,8 +223,8 @@ pub struct World {
     pub recorded: Option<Epoch>,
     /// The start whose roles were seen to.
     pub roles_for: Option<StartId>,
-    /// Since when a standby that should stream does not.
-    pub not_streaming_since: Option<BootTime>,
+    /// How a standby receives.
+    pub receiving: Receiving,
     /// Since when the present leader, in its present leadership, is seen to take writes.
     pub leader_writes_since: Option<(Epoch, BootTime)>,
     /// When promotion was asked for last.
@@ -314,7 +315,7 @@ impl World {
             status_written: None,
             recorded: None,
             roles_for: None,
-            not_streaming_since: None,
+            receiving: Receiving::default(),
             leader_writes_since: None,
             promote_asked: None,
             requests_seen: BTreeMap::new(),

@@ -242,7 +242,7 @@ fn not_eligible(inputs: &Inputs<'_>) -> Option<String> {
         return Some("this member is not in spec.members".to_owned());
     };
     if member.nofailover() {
-        return Some("failover_priority is 0 or the tag nofailover is set".to_owned());
+        return Some("failover_priority is 0, or the tag nofailover or nostream is set".to_owned());
     }
     if inputs.view.spec.is_none() {
         return Some("there is no spec in etcd: nobody leads until one is applied".to_owned());

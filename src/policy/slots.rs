@@ -1,7 +1,8 @@
 //! Decides which replication slots a member should have, and how far they are to be moved on. Never talks to PostgreSQL.
 //!
-//! Every member that may lead has a slot for every other one, so that a new primary still has the WAL that its standbys need; while it is a
-//! standby it moves them on to where those members say they are. Slots that nobody here made are left alone: only those that bear the name
+//! Every member that may lead has a slot for every other one, so that a new primary still has the WAL that its standbys need, and so has one
+//! that others stream from; what is not in use is moved on to where those members say they are. On a primary that is the slot of a member
+//! that streams from a standby, and may fall back any moment. Slots that nobody here made are left alone: only those that bear the name
 //! of a member, or of a permanent slot in the spec, are touched.
 //!
 //! What surprises: a slot that is `lost` is dropped and made anew. It holds nothing back any more, and its member has to be copied.
@@ -148,22 +149,26 @@ fn of_member(inputs: &Inputs<'_>, member: &Member) -> Option<Change> {
     let name = slot_of(&member.name);
     let slot = find(inputs, &name);
     let gone = inputs.absent.get(&member.name).is_some_and(|since| inputs.now.since(*since) >= replication.member_slots_ttl);
+    let from_here = member.tags.replicatefrom.as_ref() == Some(&inputs.me.name);
     // It may stream from here now, or if this member leads one day.
-    let wanted = replication.use_slots && !member.tags.nostream && !gone && (!inputs.in_recovery || !inputs.me.nofailover());
+    let may_stream = !inputs.in_recovery || !inputs.me.nofailover() || from_here;
+    let wanted = replication.use_slots && !member.tags.nostream && !gone && may_stream;
     match slot {
         None => wanted.then_some(Change::CreatePhysical { name }),
         Some(slot) if slot.logical || slot.active => None,
         Some(slot) if !wanted || slot.is_lost() => Some(Change::Drop { name }),
         Some(slot) => {
             let theirs = inputs.view.members.get(&member.name).and_then(|key| key.record.receive_lsn.max(key.record.replay_lsn));
-            moved_on(inputs, slot, theirs)
+            // Of a primary: that member streams from another, and may come back here any moment.
+            let elsewhere = member.tags.replicatefrom.is_some() && !from_here;
+            moved_on(inputs, slot, theirs.filter(|_| inputs.in_recovery || elsewhere))
         }
     }
 }
 
-/// A standby moves a slot on that nobody uses here.
+/// A slot that nobody uses here is moved on to where its user is.
 fn moved_on(inputs: &Inputs<'_>, slot: &SlotFacts, theirs: Option<Lsn>) -> Option<Change> {
-    let to = theirs.filter(|_| inputs.in_recovery)?.min(inputs.own);
+    let to = theirs?.min(inputs.own);
     slot.restart_lsn.is_some_and(|at| at < to).then(|| Change::Advance { name: slot.name.clone(), to })
 }
 
@@ -186,7 +191,7 @@ fn permanent(inputs: &Inputs<'_>, name: &str, wanted: &PermanentSlot) -> Option<
         (Some(slot), PermanentSlot::Logical { .. }) if is_in_the_way(inputs, slot) => Some(Change::Drop { name }),
         (Some(slot), PermanentSlot::Physical) if !slot.active => {
             let published = inputs.view.status.as_ref().and_then(|status: &StatusRecord| status.slots.get(&name).copied());
-            moved_on(inputs, slot, published)
+            moved_on(inputs, slot, published.filter(|_| inputs.in_recovery))
         }
         (Some(_), _) => None,
     }

@@ -1,7 +1,7 @@
-//! Clones the leader: pg_basebackup into a directory beside, then a swap into the data directory's place.
+//! Clones the leader, or a standby of it: pg_basebackup into a directory beside, then a swap into the data directory's place.
 //!
 //! Until the copy is complete, synced and marked as a standby nothing of the old directory is touched. What cannot work is refused before
-//! a byte is copied: tablespaces, no room, a `kept/` that is occupied, a leader of another major version.
+//! a byte is copied: tablespaces, no room, a `kept/` that is occupied, a source of another major version.
 
 use std::time::Duration;
 
@@ -25,15 +25,15 @@ const COPY_NAME: &str = "pgherd:copy";
 /// One clone.
 #[derive(Debug, Clone)]
 pub struct CloneJob {
-    /// Connection string of the leader, as the replication user, with its passfile ([`super::conninfo::build`]).
+    /// Connection string of the source, as the replication user, with its passfile ([`super::conninfo::build`]).
     pub conninfo: String,
-    /// What the leader said before.
-    pub leader: LeaderFacts,
+    /// What it said before.
+    pub source: LeaderFacts,
     /// Most bytes per second; None = as fast as it goes.
     pub max_rate_bytes: Option<u64>,
     /// `gzip`, `lz4`, `zstd`, with a level if wanted (`zstd:3`); ignored before PostgreSQL 15.
     pub compress: Option<String>,
-    /// Whether the leader checkpoints at once instead of over its usual time.
+    /// Whether the source checkpoints at once instead of over its usual time.
     pub checkpoint_fast: bool,
     /// What becomes of the old directory.
     pub keep: Keep,
@@ -60,35 +60,35 @@ pub async fn clone_from(installation: &Installation, layout: &Layout, job: &Clon
 
 /// The copy is synced by pg_basebackup itself; what we add to it is synced here.
 fn finish_copy(work: &std::path::Path, job: &CloneJob) -> Result<()> {
-    // The leader's own leftovers, if its data directory is a mount point.
+    // The source's own leftovers, if its data directory is a mount point.
     let inside = work.join(super::layout::INSIDE_NAME);
     files::remove_directory_if_there(&inside).with_context(|| format!("removing {}", inside.display()))?;
-    history_files::bring(work, &job.leader.history_files)?;
+    history_files::bring(work, &job.source.history_files)?;
     postmaster::set_standby(work, true)
 }
 
 fn refuse_hopeless(installation: &Installation, layout: &Layout, job: &CloneJob) -> Result<()> {
-    let leader = &job.leader;
-    if leader.lineage.major_version != installation.major {
+    let source = &job.source;
+    if source.lineage.major_version != installation.major {
         bail!(
-            "the leader runs PostgreSQL {}, this host has {}: a clone needs the same major version",
-            leader.lineage.major_version,
+            "the source of the copy runs PostgreSQL {}, this host has {}: a clone needs the same major version",
+            source.lineage.major_version,
             installation.major
         );
     }
-    if !leader.tablespaces.is_empty() {
+    if !source.tablespaces.is_empty() {
         bail!(
-            "the leader has tablespaces ({}), which a clone would write outside the data directory: clone by hand, or drop them",
-            leader.tablespaces.join(", ")
+            "the source of the copy has tablespaces ({}), which a clone would write outside the data directory: clone by hand, or drop them",
+            source.tablespaces.join(", ")
         );
     }
     let work = layout.work();
     let place = work.ancestors().find(|path| path.is_dir()).context("no directory to clone into")?;
     let free = nix::sys::statvfs::statvfs(place).with_context(|| format!("asking for the room in {}", place.display()))?;
     let free_bytes = free.blocks_available().saturating_mul(free.fragment_size());
-    match leader.database_bytes {
+    match source.database_bytes {
         Some(bytes) if bytes > free_bytes => bail!(
-            "the leader's databases are {} MB, {} has room for {} MB: make room (is something in {}?), or reinit this member by name",
+            "the databases to copy are {} MB, {} has room for {} MB: make room (is something in {}?), or reinit this member by name",
             bytes >> 20,
             place.display(),
             free_bytes >> 20,

@@ -48,6 +48,12 @@ const HISTORY_CONTENT: &str = "select convert_from(pg_read_binary_file('pg_wal/'
 const DATABASE_BYTES: &str = "select sum(pg_database_size(oid))::bigint::text as bytes from pg_database";
 
 impl LeaderServer {
+    /// Whether it takes a connection and answers on it.
+    pub async fn answers(&self, limit: Duration) -> Result<(), SqlError> {
+        let sql = Sql::remote(&self.host, self.port, &self.user, &self.password);
+        sql.with(limit, async |connection| connection.execute("select").await).await
+    }
+
     /// Asks it, all within `limit`.
     pub async fn look(&self, limit: Duration) -> Result<LeaderFacts, SqlError> {
         let sql = Sql::remote(&self.host, self.port, &self.user, &self.password);

@@ -2,7 +2,7 @@
 //!
 //! Each rule reads what was typed, so that it can name the place; a value that could not be taken is skipped, its problem is known.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use core::net::IpAddr;
@@ -34,6 +34,7 @@ pub(super) fn check(spec: &ClusterSpec, report: &mut Report) {
     addresses(&members, report);
     somebody_may_lead(spec, report);
     upstreams(&members, report);
+    without_streams(spec, &members, report);
     let standbys = members.len().saturating_sub(1) as u64;
     synchronous_nodes(standbys, &replication, report);
     parameters::check(&spec.postgres.parameters, "spec.postgres.parameters", true, report);
@@ -137,14 +138,38 @@ fn upstreams(members: &[typed::Member], report: &mut Report) {
             }
             continue;
         }
-        let mut chain = BTreeSet::from([*name]);
+        let mut chain = vec![*name];
         let mut next = Some(from);
         while let Some(member) = next {
-            if !chain.insert(member) {
-                report.error(&path, format!("{name} would replicate from itself: {}", chain.into_iter().collect::<Vec<_>>().join(", ")));
+            let known = chain.contains(member);
+            chain.push(member);
+            if known {
+                report.error(&path, format!("{name} would replicate from itself: {}", chain.join(" -> ")));
                 break;
             }
             next = upstream.get(member);
+        }
+    }
+}
+
+/// nostream: there has to be an archive to follow by, and nobody streams from a member that gets WAL late and whole segments of it only.
+fn without_streams(spec: &ClusterSpec, members: &[typed::Member], report: &mut Report) {
+    let nostream = |name: &str| spec.members.iter().any(|member| member.name.as_str() == name && member.tags.nostream);
+    for (index, member) in members.iter().enumerate() {
+        let Some(name) = member.name.as_deref() else { continue };
+        let path = member_path(index, "tags.nostream");
+        let upstream = member.tags.as_ref().and_then(|tags| tags.replicatefrom.as_deref());
+        if nostream(name) && spec.postgres.restore_command.is_none() {
+            report.error(&path, "a member that does not stream gets its WAL by spec.postgres.restore_command, which is missing");
+        }
+        match upstream {
+            Some(from) if nostream(name) => {
+                report.error(&path, format!("replicatefrom: {from} asks for the contrary; expected one of them"))
+            }
+            Some(from) if nostream(from) => {
+                report.error(&member_path(index, "tags.replicatefrom"), format!("{from} has nostream, and streams from nobody"));
+            }
+            _ => {}
         }
     }
 }

@@ -180,6 +180,21 @@ fn members_that_would_collide_are_refused() {
 }
 
 #[test]
+fn a_member_that_does_not_stream_needs_an_archive_and_serves_nobody() {
+    let load = |tags_a: &str, tags_b: &str, rest: &str| {
+        let members =
+            format!("    - {{ name: a, address: a, tags: {{ {tags_a} }} }}\n    - {{ name: b, address: b, tags: {{ {tags_b} }} }}\n");
+        cluster::load("test", &format!("{HEAD}  members:\n{members}    - {{ name: c, address: c }}\n{rest}"))
+    };
+    let archive = "  postgres: { restore_command: cp /archive/%f %p }\n";
+    let spec = load("nostream: true", "", archive).unwrap().spec;
+    assert!(spec.members[0].nofailover(), "it never leads");
+    at(load("nostream: true", "", ""), "spec.members[0].tags.nostream", "restore_command, which is missing");
+    at(load("nostream: true, replicatefrom: b", "", archive), "spec.members[0].tags.nostream", "asks for the contrary");
+    at(load("nostream: true", "replicatefrom: a", archive), "spec.members[1].tags.replicatefrom", "streams from nobody");
+}
+
+#[test]
 fn a_cluster_that_nobody_may_lead_is_warned_of() {
     let text = "  members: [ { name: a, address: h1, failover_priority: 0 }, { name: b, address: h2, tags: { nofailover: true } } ]\n";
     let warnings = cluster::load("test", &format!("{HEAD}{text}")).unwrap().warnings;
@@ -193,8 +208,10 @@ fn replication_that_goes_round_in_a_circle_is_refused() {
         cluster::load("test", &format!("{HEAD}  members:\n    - {{ name: c, address: c }}\n{}{}", member("a", a), member("b", b)))
     };
     assert!(members("c", "a").is_ok());
-    assert_eq!(members("b", "a").unwrap_err().errors().count(), 2);
-    at(members("a", "c"), "spec.members[1].tags.replicatefrom", "would replicate from itself");
+    let circle = members("b", "a").unwrap_err();
+    assert_eq!(circle.errors().count(), 2);
+    assert!(circle.to_string().contains("a would replicate from itself: a -> b -> a"), "{circle}");
+    at(members("a", "c"), "spec.members[1].tags.replicatefrom", "a would replicate from itself: a -> a");
     at(members("c", "cc"), "spec.members[2].tags.replicatefrom", "there is no member `cc` (did you mean `c`?)");
 }
 

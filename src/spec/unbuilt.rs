@@ -156,8 +156,6 @@ impl Idle {
             self.tag(spec, "nosync", |tags| tags.nosync, "has no effect in async");
             self.tag(spec, "sync_priority", |tags| tags.sync_priority != DEFAULT_PRIORITY, "has no effect in async");
         }
-        self.tag(spec, "nostream", |tags| tags.nostream, "has no effect: the member streams");
-        self.tag(spec, "replicatefrom", |tags| tags.replicatefrom.is_some(), "has no effect: the member follows the leader");
     }
 
     fn tag(&mut self, spec: &ClusterSpec, tag: &str, is_set: fn(&Tags) -> bool, consequence: &str) {

@@ -18,6 +18,7 @@ mod full;
 mod interrupted;
 mod network;
 mod operator;
+mod receiving;
 mod rig_works;
 mod routing;
 mod standbys;

@@ -180,7 +180,7 @@ impl Server {
     pub async fn clone_job(&self, leader: &Server, keep: Keep) -> CloneJob {
         CloneJob {
             conninfo: self.conninfo_to(leader),
-            leader: leader.as_leader().look(LIMIT).await.unwrap(),
+            source: leader.as_leader().look(LIMIT).await.unwrap(),
             max_rate_bytes: None,
             compress: Some("server-gzip".into()),
             checkpoint_fast: true,

@@ -41,6 +41,27 @@ pub fn spec_lines(ttl_s: u64, loop_wait_s: u64, failsafe: bool, replication: Rep
     )
 }
 
+/// In some runs `c` is to stream from `b`, of which copies are made, too.
+pub const UPSTREAM: (usize, usize) = (1, 2);
+
+/// Whether it is so in the runs of a seed.
+pub fn cascades(seed: u64) -> bool {
+    Random::new(seed, 8).percent(25)
+}
+
+/// The members of a document, with their tags.
+pub fn tagged(hosts: impl Iterator<Item = usize>, cascades: bool) -> Vec<String> {
+    let hosts: Vec<usize> = hosts.collect();
+    let (from, to) = UPSTREAM;
+    let tags = |host: usize| match host {
+        _ if !cascades => String::new(),
+        _ if host == from => ", tags: { clonefrom: true }".to_owned(),
+        _ if host == to && hosts.contains(&from) => format!(", tags: {{ replicatefrom: {} }}", member(from)),
+        _ => String::new(),
+    };
+    hosts.iter().map(|host| format!("{}{}", member(*host), tags(*host))).collect()
+}
+
 impl Sim {
     /// The leader is not removed: apply refuses that (row 73).
     pub fn remove_member(&mut self, fault: &Fault, host: usize) {
@@ -57,7 +78,7 @@ impl Sim {
         let ttl = TTLS[(choice % 6) as usize];
         let loop_wait = [1, 2, 3, 5][(choice / 8 % 4) as usize];
         let members = (0..self.hosts.len()).filter(|index| Some(*index) != without);
-        let members: Vec<String> = members.map(|index| member(index).to_string()).collect();
+        let members = tagged(members, self.cascades);
         if self.is_synchronous {
             // At run time in both directions.
             let changed = self.timing.number();
@@ -67,7 +88,8 @@ impl Sim {
                 _ => self.replication,
             };
         }
-        let count_fits = members.len() > self.replication.count as usize;
+        // One that streams from a standby does not count.
+        let count_fits = members.len() > self.replication.count as usize && !self.cascades;
         let replication = if count_fits { self.replication } else { Replication { count: 1, ..self.replication } };
         let spec = spec_of(&members, &spec_lines(ttl, loop_wait, !(choice / 64).is_multiple_of(4), replication));
         self.apply(spec);

@@ -8,7 +8,7 @@ use pgherd::types::MemberName;
 
 use super::check::AWAKE_MS;
 use super::clock::{Real, ms, secs};
-use super::documents::TTLS;
+use super::documents::{TTLS, UPSTREAM};
 use super::etcd::Serving;
 use super::host::Loss;
 use super::network::RACES_LATE_MS;
@@ -186,6 +186,17 @@ impl Sim {
                 }
             }
             Kind::StandbyBeginsAnew => self.standbys_begin_anew(&fault),
+            Kind::ReceiverStuck => {
+                let standby =
+                    (0..self.hosts.len()).map(|step| (host + step) % self.hosts.len()).find(|host| self.hosts[*host].server.recovering());
+                if let Some(standby) = standby {
+                    self.receiver_sticks(standby, fault.choice);
+                }
+            }
+            Kind::UpstreamRefuses => {
+                let (from, to) = UPSTREAM;
+                self.hosts[from].refuses = Some(to);
+            }
             Kind::LateRecord => {
                 self.hosts[host].is_late_with_record = true;
                 for other in (0..self.hosts.len()).filter(|other| *other != host) {

@@ -140,6 +140,8 @@ pub struct Host {
     pub races_late: bool,
     /// Its next write of `sync` that says that more have each commit is carried out late.
     pub is_late_with_record: bool,
+    /// As a standby it sends nothing to this one.
+    pub refuses: Option<usize>,
     /// Until then a deposed leader of etcd answers its keepalives, in this raft term.
     pub old_etcd_leader: Option<(Real, u64)>,
     /// A data directory that somebody took away.
@@ -184,6 +186,7 @@ impl Host {
             reads_late: None,
             races_late: false,
             is_late_with_record: false,
+            refuses: None,
             old_etcd_leader: None,
             moved_away: None,
             guard: None,

@@ -224,7 +224,7 @@ impl Sim {
     }
 
     /// The leader's server, if it can be asked and is out of recovery or not.
-    fn ask_leader(&self, host: usize, leader: &Upstream) -> Result<usize, &'static str> {
+    pub fn ask_leader(&self, host: usize, leader: &Upstream) -> Result<usize, &'static str> {
         let other = self.host_of(&leader.member).ok_or("there is no such host")?;
         let answers = self.hosts[other].powered && !self.hosts[other].stands && self.hosts[other].server.accepting();
         if answers && !self.cut(host, other) { Ok(other) } else { Err("the leader does not answer") }

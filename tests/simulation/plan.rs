@@ -90,6 +90,10 @@ pgherd::enumerated! {
         StandbyBeginsAnew,
         /// The standbys come back after a while, and what is written of it is carried out late, when they have gone again.
         LateRecord,
+        /// A walreceiver gets stuck, and stays so until it, or PostgreSQL, is started again.
+        ReceiverStuck,
+        /// A standby that another one is to stream from gives it nothing, for good.
+        UpstreamRefuses,
     }
 }
 
@@ -97,6 +101,11 @@ impl Kind {
     /// Says something only where commits wait for standbys.
     fn is_of_synchrony(self) -> bool {
         matches!(self, Kind::FrozenAndDeposed | Kind::StandbyFlaps | Kind::StandbyBeginsAnew | Kind::LateRecord)
+    }
+
+    /// Drawn apart, so that the storms of other seeds stay what they were.
+    fn is_of_receiving(self) -> bool {
+        matches!(self, Kind::ReceiverStuck | Kind::UpstreamRefuses)
     }
 
     /// How often one kind is drawn beside the others. What changes the leader is drawn more often.
@@ -156,14 +165,14 @@ impl Profile {
 pub fn plan(seed: u64, profile: Profile) -> Vec<Fault> {
     let mut random = Random::new(seed, 3);
     let waits = Replication::of_seed(seed) != Replication::ASYNC;
-    let takes_part = |kind: &Kind| waits || !kind.is_of_synchrony();
+    let takes_part = |kind: &Kind| (waits || !kind.is_of_synchrony()) && !kind.is_of_receiving();
     let kinds: Vec<Kind> = Kind::ALL.iter().copied().filter(takes_part).filter(|_| random.percent(profile.kinds_percent)).collect();
     let total: u64 = kinds.iter().map(|kind| kind.weight()).sum();
     let mut faults = Vec::new();
     // Some runs begin while the cluster is still coming up.
     let mut at = if random.percent(25) { Real(100_000_000) } else { profile.from };
     if total == 0 {
-        return faults;
+        return with_receiving(seed, profile, faults);
     }
     loop {
         at = at.after(random.between(ms(150), profile.mean_gap * 2 - ms(150)));
@@ -183,6 +192,20 @@ pub fn plan(seed: u64, profile: Profile) -> Vec<Fault> {
         // A watch that is silent for longer lists anew by itself, and has missed nothing.
         let lasts = if kind == Kind::Compaction { lasts.min(secs(3)) } else { lasts };
         faults.push(Fault { at, kind, victim: random.number(), lasts, choice: random.number() });
+    }
+    with_receiving(seed, profile, faults)
+}
+
+/// In some runs standbys come to receive nothing, wherever they receive from.
+fn with_receiving(seed: u64, profile: Profile, mut faults: Vec<Fault>) -> Vec<Fault> {
+    let mut random = Random::new(seed, 7);
+    if !random.percent(25) {
+        return faults;
+    }
+    for _ in 0..=random.below(3) {
+        let kind = if random.percent(70) { Kind::ReceiverStuck } else { Kind::UpstreamRefuses };
+        let at = profile.from.after(random.between(ms(0), profile.until.since(profile.from)));
+        faults.push(Fault { at, kind, victim: random.number(), lasts: ms(0), choice: random.number() });
     }
     faults
 }

@@ -81,6 +81,19 @@ pub struct Postmaster {
     /// What its processes make of synchronous_standby_names.
     pub synchronous: Synchronous,
     pub gate: Gate,
+    /// What its walreceiver is stuck in, if it is.
+    pub stuck_receiver: Option<StuckReceiver>,
+}
+
+/// How a walreceiver comes to receive nothing by itself (SAFETY row 10).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StuckReceiver {
+    /// In making its connection.
+    Connecting,
+    /// It is connected and gets keepalives and nothing else.
+    Deaf,
+    /// Also another one would be: it takes another postmaster.
+    Wedged,
 }
 
 impl Postmaster {
@@ -189,6 +202,7 @@ impl Server {
             replays_until: now.after(takes),
             synchronous: Synchronous::started(self.names_on_disk.clone()),
             gate: Gate::started(self.closed_on_disk),
+            stuck_receiver: None,
         });
         pid
     }
@@ -251,10 +265,12 @@ impl Server {
         self.postmaster.as_ref().is_some_and(|postmaster| matches!(postmaster.receiver, Receiver::Streaming { .. }))
     }
 
-    /// WAL may still be sent from here.
+    /// WAL may be had from here, of a standby too.
     pub fn sends(&self) -> bool {
-        self.postmaster.as_ref().is_some_and(|postmaster| {
-            !postmaster.recovering && matches!(postmaster.phase, Phase::Accepting | Phase::Stopping { .. } | Phase::Draining { .. })
+        self.postmaster.as_ref().is_some_and(|postmaster| match postmaster.phase {
+            Phase::Accepting => true,
+            Phase::Stopping { .. } | Phase::Draining { .. } => !postmaster.recovering,
+            Phase::Starting { .. } | Phase::Promoting { .. } | Phase::Quitting { .. } => false,
         })
     }
 

@@ -124,6 +124,11 @@ impl Sim {
                 self.record_asks(host, id, Stage::Write, EtcdAsk::AnswerRequest { id: request, mod_revision, progress });
             }
             Operation::AskPeers { peers, .. } => self.ask_peers(host, id, peers),
+            Operation::ReachLeader(_) => {
+                let run = self.hosts[host].daemon.as_ref().map_or(0, |daemon| daemon.run);
+                let takes = self.timing.between(us(500), ms(20));
+                self.later(takes, What::Daemon { host, run, due: DaemonDue::Peers { id } });
+            }
             Operation::FenceByScan => {
                 self.forget_record(host, id);
                 self.begin_scan(host);
@@ -352,6 +357,10 @@ impl Sim {
 
     pub fn peers_answer(&mut self, host: usize, id: u64) {
         let Some(record) = self.forget_record(host, id) else { return };
+        if let Operation::ReachLeader(leader) = &record.operation {
+            let reached = self.ask_leader(host, leader).map(drop).map_err(str::to_owned);
+            return self.end(host, Finished::LeaderReached(reached));
+        }
         if let (Operation::AskPeers { vacancy, .. }, Some(Peers { sent, writable })) = (record.operation, record.peers) {
             self.end(host, Finished::PeersAsked(PeersAnswer { vacancy, sent, writable }));
         }

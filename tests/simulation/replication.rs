@@ -3,7 +3,7 @@
 use pgherd::types::Lsn;
 
 use super::clock::{Real, ms, us};
-use super::postgres::{Change, Phase, RECEIVER_RETRY_MS, Receiver, WAL_TIMEOUT_MS};
+use super::postgres::{Change, Phase, RECEIVER_RETRY_MS, Receiver, StuckReceiver, WAL_TIMEOUT_MS};
 use super::wal::segment_start;
 use super::world::{Sim, What};
 
@@ -102,6 +102,8 @@ impl Sim {
         }
         (postmaster.upstream, postmaster.by_slot) = (upstream, by_slot);
         postmaster.receiver = Receiver::Waiting;
+        // Another walreceiver.
+        postmaster.stuck_receiver = postmaster.stuck_receiver.filter(|stuck| *stuck == StuckReceiver::Wedged);
         let pid = postmaster.pid;
         self.later(ms(5), What::Receiver { host, pid });
     }
@@ -121,7 +123,7 @@ impl Sim {
             let until = postmaster.replays_until;
             return self.at(until, What::Receiver { host, pid });
         }
-        let (receiver, upstream) = (postmaster.receiver, postmaster.upstream);
+        let (receiver, upstream, stuck) = (postmaster.receiver, postmaster.upstream, postmaster.stuck_receiver);
         let next = match receiver {
             Receiver::Streaming { from, pid: theirs, connection, heard } => {
                 let reachable = !self.cut(host, from) && self.hosts[from].powered && !self.hosts[from].stands;
@@ -134,6 +136,7 @@ impl Sim {
                     (false, _) => receiver,
                 }
             }
+            Receiver::Waiting if stuck.is_some() => Receiver::Waiting,
             Receiver::Waiting => upstream.and_then(|from| self.connect(host, from)).unwrap_or(Receiver::Waiting),
         };
         let began = receiver == Receiver::Waiting && next != Receiver::Waiting;
@@ -156,6 +159,9 @@ impl Sim {
             return None;
         }
         let source = &self.hosts[from].server;
+        if source.recovering() && self.hosts[from].refuses == Some(host) {
+            return None;
+        }
         let pid = source.postmaster.as_ref().filter(|_| source.sends() && source.accepting())?.pid;
         let (ours, theirs) = (self.hosts[host].server.data.as_ref()?, source.data.as_ref()?);
         if ours.system_id != theirs.system_id {
@@ -209,6 +215,9 @@ impl Sim {
         let now = self.now;
         let Some(postmaster) = self.hosts[host].server.postmaster.as_ref().filter(|postmaster| postmaster.pid == pid) else { return };
         let Receiver::Streaming { from, pid: theirs, connection, .. } = postmaster.receiver else { return };
+        if postmaster.stuck_receiver.is_some() {
+            return;
+        }
         let gone = self.hosts[from].server.postmaster.as_ref().is_none_or(|postmaster| postmaster.pid != theirs)
             || !self.is_sent_to(from, connection);
         if self.cut(host, from) || gone || !self.hosts[from].powered {
@@ -231,6 +240,17 @@ impl Sim {
             postmaster.receiver = Receiver::Streaming { from, pid: theirs, connection, heard: now };
         }
         self.reply(host);
+        self.wal_flows(host);
+    }
+
+    /// The walreceiver of a standby gets stuck, and stays so until somebody does something about it.
+    pub fn receiver_sticks(&mut self, host: usize, choice: u64) {
+        let Some(postmaster) = self.hosts[host].server.postmaster.as_mut().filter(|postmaster| postmaster.recovering) else { return };
+        let stuck = [StuckReceiver::Connecting, StuckReceiver::Deaf, StuckReceiver::Wedged][(choice % 3) as usize];
+        postmaster.stuck_receiver = Some(stuck);
+        if stuck != StuckReceiver::Deaf {
+            postmaster.receiver = Receiver::Waiting;
+        }
     }
 
     /// Clients that try every server, as a driver with several hosts would that believes nobody.

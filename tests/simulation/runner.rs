@@ -9,8 +9,9 @@ use pgherd::spec::cluster::ReplicationMode;
 use super::check::Violation;
 use super::clock::{Real, secs};
 use super::coverage::Coverage;
-use super::documents::{Replication, spec_lines};
+use super::documents::{Replication, cascades, spec_lines, tagged};
 use super::plan::{Fault, Profile, plan};
+use super::postgres::Receiver;
 use super::random::Random;
 use super::world::{Sim, spec_of};
 
@@ -24,6 +25,8 @@ const HEALED_AT_S: u64 = 64;
 const CONVERGES_WITHIN_S: u64 = 44;
 /// A calm cluster is watched for so long at least.
 const CALM_S: u64 = 8;
+/// How long a standby may try a member that gives it nothing.
+const TRIES_FOR_S: u64 = 8;
 /// Writes to etcd of a calm cluster: each member's position and `status` once a second at the most.
 const CALM_WRITES_PER_S: u64 = 6;
 
@@ -55,8 +58,11 @@ pub fn run_with(seed: u64, faults: Vec<Fault>, traced: bool) -> Outcome {
     let ttl = *random.pick(&[3_u64, 4, 5, 6, 8, 10]);
     let loop_wait = *random.pick(&[1_u64, 2, 3, 5]);
     let mut sim = Sim::new(seed, 3, traced);
-    let names: Vec<String> = sim.hosts.iter().map(|host| host.name.to_string()).collect();
-    let replication = Replication::of_seed(seed);
+    sim.cascades = cascades(seed);
+    let names = tagged(0..sim.hosts.len(), sim.cascades);
+    let mut replication = Replication::of_seed(seed);
+    // One that streams from a standby does not count.
+    replication.count = if sim.cascades { 1 } else { replication.count };
     sim.is_synchronous = replication != Replication::ASYNC;
     sim.replication = replication;
     sim.apply(spec_of(&names, &spec_lines(ttl, loop_wait, random.percent(60), replication)));
@@ -124,6 +130,7 @@ fn calm(sim: &mut Sim) {
     let settle = sim.now.after(secs(6));
     sim.run_until(settle);
     let (changes, begun, writes) = (sim.checks.leaders.len(), sim.now, sim.etcd.writes);
+    let written_by = sim.leader().and_then(|leader| sim.hosts[leader].server.data.as_ref()).map(|data| data.wal.end);
     let is_open = |progress: &RequestProgress| matches!(progress, RequestProgress::Created | RequestProgress::Claimed { .. });
     let asked = sim.etcd.view.requests.values().filter(|key| is_open(&key.record.progress)).count();
     let until = at(RUN_S).max(sim.now.after(secs(CALM_S)));
@@ -135,7 +142,7 @@ fn calm(sim: &mut Sim) {
     if sim.checks.leaders.len() > changes + asked {
         return sim.checks.fail("L4", "the lock changed hands although nothing was wrong".to_owned());
     }
-    if !sim.has_converged() {
+    if !comes_together(sim) {
         let story = sim.story();
         return sim.checks.fail("L1", format!("a healed cluster fell apart: {story}"));
     }
@@ -157,8 +164,24 @@ fn calm(sim: &mut Sim) {
         let what = format!("{} has not taken up generation {newest} of the spec", host.name);
         return sim.checks.fail("L3", what);
     }
+    let has_all = |host: &super::host::Host| host.server.data.as_ref().is_some_and(|data| Some(data.wal.end) >= written_by);
+    if !sim.hosts.iter().all(has_all) {
+        let story = sim.story();
+        return sim.checks.fail("L1", format!("a standby that streams has not got what was written up to {written_by:?}: {story}"));
+    }
     sim.commits_wait_as_wanted();
     sim.one_history();
+}
+
+/// One that tries whether a member gives it something again streams from nobody meanwhile.
+fn comes_together(sim: &mut Sim) -> bool {
+    let tries = sim.hosts.iter().any(|host| host.refuses.is_some());
+    let until = sim.now.after(if tries { secs(TRIES_FOR_S) } else { secs(0) });
+    while !sim.has_converged() && sim.now < until {
+        let next = sim.now.after(Duration::from_millis(250));
+        sim.run_until(next);
+    }
+    sim.has_converged()
 }
 
 impl Sim {
@@ -175,9 +198,19 @@ impl Sim {
             if index == leader {
                 state == "primary" && host.server.acknowledges(self.now) && !self.is_closed(index)
             } else {
-                state == "following" && host.server.streaming()
+                state == "following" && self.streams_in_the_end_from(leader, index)
             }
         })
+    }
+
+    /// However many are between: nothing goes round in a circle.
+    fn streams_in_the_end_from(&self, leader: usize, standby: usize) -> bool {
+        let source = |host: usize| match self.hosts[host].server.postmaster.as_ref().map(|postmaster| postmaster.receiver) {
+            Some(Receiver::Streaming { from, .. }) => Some(from),
+            Some(Receiver::Waiting) | None => None,
+        };
+        let chain = std::iter::successors(Some(standby), |host| source(*host));
+        chain.take(self.hosts.len()).any(|host| host == leader)
     }
 
     /// The data that was ahead is lost, or is a promotion's by hand, or etcd forgot who led; nobody leads, and every member says why it may

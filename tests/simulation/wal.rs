@@ -139,11 +139,14 @@ impl Data {
         }
     }
 
-    /// pg_basebackup of a running primary: begins with a checkpoint and ends with a record of its own.
+    /// pg_basebackup of a running primary: begins with a checkpoint and ends with a record of its own. Of a standby it begins with a
+    /// restartpoint, and ends where that one has got to.
     pub fn base_backup(&mut self) -> Data {
         self.make_checkpoint();
         let checkpoint = self.checkpoint;
-        self.wal.append(RECORD_BYTES);
+        if !self.was_standby() {
+            self.wal.append(RECORD_BYTES);
+        }
         Data { checkpoint, standby_signal: true, backup_label: true, slots: BTreeMap::new(), ..self.clone() }
     }
 

@@ -234,6 +234,8 @@ pub struct Sim {
     pub is_synchronous: bool,
     /// As the spec has it.
     pub replication: Replication,
+    /// A standby is to stream from another.
+    pub cascades: bool,
     pub etcd: Etcd,
     pub hosts: Vec<Host>,
     /// To etcd and back, for each host.
@@ -301,6 +303,7 @@ impl Sim {
             timing: Random::new(seed, 6),
             is_synchronous: false,
             replication: Replication::ASYNC,
+            cascades: false,
             etcd: Etcd::new(),
             hosts: Vec::new(),
             links: vec![(Link::default(), Link::default()); hosts],

@@ -410,6 +410,7 @@ impl LocalCluster {
                 .map(|(name, value)| (name.to_owned(), value.to_owned()))
                 .into(),
             pg_hba: vec!["host all all 127.0.0.0/8 scram-sha-256".into()],
+            postgres: Vec::new(),
         })
     }
 }

@@ -44,6 +44,8 @@ pub struct ClusterDocument {
     pub parameters: BTreeMap<String, String>,
     /// Lines of pg_hba.conf.
     pub pg_hba: Vec<String>,
+    /// Further lines under `postgres`.
+    pub postgres: Vec<String>,
 }
 
 impl ClusterDocument {
@@ -80,6 +82,7 @@ impl ClusterDocument {
         for (name, value) in &self.parameters {
             let _ = writeln!(text, "      {name}: {}", quoted(value));
         }
+        self.postgres.iter().for_each(|line| text.push_str(&format!("    {line}\n")));
         text.push_str("    pg_hba:\n");
         for line in &self.pg_hba {
             let _ = writeln!(text, "      - {}", quoted(line));
@@ -194,6 +197,7 @@ mod tests {
             version: 15,
             parameters: [("log_line_prefix".to_owned(), r#"test "a\b" = 'c'"#.to_owned())].into(),
             pg_hba: vec!["host all all 127.0.0.0/8 scram-sha-256".into()],
+            postgres: Vec::new(),
         }
     }
 

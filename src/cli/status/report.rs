@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::facts::cluster::{ClusterView, Condition, Initialize, MemberKey, MemberRole, RequestProgress, Severity};
+use crate::facts::cluster::{ClusterView, Condition, Initialize, MemberKey, MemberRecord, MemberRole, RequestProgress, Severity};
 use crate::spec::cluster::ReplicationMode;
 use crate::types::{ClusterName, Lsn, MemberName, SystemId, TimelineId};
 
@@ -229,8 +229,8 @@ impl World<'_> {
                 );
             }
             Role::Leader => {}
-            Role::SyncStandby | Role::QuorumStandby | Role::Replica if record.state != "streaming" => {
-                warn("not_streaming", format!("does not stream from the leader (state: {})", record.state));
+            Role::SyncStandby | Role::QuorumStandby | Role::Replica if record.state != expected_state(record) => {
+                warn("not_streaming", format!("does not stream (state: {})", record.state));
             }
             Role::SyncStandby | Role::QuorumStandby | Role::Replica => {
                 if let (Some(ours), Some(leaders)) = (record.timeline, self.timeline)
@@ -297,6 +297,12 @@ impl World<'_> {
         found.extend(self.wanted.iter().flat_map(|wanted| wanted.conditions.clone()));
         found
     }
+}
+
+/// Patroni's word for the state of a standby that is well: one that replays from the archive only never streams.
+fn expected_state(record: &MemberRecord) -> &'static str {
+    let by_archive_only = record.tags.get("nostream").is_some_and(|tag| tag == true);
+    if by_archive_only { "running" } else { "streaming" }
 }
 
 /// Bytes between two positions, of which either may be unknown.

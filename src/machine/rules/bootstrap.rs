@@ -9,12 +9,13 @@ use statig::prelude::*;
 
 use crate::facts::cluster::{Ask, ClusterView, DataDirectoryReport, Initialize, MemberKey, MemberRole, RequestProgress};
 use crate::facts::postgres::DataDirectory;
-use crate::machine::action::{Operation, OperationKind};
+use crate::machine::action::{Operation, OperationKind, Upstream};
 use crate::machine::node::Context;
-use crate::machine::rules::standby;
+use crate::machine::rules::{receiving, standby};
 use crate::machine::state::{Promotion, State, Way};
 use crate::machine::world::Lock;
 use crate::mutants::{Mutant, mutant};
+use crate::policy::upstream;
 use crate::types::{MemberName, TimelineId};
 
 /// How much longer each further member in the spec waits before it claims initialization.
@@ -66,10 +67,18 @@ fn has_data(context: &Context<'_>) -> Option<State> {
 }
 
 /// Another member that leads with a running primary. Whoever holds the lock copies nobody: its view is older than that.
-fn leader_to_copy(context: &Context<'_>) -> Option<crate::machine::action::Upstream> {
+fn leader_to_copy(context: &Context<'_>) -> Option<Upstream> {
     context.world.fresh_view().filter(|_| context.world.lock == Lock::None)?;
     let (_, key) = context.world.other_leader()?;
     (key.record.role == MemberRole::Primary).then(|| standby::upstream(context))?
+}
+
+/// A standby that spares the leader the work. After a copy that failed it is the leader that is copied.
+fn source_of_copy(context: &Context<'_>) -> Option<Upstream> {
+    let world = &context.world;
+    let (view, spec) = (world.fresh_view()?, world.spec()?);
+    let name = upstream::copy_source(spec, view, &world.me.name).filter(|_| world.failures(OperationKind::Clone) == 0)?;
+    view.members.get(name).map(|key| receiving::upstream_of(name, key))
 }
 
 fn may_initialize(context: &Context<'_>) -> Result<(), String> {
@@ -239,10 +248,11 @@ pub(crate) fn cloning(context: &mut Context<'_>) -> Outcome<State> {
         }
         DataDirectory::Empty => {}
     }
-    let (Some(from), Some(spec)) = (leader_to_copy(context), context.world.spec().cloned()) else {
+    let (Some(leader), Some(spec)) = (leader_to_copy(context), context.world.spec().cloned()) else {
         return Transition(State::AwaitingLeader);
     };
-    if context.world.proved_empty() && context.start(Operation::Clone { from, spec, lost: None, found_empty: true }) {
+    let from = source_of_copy(context).unwrap_or_else(|| leader.clone());
+    if context.world.proved_empty() && context.start(Operation::Clone { from, leader, spec, lost: None, found_empty: true }) {
         context.world.data = DataDirectory::Unknown;
     }
     Handled

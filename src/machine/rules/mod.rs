@@ -7,6 +7,7 @@ pub(crate) mod handover;
 pub(crate) mod primary;
 pub(crate) mod promoting;
 pub(crate) mod publish;
+pub(crate) mod receiving;
 pub(crate) mod rejoining;
 pub(crate) mod requests;
 pub(crate) mod slots;

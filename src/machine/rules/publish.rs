@@ -209,7 +209,10 @@ const BEHIND_A_LEADER: [&str; 15] = [
 ];
 
 /// What is over when a primary is at work.
-const UNDER_THE_LOCK: [&str; 12] = [
+const UNDER_THE_LOCK: [&str; 15] = [
+    "receives_nothing",
+    "leader_unreachable",
+    "upstream_away",
     "waiting_to_initialize",
     "waiting_to_lead",
     "wrong_system_id",

@@ -57,7 +57,7 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
         Some(Rejoin::Clone { why, lost }) => {
             // Who leads has to be known now, not only to have been.
             let Some(spec) = context.world.spec().cloned().filter(|_| context.world.fresh_view().is_some()) else { return Handled };
-            if context.start(Operation::Clone { from: leader, spec, lost, found_empty: false }) {
+            if context.start(Operation::Clone { from: leader.clone(), leader, spec, lost, found_empty: false }) {
                 let message = format!("a copy of the leader takes the data directory's place, the directory is kept beside, whole: {why}");
                 context.decide("reclone", message);
             }

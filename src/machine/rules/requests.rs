@@ -77,7 +77,7 @@ fn why_not(context: &Context<'_>, to: &MemberName) -> Option<Obstacle> {
     }
     let Some(member) = spec.member(to) else { return lasting(format!("`{to}` is not in spec.members")) };
     if member.nofailover() {
-        return lasting(format!("`{to}` never leads: failover_priority is 0 or the tag nofailover is set"));
+        return lasting(format!("`{to}` never leads: failover_priority is 0, or the tag nofailover or nostream is set"));
     }
     let Some(key) = view.members.get(to) else { return lasting(format!("the daemon of `{to}` is not there: it has no member key")) };
     // A walsender of a connection that is half gone can stand beside the one at work.

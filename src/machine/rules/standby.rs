@@ -13,16 +13,15 @@ use crate::facts::guard::Word;
 use crate::facts::postgres::{DataDirectory, DatabaseState};
 use crate::machine::action::{Action, Operation, OperationKind, StartAs, StopMode, Upstream};
 use crate::machine::node::Context;
-use crate::machine::rules::{slots, synchrony};
+use crate::machine::rules::{receiving, slots, synchrony};
 use crate::machine::state::{Demotion, Promotion, State, Then, Way};
 use crate::machine::world::{Etcd, Lock};
 use crate::policy::election::{self, Inputs, Verdict};
 use crate::policy::rejoin;
-use crate::policy::slots::FEATURE as MEMBER_SLOTS;
 use crate::types::{LeaseId, MemberName, TimelineId};
 
-/// A standby that does not stream from a healthy leader for so long is stopped, judged and started again (SAFETY row 10).
-const STUCK_AFTER_S: u64 = 20;
+/// Files that were judged fit to follow the leader are not doubted for so long.
+const JUDGED_FOR_S: u64 = 20;
 /// A standby that cannot follow the leader's timeline does not stream; one that streams is not looked at.
 const DIVERGED_AFTER_S: u64 = 2;
 /// Entries of `history` that are kept: far more than PostgreSQL keeps history files for in practice.
@@ -107,7 +106,8 @@ fn start_following(context: &mut Context<'_>) -> Outcome<State> {
         return Handled;
     }
     context.world.clear("wrong_system_id");
-    let upstream = upstream(context).filter(|_| !is_of_another_promotion(context));
+    let another = is_of_another_promotion(context);
+    let upstream = receiving::source(context).filter(|_| !another);
     if has_to_be_judged(context) {
         return Transition(State::Rejoining);
     }
@@ -125,6 +125,7 @@ pub(crate) fn look_again(context: &mut Context<'_>) {
 /// Asks for a postmaster in recovery.
 pub(crate) fn start_standby(context: &mut Context<'_>, upstream: Option<Upstream>) {
     let Some((generation, spec)) = context.world.spec.clone() else { return };
+    let upstream = upstream.filter(|_| context.world.declared().is_some_and(|member| !member.tags.nostream));
     let (fall_back, names) = (context.world.files_failed, context.world.names_at_first());
     if context.start(Operation::Start { role: StartAs::Standby(upstream.clone()), spec, generation, fall_back, names, closed: false }) {
         context.world.in_force = Some(crate::machine::world::InForce { generation, upstream });
@@ -154,10 +155,9 @@ fn has_to_be_judged(context: &Context<'_>) -> bool {
     key.record.role == MemberRole::Primary && (!(was_standby && same_timeline) || is_of_another_promotion(context))
 }
 
-/// Whom to follow: the leader, as it says itself.
+/// The leader, as it says itself.
 pub(crate) fn upstream(context: &Context<'_>) -> Option<Upstream> {
-    let (name, key) = context.world.other_leader()?;
-    Some(Upstream { member: name.clone(), host: key.record.host.clone(), port: key.record.port, keeps_slots: key.knows(MEMBER_SLOTS) })
+    context.world.other_leader().map(|(name, key)| receiving::upstream_of(name, key))
 }
 
 fn follow_running(context: &mut Context<'_>) -> Outcome<State> {
@@ -166,7 +166,7 @@ fn follow_running(context: &mut Context<'_>) -> Outcome<State> {
         context.start(Operation::Look);
     }
     let another = is_of_another_promotion(context);
-    if has_diverged(context) || is_stuck(context) || (another && context.world.leader_writes()) {
+    if has_diverged(context) || receiving::is_stuck(context) || (another && context.world.leader_writes()) {
         context.decide("rejoin", "PostgreSQL cannot follow the leader as it is: it is stopped and the way back is judged");
         context.stop(StopMode::Fast { patience: Duration::from_secs(STANDBY_STOP_S) });
         return Transition(State::Rejoining);
@@ -184,7 +184,7 @@ fn follow_running(context: &mut Context<'_>) -> Outcome<State> {
 fn is_of_another_promotion(context: &Context<'_>) -> bool {
     let world = &context.world;
     let running = world.running().is_some();
-    if running && (world.sql().is_none() || world.not_streaming_since.is_none()) {
+    if running && (world.sql().is_none() || world.receiving.not_streaming_since.is_none()) {
         return false;
     }
     // An old view too: whom it names is whom the files say to follow while etcd cannot be asked.
@@ -200,8 +200,9 @@ fn is_of_another_promotion(context: &Context<'_>) -> bool {
 fn has_diverged(context: &Context<'_>) -> bool {
     let leader = context.world.view.as_ref().and_then(|view| view.leader.as_ref()).map(|leader| leader.epoch);
     let fit =
-        context.world.judged.is_some_and(|(epoch, at)| Some(epoch) == leader && context.now.since(at) < Duration::from_secs(STUCK_AFTER_S));
-    let waited = context.world.not_streaming_since.is_some_and(|since| context.now.since(since) >= Duration::from_secs(DIVERGED_AFTER_S));
+        context.world.judged.is_some_and(|(epoch, at)| Some(epoch) == leader && context.now.since(at) < Duration::from_secs(JUDGED_FOR_S));
+    let waited =
+        context.world.receiving.not_streaming_since.is_some_and(|since| context.now.since(since) >= Duration::from_secs(DIVERGED_AFTER_S));
     waited && !fit && is_past_the_switch(context)
 }
 
@@ -225,20 +226,13 @@ fn is_of(view: &ClusterView, timeline: TimelineId, epoch: crate::types::Epoch) -
     view.history.iter().any(|entry| entry.timeline == timeline && entry.is_of(epoch))
 }
 
-fn is_stuck(context: &Context<'_>) -> bool {
-    // Both for so long: no stream, and a leader to receive from.
-    let since = match (context.world.not_streaming_since, context.world.leader_writes_since) {
-        (Some(since), Some((_, serves))) if context.world.etcd == Etcd::Reachable => Some(since.max(serves)),
-        _ => None,
-    };
-    let accepting = context.world.sql().is_some_and(|sql| sql.in_recovery);
-    accepting && since.is_some_and(|since| context.now.since(since) > Duration::from_secs(STUCK_AFTER_S))
-}
-
 /// Files follow the spec and the leader. A standby tries a new generation first; the primary waits for one that took it.
 fn keep_configured(context: &mut Context<'_>) {
     let Some((generation, spec)) = context.world.spec.clone() else { return };
-    let upstream = upstream(context).or_else(|| context.world.in_force.as_ref().and_then(|files| files.upstream.clone()));
+    let nostream = context.world.declared().is_some_and(|member| member.tags.nostream);
+    let before = context.world.in_force.as_ref().and_then(|files| files.upstream.clone()).filter(|_| !nostream);
+    let upstream = receiving::source(context).or(before);
+    receiving::say(context, upstream.as_ref());
     let as_wanted = context.world.in_force.as_ref().is_some_and(|files| {
         (files.generation == generation || context.world.refused_generation == Some(generation)) && files.upstream == upstream
     });

@@ -245,6 +245,7 @@ pub(crate) fn failed(operation: &Operation, why: String) -> Finished {
             let _ = peers;
             Finished::PeersAsked(PeersAnswer { vacancy: *vacancy, sent: T0, writable: Vec::new() })
         }
+        Operation::ReachLeader(_) => Finished::LeaderReached(Err(why)),
         Operation::FenceByScan => Finished::FencedByScan(Err(why)),
     }
 }

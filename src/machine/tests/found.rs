@@ -12,6 +12,7 @@ use crate::facts::postgres::{DataDirectory, DatabaseState, Probe, SqlFacts, WalR
 use crate::machine::action::{Action, LeaseOrder, Operation, OperationKind, StartAs, StopMode};
 use crate::machine::bookkeeping::Asked;
 use crate::machine::event::{Event, Finished, ForeignKey, PeersAnswer, PutOutcome};
+use crate::machine::receiving::Receiving;
 use crate::machine::state::{Promotion, State, Way};
 use crate::machine::world::{Lock, World};
 use crate::types::{Epoch, LeaseId, Revision, TimelineId};
@@ -129,7 +130,7 @@ fn a_former_leader_whose_promotion_is_on_record_follows_the_next_one_without_a_r
 
 #[test]
 fn row_53_a_standby_that_a_new_daemon_finds_running_follows_nobody_before_its_files_were_looked_at() {
-    let world = World { promoted: None, in_force: None, probe: None, not_streaming_since: None, ..standby() };
+    let world = World { promoted: None, in_force: None, probe: None, receiving: Receiving::default(), ..standby() };
     for (promoted, follows) in [(None, true), (Some((TimelineId(2), Epoch(350))), true), (Some((TimelineId(2), Epoch::BY_HAND)), false)] {
         let mut checked = Checked::resume(world.clone(), State::Following);
         let actions = checked.handle(T0, Event::Probed(waiting(T0, 2)));
@@ -144,7 +145,7 @@ fn row_53_a_standby_that_a_new_daemon_finds_running_follows_nobody_before_its_fi
 
 #[test]
 fn row_53_a_daemon_that_cannot_read_the_files_of_the_server_it_found_tells_it_nothing_and_looks_again() {
-    let world = World { promoted: None, in_force: None, probe: None, not_streaming_since: None, ..standby() };
+    let world = World { promoted: None, in_force: None, probe: None, receiving: Receiving::default(), ..standby() };
     let mut checked = Checked::resume(world, State::Following);
     checked.handle(T0, Event::Probed(waiting(T0, 2)));
     let actions = finds(&mut checked, DataDirectory::Unknown);

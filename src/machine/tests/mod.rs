@@ -11,6 +11,7 @@ mod found;
 mod gate;
 mod lapses;
 mod reactions;
+mod receiving;
 mod recovery;
 mod refused;
 mod releases;

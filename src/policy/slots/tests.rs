@@ -95,6 +95,27 @@ fn a_standby_moves_the_others_slots_on_to_where_they_are_and_never_beyond_itself
     assert_eq!(Sight::primary("").has(slot("b", 100)).has(slot("node_c", 1)).changes(), [], "a primary's move by streaming");
 }
 
+fn streaming_from(mut sight: Sight, member: &str, from: &str) -> Sight {
+    let spec = std::sync::Arc::make_mut(&mut sight.spec);
+    let member = spec.members.iter_mut().find(|declared| declared.name == name(member)).unwrap();
+    member.tags.replicatefrom = Some(name(from));
+    sight
+}
+
+#[test]
+fn row_56_a_primary_moves_on_the_slot_of_a_member_that_streams_from_a_standby() {
+    let sight = || Sight::primary("").has(slot("b", 100)).has(slot("node_c", 100));
+    assert_eq!(streaming_from(sight(), "b", "node-c").changes(), [Change::Advance { name: "b".to_owned(), to: Lsn(500) }]);
+    assert_eq!(streaming_from(sight(), "b", "a").changes(), [], "from here: it moves by streaming");
+}
+
+#[test]
+fn row_56_a_standby_that_never_leads_has_slots_for_those_that_stream_from_it_and_for_nobody_else() {
+    let mut sight = streaming_from(Sight::standby(""), "node-c", "a");
+    std::sync::Arc::make_mut(&mut sight.spec).members[0].tags.nofailover = true;
+    assert_eq!(sight.changes(), [physical("node_c")]);
+}
+
 #[test]
 fn the_slot_of_a_member_that_stays_away_is_kept_for_member_slots_ttl_and_then_dropped() {
     let mut sight = Sight::primary(", member_slots_ttl: 10min").has(slot("b", 100)).has(slot("node_c", 100));

@@ -161,15 +161,17 @@ pub fn wanted(
     }
     let acks = asked.min(found);
     let members = match replication.mode {
-        ReplicationMode::Sync => first_of(spec, members, acks, standbys, chosen),
+        ReplicationMode::Sync => first_of(spec, me, members, acks, standbys, chosen),
         ReplicationMode::Quorum | ReplicationMode::Async => members,
     };
     Wanted { goal: Goal::Acks(Acks { members, acks }), short_of, waits: None }
 }
 
-/// Those that have been seen, by sync_priority, then those that are chosen already, then by their order in the spec.
+/// Those that have been seen, by sync_priority, then those that are chosen already, then by their order in the spec; last of all those that
+/// stream from here only until another standby serves them again.
 fn first_of(
     spec: &ClusterSpec,
+    me: &MemberName,
     members: BTreeSet<MemberName>,
     acks: u32,
     standbys: &Standbys,
@@ -178,7 +180,8 @@ fn first_of(
     let mut in_order: Vec<&Member> = spec.members.iter().filter(|member| members.contains(&member.name)).collect();
     in_order.sort_by_key(|member| {
         let is_chosen = chosen.is_some_and(|chosen| chosen.contains(&member.name));
-        (!standbys.has_been_seen(&member.name), std::cmp::Reverse(member.tags.sync_priority), !is_chosen)
+        let is_guest = member.tags.replicatefrom.as_ref().is_some_and(|from| from != me);
+        (is_guest, !standbys.has_been_seen(&member.name), std::cmp::Reverse(member.tags.sync_priority), !is_chosen)
     });
     in_order.into_iter().take(acks as usize).map(|member| member.name.clone()).collect()
 }

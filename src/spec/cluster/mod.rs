@@ -87,9 +87,9 @@ impl Member {
         format!("http://{host}:{}", self.api_port)
     }
 
-    /// Whether the spec forbids that it leads.
+    /// Whether the spec forbids that it leads. One that follows by the archive only has no commit that its leader did not archive.
     pub fn nofailover(&self) -> bool {
-        self.failover_priority == 0 || self.tags.nofailover
+        self.failover_priority == 0 || self.tags.nofailover || self.tags.nostream
     }
 
     /// The tags that are set, as Patroni shows them: booleans only when true, a priority only when it is not the default.
@@ -114,15 +114,15 @@ pub struct Tags {
     pub nofailover: bool,
     /// Not among the replicas that reads are sent to.
     pub noloadbalance: bool,
-    /// Preferred as the source of clones.
+    /// Copied instead of the leader, while it streams and is near.
     pub clonefrom: bool,
     /// Never synchronous.
     pub nosync: bool,
-    /// Follows by the archive only.
+    /// Follows by the archive only; never leads and never counts.
     pub nostream: bool,
     /// Higher is synchronous first.
     pub sync_priority: u32,
-    /// The member that it follows instead of the leader.
+    /// The member that it streams from instead of the leader, while that one is well.
     pub replicatefrom: Option<MemberName>,
     /// The operator's own: text, numbers, booleans.
     pub extra: BTreeMap<String, Json>,

@@ -461,19 +461,19 @@ pub struct Tags {
     /// Not among the replicas that reads are sent to.
     #[schemars(extend("default" = false))]
     pub noloadbalance: Option<bool>,
-    /// Preferred as the source of clones.
+    /// New members are copied from it instead of the leader, while it streams and is near.
     #[schemars(extend("default" = false))]
     pub clonefrom: Option<bool>,
     /// Never synchronous.
     #[schemars(extend("default" = false))]
     pub nosync: Option<bool>,
-    /// Follows by the archive only.
+    /// Follows by the archive only (restore_command); never leads, never counts.
     #[schemars(extend("default" = false))]
     pub nostream: Option<bool>,
     /// Higher is synchronous first.
     #[schemars(range(min = 0, max = 1_000_000), extend("default" = 1))]
     pub sync_priority: Option<u32>,
-    /// The member that it follows instead of the leader.
+    /// The member that it streams from instead of the leader, while that one is well.
     #[schemars(extend("default" = null))]
     pub replicatefrom: Option<String>,
     /// The operator's own.

@@ -248,6 +248,7 @@ impl Healed {
             Operation::GiveUpInitialize => Finished::InitializeGivenUp(Ok(())),
             Operation::AnswerRequest { .. } => Finished::RequestAnswered(Ok(true)),
             Operation::AskPeers { vacancy, .. } => Finished::PeersAsked(PeersAnswer { vacancy, sent: self.now, writable: Vec::new() }),
+            Operation::ReachLeader(_) => Finished::LeaderReached(Ok(())),
             Operation::FenceByScan => {
                 self.end();
                 self.guard = GuardFacts { pid: self.guard.pid + 1, ..guard(1, nothing_runs()) };

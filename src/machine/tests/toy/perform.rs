@@ -188,6 +188,7 @@ impl Toy {
                     peers.into_iter().map(|(name, _)| name).filter(|name| self.hosts.contains_key(name) && writes(name)).collect();
                 Finished::PeersAsked(PeersAnswer { vacancy, sent: now, writable })
             }
+            Operation::ReachLeader(_) => Finished::LeaderReached(Ok(())),
             Operation::FenceByScan => {
                 let server = &mut self.host(member.as_str()).server;
                 server.crash(now);
@@ -299,7 +300,7 @@ impl Toy {
 }
 
 fn needs_etcd(operation: &Operation) -> bool {
-    !matches!(operation, Operation::AskPeers { .. } | Operation::FenceByScan)
+    !matches!(operation, Operation::AskPeers { .. } | Operation::ReachLeader(_) | Operation::FenceByScan)
 }
 
 fn duration(operation: &Operation) -> Duration {

@@ -159,6 +159,20 @@ fn members_with_nosync_nofailover_or_nostream_never_count() {
 }
 
 #[test]
+fn a_member_that_streams_from_a_standby_counts_only_while_it_streams_from_the_leader_and_is_chosen_last() {
+    let mut sight = Sight::of("mode: quorum");
+    sight.spec.members[1].tags.replicatefrom = Some(name("c"));
+    assert_eq!(sight.shows(0, &["c"]).goal().1, "c", "the primary does not see it");
+    assert_eq!(sight.shows(0, &["b", "c"]).goal().1, "b c", "its upstream was away, and it streams from the primary");
+    let mut sight = Sight::of("mode: sync");
+    sight.spec.members[1].tags.replicatefrom = Some(name("c"));
+    sight.spec.members[1].tags.sync_priority = 9;
+    assert_eq!(sight.shows(0, &["b", "c"]).goal().1, "c");
+    sight.spec.members[1].tags.replicatefrom = Some(name("a"));
+    assert_eq!(sight.shows(0, &["b", "c"]).goal().1, "b", "it streams from the leader for good");
+}
+
+#[test]
 fn one_whose_daemon_does_not_speak_counts_only_when_there_are_too_few_others() {
     let mut sight = Sight::of("mode: quorum");
     sight.view.members.remove(&name("b"));

@@ -1,0 +1,19 @@
+//! How this member's standby receives: what is remembered between two looks. Decides nothing: [`super::rules::receiving`] does.
+
+use crate::clock::BootTime;
+use crate::policy::{receiving, upstream};
+
+use super::event::Failure;
+
+/// What is known of it.
+#[derive(Debug, Clone, Default)]
+pub struct Receiving {
+    /// Since when a standby that should stream does not.
+    pub not_streaming_since: Option<BootTime>,
+    /// Whether it gets on.
+    pub progress: receiving::Progress,
+    /// The member that it is to follow instead of the leader.
+    pub upstream: upstream::Remembered,
+    /// Whether the leader's server took a connection from here, and when that was known.
+    pub reached: Option<(BootTime, Result<(), Failure>)>,
+}
