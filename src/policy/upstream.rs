@@ -77,7 +77,8 @@ pub fn choose(remembered: &mut Remembered, inputs: &Inputs<'_>) -> Source {
         *remembered = Remembered::default();
         return Source::Leader;
     };
-    let leader = leader_of(inputs.view);
+    // Whoever holds the lock itself follows nobody else for it.
+    let leader = leader_of(inputs.view).filter(|(name, _)| **name != inputs.me.name);
     if leader.is_some_and(|(name, _)| name == wanted) {
         *remembered = Remembered::default();
         return Source::Leader;

@@ -91,8 +91,12 @@ fn row_10_a_walreceiver_that_is_stuck_is_started_again_and_postgresql_only_if_th
     let [helped, hopeless] = world.others(leader)[..] else { panic!("three nodes") };
     let postmasters = [helped, hopeless].map(|index| world.postmaster(index));
     let stopped = [helped, hopeless].map(|index| {
-        let pid = one_number(&world, index, "select pid from pg_stat_activity where backend_type = 'walreceiver'").unwrap();
-        let pid = Pid::from_raw(pid.parse().unwrap());
+        let mut pid = None;
+        world.settle("its walreceiver runs", || {
+            pid = one_number(&world, index, "select pid from pg_stat_activity where backend_type = 'walreceiver'");
+            pid.is_some()
+        });
+        let pid = Pid::from_raw(pid.unwrap().parse().unwrap());
         nix::sys::signal::kill(pid, Signal::SIGSTOP).unwrap();
         pid
     });

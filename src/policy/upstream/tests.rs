@@ -125,6 +125,8 @@ fn the_member_of_the_tag_is_followed_as_the_leader_when_it_leads_and_kept_betwee
     sight.view.leader = leader;
     sight.view.members.get_mut(&name("a")).unwrap().record.role = MemberRole::Replica;
     assert_eq!(sight.later(100, None), "b", "the leader does not write yet");
+    sight.view.leader.as_mut().unwrap().holder = "c".to_owned();
+    assert_eq!(sight.later(100, None), "b", "it holds the lock itself, and is not told anything else for it");
     sight.view.leader.as_mut().unwrap().holder = "b".to_owned();
     assert_eq!(sight.later(1, None), "leader");
     assert_eq!(sight.follows, Some(name("b")), "nothing has to be changed for that");
