@@ -65,6 +65,16 @@ enumerated! {
         ForeignPromotionFollowed,
         /// Divergence past the switch point is not looked at.
         DivergenceIgnored,
+        /// pg_rewind is started before the leader's control file shows the timeline that it writes on (Patroni #3367).
+        RewindBeforeCheckpoint,
+        /// No marker tells that a rewind was begun and has not ended (Patroni #2302).
+        RewindUnmarked,
+        /// A rewind that broke off is taken up again whoever leads by now.
+        RewindResumedUnderAnother,
+        /// A member is rewound while commits are acknowledged on the strength of what it has.
+        RewoundWhileCountedOn,
+        /// The WAL that only this member has is not kept before a rewind.
+        RewoundWalNotKept,
         /// Failsafe: E counts from the last answer and not from before the first call.
         PromiseFromTheAnswer,
         /// Failsafe: the leader goes on although one member has not promised.

@@ -40,6 +40,7 @@ fn leader(until_announce: Duration) -> Snapshot {
         walreceiver: None,
         replicas: Vec::new(),
         lowered: Vec::new(),
+        no_rewind: Vec::new(),
         slots: Vec::new(),
         pending_restart: Vec::new(),
         server_version_num: 170_010,

@@ -9,6 +9,7 @@ mod connect;
 pub mod demo;
 mod events;
 mod exit;
+mod lost;
 mod output;
 mod privileges;
 mod read;
@@ -85,11 +86,16 @@ enum Command {
         #[arg(long, value_name = "N")]
         generation: Option<u64>,
     },
-    /// Print the cluster document in force, as typed
+    /// Print the cluster document in force, as typed; or what members had written and nobody else has
     Get {
-        /// An older one: the last 20 are kept
+        /// What to print
+        #[arg(value_enum, default_value_t = Thing::Spec)]
+        what: Thing,
+        /// An older document: the last 20 are kept
         #[arg(long, value_name = "N")]
         generation: Option<u64>,
+        #[command(flatten)]
+        format: Format,
     },
     /// Check documents of either kind, without etcd
     Validate {
@@ -166,6 +172,15 @@ enum OutputFormat {
     Json,
 }
 
+/// What `get` prints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Thing {
+    /// The cluster document, as typed
+    Spec,
+    /// WAL that was taken away from a member because no other has it, as long as it is kept on its host
+    LostWrites,
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum DocumentKind {
     Cluster,
@@ -196,7 +211,8 @@ fn dispatch(cli: Cli) -> Outcome {
         Command::Run { clear_crashes } => run::run(connection, clear_crashes),
         Command::Bootstrap { on, how } => ask::bootstrap(&connection, &on, how),
         Command::Apply { file, dry_run, generation } => apply::apply(&connection, &file, dry_run, generation),
-        Command::Get { generation } => apply::get(&connection, generation),
+        Command::Get { what: Thing::Spec, generation, .. } => apply::get(&connection, generation),
+        Command::Get { what: Thing::LostWrites, format, .. } => lost::lost_writes(&connection, format.output),
         Command::Validate { files } => read::validate(&files),
         Command::Schema { kind } => read::schema(kind),
         Command::Status { format, check, watch } => status::status(&connection, format.output, check, watch.map(Duration::from_secs)),

@@ -204,11 +204,11 @@ impl Executor {
         let (cancel, cancelled) = oneshot::channel();
         self.cancel = Some(cancel);
         let kind = operation.kind();
-        let job = jobs::run(Arc::clone(&self.host), Arc::clone(&self.guard), operation);
+        let job = jobs::run(Arc::clone(&self.host), Arc::clone(&self.guard), Arc::clone(&self.sink), operation);
         let (host, sink) = (Arc::clone(&self.host), Arc::clone(&self.sink));
         self.spawn(async move {
             if kind == OperationKind::Look {
-                sink(Event::Finished(Finished::KeptSeen(host.kept())));
+                sink(Event::Finished(Finished::KeptSeen(Box::new(host.kept()))));
             }
             tokio::select! {
                 event = job => event,

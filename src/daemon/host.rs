@@ -14,13 +14,14 @@ use crate::clock::BootTime;
 use crate::etcd;
 use crate::facts::postgres::StandbyFloor;
 use crate::machine::action::Upstream;
+use crate::machine::event::Kept;
 use crate::policy::hba::{self, HbaInputs};
 use crate::policy::parameters::{self, ConfigInputs, Raised};
 use crate::policy::slots;
 use crate::postgres::conninfo::{self, PassfileEntry, Target};
 use crate::postgres::roles::{Account, Accounts};
 use crate::postgres::sql::DATABASE;
-use crate::postgres::{ConfigFiles, Installation, Layout, LeaderServer, Secret, Sql, files};
+use crate::postgres::{ConfigFiles, Installation, Layout, LeaderServer, Secret, Sql, files, lost, rewind};
 use crate::spec::cluster::{ClusterSpec, PermanentSlot};
 use crate::spec::node::{Credential, NodeSpec};
 use crate::types::{Incarnation, LeaseIdentity};
@@ -168,12 +169,22 @@ impl Host {
         self.conninfo_to(from, false)
     }
 
+    /// How it reads another's files, as the rewind user or the superuser.
+    pub fn rewind_conninfo(&self, from: &Upstream) -> String {
+        let node = &self.node.postgres;
+        self.conninfo_as(&node.rewind.as_ref().unwrap_or(&node.superuser).username, from, true)
+    }
+
     /// With a database, which slots are copied by.
     fn conninfo_to(&self, from: &Upstream, with_database: bool) -> String {
+        self.conninfo_as(&self.node.postgres.replication.username, from, with_database)
+    }
+
+    fn conninfo_as(&self, user: &str, from: &Upstream, with_database: bool) -> String {
         conninfo::build(Target {
             host: &from.host,
             port: from.port,
-            user: &self.node.postgres.replication.username,
+            user,
             passfile: &self.passfile(),
             application_name: self.node.name.as_str(),
             dbname: with_database.then_some(DATABASE),
@@ -264,10 +275,15 @@ impl Host {
         })
     }
 
-    /// The diverged data directory that is kept beside ours.
-    pub fn kept(&self) -> Option<String> {
-        let kept = self.layout.kept_dir();
-        kept.exists().then(|| kept.display().to_string())
+    /// What lies beside the data directory.
+    pub fn kept(&self) -> Kept {
+        let directory = self.layout.kept_dir();
+        Kept {
+            directory: directory.exists().then(|| directory.display().to_string()),
+            lost: lost::list(&self.layout),
+            untold: Vec::new(),
+            no_rewind: self.settled().ok().and_then(|settled| rewind::obstacle(&settled.installation, &self.layout)),
+        }
     }
 
     fn machine_id() -> anyhow::Result<String> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 
 use crate::facts::cluster::HistoryEntry;
 use crate::facts::guard::{PostmasterFacts, StartId, Word};
@@ -12,33 +12,29 @@ use crate::facts::synchrony::Names;
 use crate::guard::protocol::{Request, StartOrder};
 use crate::machine::action::{Operation, StartAs, Upstream};
 use crate::machine::event::{Configured, Event, Finished};
-use crate::policy::rejoin::{self, Inputs, LostRange, OwnPromotion, Rejoin};
-use crate::policy::{parameters, slots, upstream};
+use crate::policy::rejoin::{self, OwnPromotion};
+use crate::policy::{parameters, slots};
 use crate::postgres::{
-    CloneJob, InitdbJob, Keep, LeaderFacts, Outcome, clone_from, configure, data_directory, history_files, initdb, postmaster_command,
-    recover_interrupted_swap, set_standby, wal,
+    InitdbJob, Outcome, configure, data_directory, history_files, initdb, postmaster_command, recover_interrupted_swap, rewind, set_standby,
 };
-use crate::spec::cluster::{Checkpoint, ClusterSpec};
+use crate::spec::cluster::ClusterSpec;
 use crate::types::{LockIdentity, TimelineId};
 
-use super::guard_link::GuardLink;
+use super::guard_link::{GuardLink, Sink};
 use super::host::Host;
+use super::rejoining;
 
 /// A statement on the local server.
 const SQL_LIMIT: Duration = Duration::from_secs(10);
 /// A checkpoint of a busy server on a slow disk.
-const CHECKPOINT_LIMIT: Duration = Duration::from_secs(120);
+pub(super) const CHECKPOINT_LIMIT: Duration = Duration::from_secs(120);
 /// A statement of post_init.
 const POST_INIT_LIMIT: Duration = Duration::from_secs(600);
-/// A question to the leader.
-const LEADER_LIMIT: Duration = Duration::from_secs(10);
 /// Whether the leader's server takes connections.
 const REACH_LIMIT: Duration = Duration::from_secs(3);
-/// A copy of the leader: terabytes over a slow line are somebody's normal case.
-const CLONE_LIMIT: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Runs a job to its event.
-pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, operation: Operation) -> Event {
+pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, operation: Operation) -> Event {
     let kind = operation.kind();
     let finished = match operation {
         Operation::Look => look(&host).await,
@@ -52,9 +48,15 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, operation: Operation) -
         }
         Operation::Initdb { spec } => make_cluster(&host, &spec).await.map(|()| Finished::Initialized(Ok(()))),
         Operation::Clone { from, leader, spec, lost, found_empty } => {
-            copy(&host, (&from, &leader), &spec, lost, found_empty).await.map(|()| Finished::Cloned(Ok(())))
+            rejoining::copy(&host, (&from, &leader), &spec, lost, found_empty).await.map(|()| Finished::Cloned(Ok(())))
         }
-        Operation::PlanRejoin { leader, history, .. } => plan(&host, &leader, &history).await.map(|plan| Finished::RejoinPlanned(Ok(plan))),
+        Operation::Rewind { from, spec, why, lost, history } => {
+            let kept = |writes| sink(Event::Finished(Finished::WritesLost(Box::new(writes))));
+            rejoining::rewind(&host, &from, &spec, (why, lost), &history, kept).await.map(|()| Finished::Rewound(Ok(())))
+        }
+        Operation::PlanRejoin { leader, spec, history, rewinds_failed, .. } => {
+            rejoining::plan(&host, &leader, &spec, &history, rewinds_failed).await.map(|plan| Finished::RejoinPlanned(Ok(plan)))
+        }
         Operation::Promote { lock, timeline, parent } => {
             promote(&host, &guard, lock, timeline, parent).await.map(|()| Finished::PromotionAsked(Ok(())))
         }
@@ -82,10 +84,12 @@ async fn look(host: &Host) -> anyhow::Result<Finished> {
     Ok(Finished::Looked(data_directory::look(&host.settled()?.installation, &host.layout).await))
 }
 
-async fn control(host: &Host) -> anyhow::Result<ControlFacts> {
+pub(super) async fn control(host: &Host) -> anyhow::Result<ControlFacts> {
     match data_directory::look(&host.settled()?.installation, &host.layout).await {
         DataDirectory::Full(control) => Ok(control),
         DataDirectory::Unusable(why) => bail!(why),
+        // Whoever ordered a start, a configuration or a promotion of it did not know.
+        DataDirectory::HalfRewound(attempt) => bail!("it is half rewound, and is not started before it is whole: {}", attempt.why),
         DataDirectory::Empty | DataDirectory::Unknown => bail!("the data directory {} cannot be read", host.layout.data_dir().display()),
     }
 }
@@ -103,7 +107,10 @@ async fn start(
     let (upstream, control) = match &role {
         StartAs::Standby(upstream) => (upstream.as_ref(), Some(control(host).await?)),
         // What the control file says matters to standbys only, and the machine starts a primary on nothing but what it has just read.
-        StartAs::Primary => (None, None),
+        StartAs::Primary => {
+            ensure!(rewind::marker(&host.layout)?.is_none(), "it is half rewound: it is no primary's");
+            (None, None)
+        }
     };
     // What must not be lower on a standby is lowered on the primary first (SAFETY row 50).
     let inputs = host.config_inputs(spec, upstream, control.as_ref().map(|control| control.floor))?;
@@ -196,87 +203,6 @@ async fn make_cluster(host: &Host, spec: &ClusterSpec) -> anyhow::Result<()> {
         auth_host: options.auth_host.clone(),
     };
     initdb(&host.settled()?.installation, &host.layout, &job).await
-}
-
-async fn copy(
-    host: &Host,
-    (from, leader): (&Upstream, &Upstream),
-    spec: &ClusterSpec,
-    lost: Option<LostRange>,
-    found_empty: bool,
-) -> anyhow::Result<()> {
-    let installation = &host.settled()?.installation;
-    let keep = match data_directory::look(installation, &host.layout).await {
-        DataDirectory::Empty => Keep::Empty,
-        DataDirectory::Unknown => bail!("what is in the data directory is not known: nothing takes its place"),
-        DataDirectory::Full(_) | DataDirectory::Unusable(_) if found_empty => {
-            bail!("somebody has put data into {}: it is looked at first", host.layout.data_dir().display())
-        }
-        DataDirectory::Full(_) | DataDirectory::Unusable(_) => {
-            let why = lost.map_or_else(
-                || "it may hold WAL that is nowhere else".to_owned(),
-                |lost| match lost.to {
-                    Some(to) => format!(
-                        "timeline {} from {} to {} is nowhere else ({} bytes)",
-                        lost.timeline,
-                        lost.from,
-                        to,
-                        to.bytes_since(lost.from)
-                    ),
-                    None => format!("timeline {} from {} on is nowhere else; how far it goes could not be read", lost.timeline, lost.from),
-                },
-            );
-            Keep::Whole { why }
-        }
-    };
-    let source = source_to_copy(host, from, leader).await?;
-    let options = &spec.replication.basebackup;
-    let job = CloneJob {
-        conninfo: host.replication_conninfo(from),
-        source,
-        max_rate_bytes: options.max_rate,
-        compress: options.compress.clone(),
-        checkpoint_fast: options.checkpoint == Checkpoint::Fast,
-        keep,
-        limit: CLONE_LIMIT,
-    };
-    clone_from(installation, &host.layout, &job).await?;
-    Ok(())
-}
-
-/// What is copied, as it says itself; with the leader's history files, which are whole.
-async fn source_to_copy(host: &Host, from: &Upstream, leader: &Upstream) -> anyhow::Result<LeaderFacts> {
-    let of_leader = host.leader_server(leader)?.look(LEADER_LIMIT).await.context("asking the leader before the copy")?;
-    if from == leader {
-        return Ok(of_leader);
-    }
-    let member = &from.member;
-    let of_source = host.leader_server(from)?.look(LEADER_LIMIT).await.with_context(|| format!("asking `{member}` before the copy"))?;
-    upstream::may_be_copied(&of_source.lineage, &of_leader.lineage)
-        .map_err(|why| anyhow::anyhow!("`{member}` (tag clonefrom) is not copied: {why}"))?;
-    Ok(LeaderFacts { history_files: of_leader.history_files, ..of_source })
-}
-
-async fn plan(host: &Host, leader: &Upstream, history: &[HistoryEntry]) -> anyhow::Result<Rejoin> {
-    let local = control(host).await?;
-    let data_dir = host.layout.data_dir();
-    let wal = wal::end_of_wal(&host.settled()?.installation, data_dir, &local, wal::WAL_LIMIT).await;
-    let own_promotion = host.layout.promotion_file().read()?;
-    let led_before = rejoin::led_before(wal.timeline, history);
-    let promoted_under = rejoin::promoted_under(wal.timeline, history);
-    let leader = host.leader_server(leader)?.look(LEADER_LIMIT).await.context("asking the leader for its history")?;
-    let plan = rejoin::decide(Inputs {
-        local: &local,
-        wal: &wal,
-        own_promotion: own_promotion.as_ref(),
-        promoted_under,
-        led_before,
-        leader: &leader.lineage,
-    });
-    if plan == Rejoin::Follow {
-        history_files::bring(data_dir, &leader.history_files)?;
-    }
-    Ok(plan)
 }
 
 /// The guard's acknowledgement first; then what has to be on disk before PostgreSQL may choose its timeline; then promote.

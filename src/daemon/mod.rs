@@ -18,6 +18,7 @@ mod host;
 mod jobs;
 mod prober;
 mod records;
+mod rejoining;
 mod shell;
 mod snapshot;
 

@@ -17,6 +17,45 @@ pub enum DataDirectory {
     Full(ControlFacts),
     /// Something is in it that pgherd cannot call a data directory, or it must not be used: a sentence says what.
     Unusable(String),
+    /// A rewind was begun on it and is not known to have ended: it is neither what it was nor what it is to be, and is never started.
+    HalfRewound(Box<RewindAttempt>),
+}
+
+/// WAL that this member has and the leader does not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LostRange {
+    /// The timeline it is on.
+    pub timeline: TimelineId,
+    /// From where.
+    pub from: Lsn,
+    /// To where at least; None when it could not be read.
+    pub to: Option<Lsn>,
+}
+
+/// The marker of a rewind under way, written before pg_rewind touches anything and removed when all of it is done (Patroni #2302).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RewindAttempt {
+    /// Why it is rewound.
+    pub why: String,
+    /// What it has and the leader does not.
+    pub lost: LostRange,
+    /// Database system identifier.
+    pub system_id: SystemId,
+    /// How often pg_rewind was started on it.
+    pub attempts: u32,
+    /// The timeline of the leader that it is rewound to.
+    pub leader_timeline: TimelineId,
+    /// The leadership that promoted that timeline, if etcd's history said it.
+    pub promoted_under: Option<Epoch>,
+    /// The boot of this host: with the next one, what was written and not synced is gone.
+    pub boot_id: String,
+    /// The latest checkpoint as it was before: pg_rewind replaces the control file last.
+    pub checkpoint: Lsn,
+    /// Where the WAL that is lost is kept.
+    pub kept: String,
+    /// pg_rewind has ended well, and all that it wrote is on disk. What is left to do may be done again.
+    #[serde(default)]
+    pub finished: bool,
 }
 
 /// What pg_control says (server not running, or its last checkpoint).
@@ -138,6 +177,8 @@ pub struct SqlFacts {
     pub slots: Vec<SlotFacts>,
     /// Names of parameters that wait for a restart.
     pub pending_restart: Vec<String>,
+    /// Settings that are off and without which this data directory could not be rewound.
+    pub no_rewind: Vec<String>,
     /// `server_version_num`.
     pub server_version_num: u32,
     /// `pg_postmaster_start_time()` as text, for Patroni's status.

@@ -41,6 +41,7 @@ fn sql(in_recovery: bool) -> SqlFacts {
         walreceiver: None,
         replicas: Vec::new(),
         lowered: Vec::new(),
+        no_rewind: Vec::new(),
         slots: Vec::new(),
         pending_restart: Vec::new(),
         server_version_num: 170_010,

@@ -162,6 +162,19 @@ pub enum Operation {
         /// The directory was empty when this was decided: what is in it by now was put there since, and nothing takes its place (P5).
         found_empty: bool,
     },
+    /// Keep the WAL that the leader does not have, then rewind to the leader, behind a marker.
+    Rewind {
+        /// To whom.
+        from: Upstream,
+        /// Options come from here.
+        spec: Arc<ClusterSpec>,
+        /// Why.
+        why: String,
+        /// What is lost by it.
+        lost: LostRange,
+        /// Timelines with their leaderships, as etcd says.
+        history: Vec<HistoryEntry>,
+    },
     /// Judge how to get back behind the leader.
     PlanRejoin {
         /// Behind whom.
@@ -172,6 +185,8 @@ pub enum Operation {
         leader_timeline: TimelineId,
         /// Timelines with their leaderships, as etcd says.
         history: Vec<HistoryEntry>,
+        /// How often a rewind failed in a row.
+        rewinds_failed: u32,
     },
     /// Have the guard acknowledge "writable until E", lay reserved history files, note the promotion on disk, promote.
     Promote {
@@ -289,6 +304,7 @@ pub enum OperationKind {
     Configure,
     Initdb,
     Clone,
+    Rewind,
     PlanRejoin,
     Promote,
     SetNames,
@@ -321,6 +337,7 @@ impl Operation {
             Operation::Configure { .. } => OperationKind::Configure,
             Operation::Initdb { .. } => OperationKind::Initdb,
             Operation::Clone { .. } => OperationKind::Clone,
+            Operation::Rewind { .. } => OperationKind::Rewind,
             Operation::PlanRejoin { .. } => OperationKind::PlanRejoin,
             Operation::Promote { .. } => OperationKind::Promote,
             Operation::SetNames { .. } => OperationKind::SetNames,
@@ -350,9 +367,8 @@ impl OperationKind {
     pub fn is_job(self) -> bool {
         use OperationKind::*;
         match self {
-            Look | Start | Open | Configure | Initdb | Clone | PlanRejoin | Promote | SetNames | KeepSlots | EnsureRoles | Checkpoint => {
-                true
-            }
+            Look | Start | Open | Configure | Initdb | Clone | Rewind | PlanRejoin | Promote | SetNames | KeepSlots | EnsureRoles
+            | Checkpoint => true,
             PutMember | Acquire | Release | Reaffirm | WriteSync | WriteStatus | RecordPromotion | WriteFailsafe | ClaimInitialize
             | GiveUpInitialize | AnswerRequest | AskPeers | ReachLeader | FenceByScan => false,
         }

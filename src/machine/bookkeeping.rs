@@ -12,6 +12,7 @@ use crate::policy::rejoin;
 use crate::types::Epoch;
 
 use super::action::{Operation, OperationKind, StopMode};
+use super::event::Kept;
 use super::finished::ANSWERED_PAUSE_MS;
 use super::world::{Backoff, World, knows_of};
 
@@ -170,7 +171,7 @@ impl World {
                     Some(by_hand.or(control.promoted))
                 }
                 DataDirectory::Empty => Some(None),
-                DataDirectory::Unknown | DataDirectory::Unusable(_) => None,
+                DataDirectory::Unknown | DataDirectory::Unusable(_) | DataDirectory::HalfRewound(_) => None,
             };
             // Other files than those that were judged.
             self.judged = self.judged.filter(|_| self.promoted == before);
@@ -192,8 +193,39 @@ impl World {
                 self.fail("running_unread", format!("{why}; the server that runs there is left as it is and not configured"));
                 self.pause(now, OperationKind::Look, UNUSABLE_PAUSE_MS);
             }
+            // A server that runs was started before, and by somebody else.
+            DataDirectory::HalfRewound(_) => {
+                let why = "a rewind of it was begun and has not ended, and a server runs there: stop it, it is not what the leader has";
+                self.fail("running_unread", why.to_owned());
+                self.pause(now, OperationKind::Look, UNUSABLE_PAUSE_MS);
+            }
             DataDirectory::Empty | DataDirectory::Unknown => {}
         }
+    }
+
+    /// What lies beside the data directory.
+    pub(super) fn kept_was_seen(&mut self, kept: Kept) {
+        match &kept.directory {
+            Some(path) => self.set_info(
+                "diverged_kept",
+                format!(
+                    "a data directory that had diverged is kept at {path}: look at its why.json, save what is wanted, then remove it by name"
+                ),
+            ),
+            None => self.clear("diverged_kept"),
+        }
+        match kept.lost.last() {
+            Some(last) => self.set_info(
+                "lost_writes",
+                format!(
+                    "WAL that only this member had is kept ({} times, the last at {}): see `pgherd get lost-writes`, save what is wanted, then remove it by name",
+                    kept.lost.len(),
+                    last.kept
+                ),
+            ),
+            None => self.clear("lost_writes"),
+        }
+        self.kept = Kept { untold: std::mem::take(&mut self.kept.untold), ..kept };
     }
 
     /// A new attempt at something begins: what failed before does not count against it.

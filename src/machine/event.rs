@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::ClusterView;
+use crate::facts::cluster::{ClusterView, LostWrites};
 use crate::facts::failsafe::PromiseAsk;
 use crate::facts::guard::{GuardFacts, StartId};
 use crate::facts::lease::LeaseEvent;
@@ -147,8 +147,10 @@ pub type Failure = String;
 pub enum Finished {
     /// The data directory was looked at.
     Looked(DataDirectory),
-    /// Whether a diverged data directory is kept beside ours, and where.
-    KeptSeen(Option<String>),
+    /// What is kept beside the data directory, and what this host lacks for a rewind.
+    KeptSeen(Box<Kept>),
+    /// What only this member had was kept before it was taken away: told once.
+    WritesLost(Box<LostWrites>),
     /// The guard was asked to start a postmaster.
     Started(Result<StartId, Failure>),
     /// A postmaster was started, with the files that served before: those of this generation are not wanted by PostgreSQL.
@@ -173,6 +175,8 @@ pub enum Finished {
     Initialized(Result<(), Failure>),
     /// A copy of the leader was made and swapped in.
     Cloned(Result<(), Failure>),
+    /// The data directory was rewound to the leader.
+    Rewound(Result<(), Failure>),
     /// How to get back behind the leader was judged.
     RejoinPlanned(Result<Rejoin, Failure>),
     /// Promotion was asked for; whether it happened is seen by the probe.
@@ -222,12 +226,13 @@ impl Finished {
     pub fn kind(&self) -> Option<OperationKind> {
         use OperationKind as Kind;
         Some(match self {
-            Finished::KeptSeen(_) => return None,
+            Finished::KeptSeen(_) | Finished::WritesLost(_) => return None,
             Finished::Looked(_) => Kind::Look,
             Finished::Started(_) | Finished::StartedOnOldFiles { .. } => Kind::Start,
             Finished::Configured { .. } => Kind::Configure,
             Finished::Initialized(_) => Kind::Initdb,
             Finished::Cloned(_) => Kind::Clone,
+            Finished::Rewound(_) => Kind::Rewind,
             Finished::RejoinPlanned(_) => Kind::PlanRejoin,
             Finished::PromotionAsked(_) => Kind::Promote,
             Finished::NamesSet(_) => Kind::SetNames,
@@ -259,6 +264,7 @@ impl Finished {
             OperationKind::Configure => Finished::Configured { generation: 0, upstream: None, result: Err(why) },
             OperationKind::Initdb => Finished::Initialized(Err(why)),
             OperationKind::Clone => Finished::Cloned(Err(why)),
+            OperationKind::Rewind => Finished::Rewound(Err(why)),
             OperationKind::PlanRejoin => Finished::RejoinPlanned(Err(why)),
             OperationKind::Promote => Finished::PromotionAsked(Err(why)),
             OperationKind::Open => Finished::Opened(Err(why)),
@@ -269,6 +275,19 @@ impl Finished {
             _ => Finished::Looked(DataDirectory::Unknown),
         }
     }
+}
+
+/// What lies beside the data directory.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Kept {
+    /// A diverged data directory that was swapped out.
+    pub directory: Option<String>,
+    /// WAL that rewinds took away, oldest first.
+    pub lost: Vec<LostWrites>,
+    /// Of that, what this daemon has seen taken away and has not told.
+    pub untold: Vec<LostWrites>,
+    /// What this host lacks for a rewind.
+    pub no_rewind: Option<String>,
 }
 
 /// A member key of another run.

@@ -24,13 +24,8 @@ impl World {
         use OperationKind as Kind;
         match finished {
             Finished::Looked(data) => self.looked(now, data),
-            Finished::KeptSeen(Some(path)) => {
-                let message = format!(
-                    "a data directory that had diverged is kept at {path}: look at its why.json, save what is wanted, then remove it by name"
-                );
-                self.set_info("diverged_kept", message);
-            }
-            Finished::KeptSeen(None) => self.clear("diverged_kept"),
+            Finished::KeptSeen(kept) => self.kept_was_seen(*kept),
+            Finished::WritesLost(lost) => self.kept.untold.push(*lost),
             Finished::Started(result) => {
                 if result.is_err() {
                     self.in_force = None;
@@ -53,6 +48,11 @@ impl World {
                 self.rejoin = None;
                 self.data = DataDirectory::Unknown;
                 self.judge(now, Kind::Clone, result, "clone_failed");
+            }
+            Finished::Rewound(result) => {
+                self.rejoin = None;
+                self.data = DataDirectory::Unknown;
+                self.judge(now, Kind::Rewind, result, "rewind_failed");
             }
             Finished::RejoinPlanned(result) => {
                 // Judged against one leader it says nothing about another.

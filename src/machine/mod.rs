@@ -36,7 +36,7 @@ use crate::mutants::{Mutant, mutant};
 use self::action::{Action, LeaseOrder, Operation, OperationKind};
 use self::event::Event;
 use self::node::{Context, Input, Node};
-use self::rules::{failsafe as without_etcd, publish, requests};
+use self::rules::{failsafe as without_etcd, publish, rejoining, requests};
 use self::state::State;
 use self::world::{Etcd, Lock, Me, World};
 
@@ -154,6 +154,7 @@ impl Machine {
         reaffirm(&mut context, &state);
         without_etcd::keep(&mut context, &state);
         requests::settle(&mut context, &state);
+        rejoining::tell_what_was_lost(&mut context);
         publish::publish(&mut context, &state);
         leave_if_name_is_taken(&mut context);
     }

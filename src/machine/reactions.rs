@@ -50,8 +50,10 @@ pub fn reaction(state: StateKind, event: EventKind) -> Reaction {
         E::SpecUnreadable | E::Routed => Noted,
         E::SpecRead => match state {
             Starting | Undeclared | AwaitingLeader | Initializing | Following | Candidate | Promoting | Primary | HandingOver => TakenIn,
+            // A member that waits for a leader to go on with a rewind may not be declared any more.
+            Rejoining => TakenIn,
             // What is being done was begun under the spec before, and is gone through with.
-            Cloning | Rejoining | Demoting | Stopping => Noted,
+            Cloning | Demoting | Stopping => Noted,
         },
         E::View => match state {
             Starting | Undeclared | Promoting | Primary | HandingOver => Wins,

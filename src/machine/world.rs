@@ -18,7 +18,7 @@ use crate::types::{Epoch, Incarnation, LeaseIdentity, LockIdentity, MemberName, 
 
 use super::action::{OperationKind, StopMode, Upstream};
 use super::bookkeeping::Asked;
-use super::event::{ForeignKey, PeersAnswer};
+use super::event::{ForeignKey, Kept, PeersAnswer};
 use super::failsafe::Failsafe;
 use super::hold::LadderDue;
 use super::receiving::Receiving;
@@ -188,6 +188,8 @@ pub struct World {
     pub promoted: Option<Option<(TimelineId, Epoch)>>,
     /// The last judgement on how to get back behind the leader.
     pub rejoin: Option<Rejoin>,
+    /// What lies beside the data directory, as last looked at.
+    pub kept: Kept,
     /// The checkpoint before a planned stop was made.
     pub checkpointed: bool,
     /// What etcd was asked for.
@@ -298,6 +300,7 @@ impl World {
             judged: None,
             promoted: None,
             rejoin: None,
+            kept: Kept::default(),
             checkpointed: false,
             asked: Asked::default(),
             released: None,
@@ -449,10 +452,7 @@ impl World {
 
     /// The control file of a stopped server.
     pub fn control(&self) -> Option<&ControlFacts> {
-        match &self.data {
-            DataDirectory::Full(control) => Some(control),
-            DataDirectory::Unknown | DataDirectory::Empty | DataDirectory::Unusable(_) => None,
-        }
+        if let DataDirectory::Full(control) = &self.data { Some(control) } else { None }
     }
 
     /// The view, if etcd can be asked.

@@ -1,4 +1,4 @@
-//! Decides how a stopped member comes back under the present leader: follow, clone anew, wait, or not at all. Never looks at a disk.
+//! Decides how a stopped member comes back under the present leader: follow, rewind, clone anew, wait, or not at all. Never looks at a disk.
 //!
 //! A position past the switch point is divergence; so is a timeline that the leader's history does not know, and so is a timeline of the
 //! leader's number that somebody else's promotion made (SAFETY row 53: two promotions from one point write identical history files, only
@@ -7,8 +7,10 @@
 use serde::{Deserialize, Serialize};
 
 use crate::facts::cluster::HistoryEntry;
+pub use crate::facts::postgres::LostRange;
 use crate::facts::postgres::{ControlFacts, DatabaseState};
 use crate::mutants::{Mutant, mutant};
+use crate::policy::rejoin::rewind::{Divergence, Rewinding};
 pub use crate::policy::timelines::{Switch, TimelineHistory};
 use crate::types::{Epoch, Lsn, SystemId, TimelineId};
 
@@ -63,6 +65,10 @@ pub struct LeaderLineage {
     pub history: TimelineHistory,
     /// How far its WAL reached when asked.
     pub lsn: Lsn,
+    /// The timeline in its control file: it is the one it was promoted to only after its first checkpoint there.
+    pub control_timeline: TimelineId,
+    /// full_page_writes.
+    pub full_page_writes: bool,
 }
 
 impl OwnPromotion {
@@ -87,17 +93,8 @@ pub struct Inputs<'a> {
     pub led_before: bool,
     /// The leader.
     pub leader: &'a LeaderLineage,
-}
-
-/// WAL that this member has and the leader does not.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LostRange {
-    /// The timeline it is on.
-    pub timeline: TimelineId,
-    /// From where.
-    pub from: Lsn,
-    /// To where at least; None when it could not be read.
-    pub to: Option<Lsn>,
+    /// Whether a rewind is wanted, and what is in its way on this host.
+    pub rewinding: &'a Rewinding,
 }
 
 /// The decision.
@@ -105,6 +102,13 @@ pub struct LostRange {
 pub enum Rejoin {
     /// Start as a standby: its WAL is all in the leader's past.
     Follow,
+    /// Keep the WAL that is nowhere else, then rewind to the leader.
+    Rewind {
+        /// A sentence.
+        why: String,
+        /// What the leader lacks.
+        lost: LostRange,
+    },
     /// Clone from the leader. The old directory is kept if `lost` names WAL that is nowhere else.
     Clone {
         /// A sentence.
@@ -151,32 +155,30 @@ pub fn decide(inputs: Inputs<'_>) -> Rejoin {
     match divergence(inputs) {
         _ if mutant(Mutant::DivergenceIgnored) => Rejoin::Follow,
         None => Rejoin::Follow,
-        Some(Divergence { why, timeline, from }) => {
-            Rejoin::Clone { why, lost: Some(LostRange { timeline, from, to: known_end(local, wal) }) }
+        Some(Divergence { why, timeline, from, blind }) => {
+            let lost = LostRange { timeline, from, to: known_end(local, wal) };
+            rewind::or_clone(local, leader, inputs.rewinding, Divergence { why, timeline, from, blind }, lost)
         }
     }
-}
-
-/// WAL that is not in the leader's past.
-struct Divergence {
-    why: String,
-    timeline: TimelineId,
-    from: Lsn,
 }
 
 /// Why this member's WAL is not all in the leader's past, and from where on; None when it is.
 fn divergence(inputs: Inputs<'_>) -> Option<Divergence> {
     let Inputs { local, wal, leader, .. } = inputs;
     let own = wal.timeline;
-    let on_own = |why: String, from| Some(Divergence { why, timeline: own, from });
+    let on_own = |why: String, from| Some(Divergence { why, timeline: own, from, blind: Some(rewind::SAME_NUMBER) });
     let Some(history) = ancestors(wal) else {
-        return on_own(format!("the history of timeline {own}, on which this member's WAL ends, cannot be read"), Lsn(0));
+        let why = format!("the history of timeline {own}, on which this member's WAL ends, cannot be read");
+        return Some(Divergence { why, timeline: own, from: Lsn(0), blind: Some(rewind::NO_HISTORY) });
     };
     let from = fork(own, history, leader);
     let switch = if own == leader.timeline { None } else { leader.history.left_at(own) };
     if own != leader.timeline && switch.is_none() {
         let theirs = leader.timeline;
-        return on_own(format!("this member's WAL ends on timeline {own}, which is no ancestor of the leader's timeline {theirs}"), from);
+        let why = format!("this member's WAL ends on timeline {own}, which is no ancestor of the leader's timeline {theirs}");
+        // The timeline that both were on last is the one that the WAL which is lost begins on.
+        let timeline = history.0.iter().find(|switch| switch.at > from).map_or(own, |switch| switch.parent);
+        return Some(Divergence { why, timeline, from, blind: None });
     }
     if history.0.iter().map(at).ne(leader.history.before(own).iter().map(at)) {
         let why =
@@ -194,7 +196,10 @@ fn divergence(inputs: Inputs<'_>) -> Option<Divergence> {
         }
         None => leader.lsn,
     };
-    control_file_is_past(local, wal, leader, limit).or_else(|| last_record_is_past(wal, leader, limit))
+    let mut past = control_file_is_past(local, wal, leader, limit).or_else(|| last_record_is_past(wal, leader, limit))?;
+    past.blind = past.blind.or((own == leader.timeline).then_some(rewind::SAME_NUMBER));
+    past.blind = past.blind.or((past.from != from).then_some(rewind::ANOTHER_FORK));
+    Some(past)
 }
 
 /// Whether the control file is past `limit`, the first position on the member's timeline that is not in the leader's past.
@@ -213,12 +218,14 @@ fn control_file_is_past(local: &ControlFacts, wal: &LocalWal, leader: &LeaderLin
         why: format!("the control file is past {from}, where the leader's history leaves timeline {timeline}"),
         timeline,
         from,
+        blind: None,
     })
 }
 
 /// Whether the last record starts at or after `limit`.
 fn last_record_is_past(wal: &LocalWal, leader: &LeaderLineage, limit: Lsn) -> Option<Divergence> {
     let own = wal.timeline;
+    let blind = matches!(wal.last_record, LastRecord::Unknown(_)).then_some(rewind::UNKNOWN_END);
     let why = match &wal.last_record {
         LastRecord::Known(start) if *start >= limit => {
             format!("a WAL record at {start} is past {limit}, where the leader's history leaves timeline {own}")
@@ -228,7 +235,7 @@ fn last_record_is_past(wal: &LocalWal, leader: &LeaderLineage, limit: Lsn) -> Op
         LastRecord::Unknown(_) if own == leader.timeline => return None,
         LastRecord::Unknown(why) => format!("the end of this member's WAL is not known, which counts as past {limit}: {why}"),
     };
-    Some(Divergence { why, timeline: own, from: limit })
+    Some(Divergence { why, timeline: own, from: limit, blind })
 }
 
 /// Row 53: the number and the history agree, and yet somebody else made this timeline.
@@ -333,6 +340,8 @@ fn known_end(local: &ControlFacts, wal: &LocalWal) -> Option<Lsn> {
         LastRecord::Unknown(_) => None,
     }
 }
+
+pub mod rewind;
 
 #[cfg(test)]
 mod tests;

@@ -30,6 +30,9 @@ const NO_ALTER_SYSTEM: &str = "# Written by pgherd: ALTER SYSTEM is undone, sett
 /// Beside the data directory: pg_hba.conf as it is to be when clients are let in.
 const WHEN_OPEN: &str = "pg_hba.when_open.conf";
 const AUTO_CONF: &str = "postgresql.auto.conf";
+/// Every file of a data directory that is pgherd's own.
+pub const FILES: [&str; 6] =
+    ["postgresql.conf", "pg_hba.conf", "pg_ident.conf", AUTO_CONF, parameters::live::UPSTREAM_CONF, parameters::live::NAMES_CONF];
 
 /// The files as they should be.
 #[derive(Debug, Clone, PartialEq, Eq)]

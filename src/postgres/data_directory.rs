@@ -46,6 +46,9 @@ async fn look_closer(installation: &Installation, layout: &Layout) -> Result<Dat
     if names.is_empty() {
         return Ok(DataDirectory::Empty);
     }
+    if let Some(attempt) = super::rewind::marker(layout)? {
+        return Ok(DataDirectory::HalfRewound(Box::new(attempt)));
+    }
     let here = |name: &str| super::files::is_there(&data_dir.join(name));
     if !here("global/pg_control")? || !here("PG_VERSION")? {
         return Ok(DataDirectory::Unusable(format!(
@@ -72,15 +75,30 @@ async fn look_closer(installation: &Installation, layout: &Layout) -> Result<Dat
             version.trim()
         )));
     }
+    match read_control(installation, layout).await? {
+        Ok(control) => Ok(DataDirectory::Full(control)),
+        Err(error) => Ok(DataDirectory::Unusable(format!("the control file of {} is not right: {error:#}", data_dir.display()))),
+    }
+}
+
+/// The control file and what lies around it, whatever else is to be thought of the data directory.
+pub async fn control_file(installation: &Installation, layout: &Layout) -> Result<ControlFacts> {
+    read_control(installation, layout).await?
+}
+
+/// The inner error: it was read, and is not right.
+async fn read_control(installation: &Installation, layout: &Layout) -> Result<Result<ControlFacts>> {
+    let data_dir = layout.data_dir();
+    let here = |name: &str| super::files::is_there(&data_dir.join(name));
     let output = Program::new(installation.program("pg_controldata")).arg("-D").arg(data_dir).run_ok(CONTROLDATA_LIMIT).await?;
     let mut control = match parse(&output.stdout, &output.stderr, installation.major) {
         Ok(control) => control,
-        Err(error) => return Ok(DataDirectory::Unusable(format!("the control file of {} is not right: {error:#}", data_dir.display()))),
+        Err(error) => return Ok(Err(error)),
     };
     control.standby_signal = here("standby.signal")?;
     control.backup_label = here("backup_label")?;
     control.promoted = layout.promotion_file().read()?.map(|own| (own.timeline, own.epoch));
-    Ok(DataDirectory::Full(control))
+    Ok(Ok(control))
 }
 
 /// Names of the entries, without pgherd's own; None when the directory is not there.

@@ -9,6 +9,8 @@
 //!                      kept/           the one diverged directory that was swapped out, with why.json
 //!                      discard/        a directory swapped out whose content is elsewhere, while it is being removed
 //!                      swap.json       a swap under way: it is finished at the next start
+//!                      rewind/         a rewind under way: marker.json, and the configuration files as they were before
+//!                      lost/1/ …       WAL that a rewind took away, with report.json
 //! ```
 //!
 //! When the data directory is a mount point, what must be on its file system (initdb, clone, kept, discard) is in `.pgherd` inside it,
@@ -100,6 +102,21 @@ impl Layout {
     /// The journal of a swap under way.
     pub fn swap_journal(&self) -> PathBuf {
         self.beside.join("swap.json")
+    }
+
+    /// What is known of a rewind under way.
+    pub fn rewind_dir(&self) -> PathBuf {
+        self.beside.join("rewind")
+    }
+
+    /// The marker of a rewind under way.
+    pub fn rewind_marker(&self) -> PathBuf {
+        self.rewind_dir().join("marker.json")
+    }
+
+    /// The WAL that rewinds took away, each in a directory of its own.
+    pub fn lost_dir(&self) -> PathBuf {
+        self.beside.join("lost")
     }
 
     /// The configuration files that served last.

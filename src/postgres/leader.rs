@@ -38,6 +38,7 @@ pub struct LeaderFacts {
 
 const IDENTITY: &str = "
 select (select system_identifier::text from pg_control_system()) as system_id, current_setting('server_version_num') as version_num,
+  (select timeline_id::text from pg_control_checkpoint()) as control_timeline, current_setting('full_page_writes') as full_page_writes,
   pg_is_in_recovery()::text as in_recovery,
   case when pg_is_in_recovery() then (select timeline_id::text from pg_control_checkpoint())
     else ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int::text end as timeline,
@@ -52,6 +53,11 @@ impl LeaderServer {
     pub async fn answers(&self, limit: Duration) -> Result<(), SqlError> {
         let sql = Sql::remote(&self.host, self.port, &self.user, &self.password);
         sql.with(limit, async |connection| connection.execute("select").await).await
+    }
+
+    /// Has it make a checkpoint at once: after a promotion its own first one may be minutes away.
+    pub async fn checkpoint(&self, limit: Duration) -> Result<(), SqlError> {
+        Sql::remote(&self.host, self.port, &self.user, &self.password).checkpoint(limit).await
     }
 
     /// Asks it, all within `limit`.
@@ -98,5 +104,7 @@ fn lineage(row: &tokio_postgres::SimpleQueryRow, history_files: &BTreeMap<Timeli
         timeline,
         history,
         lsn: text(row, "lsn")?.parse().map_err(|_| nonsense("position"))?,
+        control_timeline: TimelineId(text(row, "control_timeline")?.parse().map_err(|_| nonsense("control file"))?),
+        full_page_writes: text(row, "full_page_writes")? == "on",
     })
 }

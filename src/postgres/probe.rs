@@ -56,6 +56,9 @@ select r.rec::text as in_recovery,
      where exists (select from unnest(s.setconfig) c where c ~* '^synchronous_commit=' and c !~* '=(on|true|yes|1|remote_apply)$')) as lowered,
   (select coalesce(json_agg(to_json(s)), '[]')::text from pg_replication_slots s where not temporary) as slots,
   (select coalesce(json_agg(name order by name), '[]')::text from pg_settings where pending_restart) as pending_restart,
+  (select coalesce(json_agg(name order by name), '[]')::text from pg_settings where setting = 'off' and (name = 'full_page_writes'
+     or name in ('data_checksums', 'wal_log_hints') and 'on' not in (current_setting('data_checksums'), current_setting('wal_log_hints'))))
+     as no_rewind,
   current_setting('server_version_num') as version_num, pg_postmaster_start_time()::text as started,
   (select (system_identifier)::text from pg_control_system()) as system_id
 from r, c, m";
@@ -149,6 +152,7 @@ fn read(row: &SimpleQueryRow) -> Result<SqlFacts, SqlError> {
         lowered: from_json(json("lowered")?)?,
         slots: from_json::<Vec<SlotRow>>(json("slots")?)?.into_iter().map(SlotFacts::from).collect(),
         pending_restart: from_json(json("pending_restart")?)?,
+        no_rewind: from_json(json("no_rewind")?)?,
         server_version_num: required(row, "version_num")?,
         postmaster_start_time: text(row, "started")?.to_owned(),
         // int8 in the view, unsigned in the control file.

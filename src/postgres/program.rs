@@ -4,8 +4,10 @@
 //! initdb forks backends, which must not outlive the job that was cancelled.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -27,6 +29,7 @@ pub struct Program {
     path: PathBuf,
     args: Vec<OsString>,
     env: Vec<(&'static str, OsString)>,
+    stdin: Option<Arc<File>>,
 }
 
 /// What a program said.
@@ -43,7 +46,7 @@ pub struct Output {
 impl Program {
     /// A program by its path.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), args: Vec::new(), env: Vec::new() }
+        Self { path: path.into(), args: Vec::new(), env: Vec::new(), stdin: None }
     }
 
     /// One more argument.
@@ -68,6 +71,13 @@ impl Program {
         self
     }
 
+    /// Its standard input, and that of whatever it starts; without one it is empty.
+    #[must_use]
+    pub fn stdin(mut self, file: Arc<File>) -> Self {
+        self.stdin = Some(file);
+        self
+    }
+
     /// The program's file name, for messages.
     pub fn name(&self) -> String {
         self.path.file_name().map_or_else(|| self.path.display().to_string(), |name| name.to_string_lossy().into_owned())
@@ -83,7 +93,11 @@ impl Program {
             }
         }
         command.env("LC_ALL", "C").envs(self.env.iter().map(|(name, value)| (name, value)));
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true).process_group(0);
+        let stdin = match &self.stdin {
+            Some(file) => Stdio::from(file.try_clone().with_context(|| format!("the standard input of {}", self.name()))?),
+            None => Stdio::null(),
+        };
+        command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true).process_group(0);
         command.current_dir("/");
         let child = command.spawn().with_context(|| format!("cannot start {}", self.path.display()))?;
         let group = child.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw);

@@ -44,6 +44,8 @@ const REWIND_FUNCTIONS: [&str; 5] = [
     "pg_catalog.pg_read_binary_file(text)",
     "pg_catalog.pg_read_binary_file(text, bigint, bigint, boolean)",
 ];
+/// By it a role may have a checkpoint made, since PostgreSQL 15: a rewind waits for the leader's first one.
+const CHECKPOINT_ROLE: &str = "pg_checkpoint";
 /// Set before anything that could end in a log: by a superuser, for this session alone.
 const LOG_NOTHING: &str = "set log_statement = none; set log_min_duration_statement = -1; set log_min_duration_sample = -1; set log_duration = off; \
     set log_min_error_statement = panic; set log_min_messages = fatal; set password_encryption = 'scram-sha-256'";
@@ -101,6 +103,12 @@ async fn ensure_grants(connection: &Connection, username: &str) -> Result<bool, 
             connection.execute(&format!("grant execute on function {function} to {name}")).await?;
             changed = true;
         }
+    }
+    let question = "select pg_has_role($1::text, oid, 'member')::text from pg_roles where rolname = $2::text";
+    let member = connection.query(question, &[username, CHECKPOINT_ROLE]).await?;
+    if member.first().and_then(|row| row.first()).and_then(Option::as_deref) == Some("false") {
+        connection.execute(&format!("grant {CHECKPOINT_ROLE} to {name}")).await?;
+        changed = true;
     }
     Ok(changed)
 }

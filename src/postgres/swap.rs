@@ -132,8 +132,10 @@ fn finish(layout: &Layout, mut journal: Journal) -> Result<()> {
     crash_point()?;
     move_directory(&journal.from, layout.data_dir(), Stage::In)?;
     crash_point()?;
-    // The promotion on record was that of the directory that went out.
+    // The promotion on record was that of the directory that went out, and so was a rewind that was begun.
     layout.promotion_file().remove()?;
+    crash_point()?;
+    super::rewind::remove_marker(layout)?;
     crash_point()?;
     files::remove_file_if_there(&layout.swap_journal()).context("removing the swap's journal")?;
     files::sync_directory(layout.beside())

@@ -12,6 +12,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 
 use super::history_files;
 use super::installation::Installation;
+use super::lost::Piece;
 use super::program::{Program, is_executable};
 use crate::facts::postgres::ControlFacts;
 use crate::policy::rejoin::{LastRecord, LocalWal};
@@ -46,8 +47,8 @@ fn newest_segment_timeline(data_dir: &Path) -> Result<TimelineId> {
     for entry in std::fs::read_dir(&pg_wal).with_context(|| format!("reading {}", pg_wal.display()))? {
         let name = entry?.file_name();
         let name = name.to_string_lossy();
-        if name.len() == 24 && name.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-            newest = newest.max(TimelineId(u32::from_str_radix(&name[..8], 16)?));
+        if let Some(segment) = segment_of(&name).filter(|_| !name.ends_with(".partial")) {
+            newest = newest.max(segment.timeline);
         }
     }
     Ok(newest)
@@ -87,39 +88,116 @@ async fn last_record(
 
 /// Start of the last record that pg_waldump prints from `start` on; None when it prints none.
 async fn read_on(installation: &Installation, data_dir: &Path, timeline: TimelineId, start: Lsn, limit: Duration) -> Result<Option<Lsn>> {
+    let piece = Piece { timeline, from: start, to: None };
+    tokio::time::timeout(limit, dump(installation, &data_dir.join("pg_wal"), piece, |_| {}))
+        .await
+        .with_context(|| format!("pg_waldump did not end within {} s", limit.as_secs()))?
+}
+
+/// Hands every record that pg_waldump prints to `each`. Gives the start of the last one; None when there was none.
+async fn dump(installation: &Installation, pg_wal: &Path, piece: Piece, mut each: impl FnMut(&str)) -> Result<Option<Lsn>> {
     let pg_waldump = installation.program("pg_waldump");
     ensure!(is_executable(&pg_waldump), "there is no {}", pg_waldump.display());
-    let program = Program::new(pg_waldump)
+    let mut program = Program::new(pg_waldump)
         .arg("-p")
-        .arg(data_dir.join("pg_wal"))
+        .arg(pg_wal)
         .arg("-t")
-        .arg(timeline.to_string())
+        .arg(piece.timeline.to_string())
         .arg("-s")
-        .arg(start.to_string());
+        .arg(piece.from.to_string())
+        .env("TZ", "UTC");
+    if let Some(to) = piece.to {
+        program = program.arg("-e").arg(to.to_string());
+    }
     let mut running = program.spawn()?;
     let stdout = running.child.stdout.take().context("standard output was not piped")?;
     // It says one line at the end; closing the pipe instead of reading it would end it early.
     let stderr = running.child.stderr.take().context("standard error was not piped")?;
-    let reading = async {
-        let mut lines = BufReader::new(stdout).split(b'\n');
-        let mut last = None;
-        while let Some(line) = lines.next_segment().await? {
-            let line = String::from_utf8_lossy(&line);
-            // Other lines: "first record is after …", and texts of users that hold a line break.
-            if line.starts_with("rmgr: ") {
-                last = Some(record_start(&line).with_context(|| format!("pg_waldump printed `{line}`"))?);
-            }
+    let mut lines = BufReader::new(stdout).split(b'\n');
+    let mut last = None;
+    while let Some(line) = lines.next_segment().await? {
+        let line = String::from_utf8_lossy(&line);
+        // Other lines: "first record is after …", and texts of users that hold a line break.
+        if line.starts_with("rmgr: ") {
+            last = Some(record_start(&line).with_context(|| format!("pg_waldump printed `{line}`"))?);
+            each(&line);
         }
-        let status = running.wait().await?;
-        if status.code().is_none() {
-            bail!("pg_waldump was ended by a signal");
-        }
-        Ok(last)
-    };
-    let last =
-        tokio::time::timeout(limit, reading).await.with_context(|| format!("pg_waldump did not end within {} s", limit.as_secs()))?;
+    }
+    let status = running.wait().await?;
+    if status.code().is_none() {
+        bail!("pg_waldump was ended by a signal");
+    }
     drop(stderr);
-    last
+    Ok(last)
+}
+
+/// Committed transactions in a stretch of WAL.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Commits {
+    /// How many.
+    pub count: u64,
+    /// When the first one was, in UTC by that server's clock.
+    pub first: Option<String>,
+    /// When the last one was.
+    pub last: Option<String>,
+}
+
+/// Counts them, up to the record that starts at `last_record`.
+///
+/// # Errors
+/// When not all of it could be read: a part is not a number.
+pub async fn commits(installation: &Installation, pg_wal: &Path, pieces: &[Piece], last_record: Lsn) -> Result<Commits> {
+    let mut commits = Commits::default();
+    let mut reached = None;
+    for piece in pieces {
+        let last = dump(installation, pg_wal, *piece, |line| {
+            if let Some(at) = commit_time(line) {
+                commits.count += 1;
+                commits.first.get_or_insert_with(|| at.clone());
+                commits.last = Some(at);
+            }
+        })
+        .await?;
+        reached = last.or(reached);
+    }
+    ensure!(reached.is_some_and(|reached| reached >= last_record), "its WAL could be read to {reached:?} and not to {last_record}");
+    Ok(commits)
+}
+
+/// `… tx: 730, lsn: 0/1, prev 0/0, desc: COMMIT 2026-11-26 04:20:22.123456 UTC; …` -> `2026-11-26T04:20:22.123456Z`. None = no commit.
+fn commit_time(line: &str) -> Option<String> {
+    let (_, what) = line.strip_prefix("rmgr: Transaction ")?.split_once(" desc: ")?;
+    let mut words = what.strip_prefix("COMMIT_PREPARED ").or_else(|| what.strip_prefix("COMMIT "))?.split([' ', ';']);
+    // A prepared one is named first.
+    let date = words.next().filter(|word| !word.ends_with(':')).or_else(|| words.next())?;
+    Some(format!("{date}T{}Z", words.next()?))
+}
+
+/// A WAL segment by its file name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// Its timeline.
+    pub timeline: TimelineId,
+    high: u64,
+    low: u64,
+}
+
+impl Segment {
+    /// Where it begins, and where the next one does.
+    pub fn range(&self, segment_bytes: u64) -> (Lsn, Lsn) {
+        let begins = (self.high << 32) + self.low * segment_bytes;
+        (Lsn(begins), Lsn(begins + segment_bytes))
+    }
+}
+
+/// The segment that a file of pg_wal is, also as `.partial`.
+pub fn segment_of(name: &str) -> Option<Segment> {
+    let digits = name.strip_suffix(".partial").unwrap_or(name);
+    if digits.len() != 24 || !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return None;
+    }
+    let part = |range: std::ops::Range<usize>| u32::from_str_radix(digits.get(range)?, 16).ok();
+    Some(Segment { timeline: TimelineId(part(0..8)?), high: part(8..16)?.into(), low: part(16..24)?.into() })
 }
 
 /// `rmgr: XLOG len (rec/tot): 114/114, tx: 0, lsn: 0/01500718, prev 0/015006E0, desc: …` -> 0/1500718.
@@ -137,5 +215,28 @@ mod tests {
         let line = "rmgr: XLOG        len (rec/tot):    114/   114, tx:          0, lsn: 0/01500718, prev 0/015006E0, desc: CHECKPOINT_SHUTDOWN redo 0/1500718; lsn: 9/9, x";
         assert_eq!(record_start(line), Some(Lsn(0x150_0718)));
         assert_eq!(record_start("pg_waldump: first record is after 0/1"), None);
+    }
+
+    #[test]
+    fn a_commit_is_told_by_its_record_and_by_nothing_that_a_user_wrote() {
+        let line =
+            |rmgr: &str, desc: &str| format!("rmgr: {rmgr} len (rec/tot): 34/ 34, tx: 730, lsn: 0/01500718, prev 0/015006E0, desc: {desc}");
+        let time = "2026-11-26 04:20:22.123456 UTC";
+        let read = Some("2026-11-26T04:20:22.123456Z".to_owned());
+        assert_eq!(commit_time(&line("Transaction", &format!("COMMIT {time}"))), read);
+        assert_eq!(commit_time(&line("Transaction", &format!("COMMIT {time}; inval msgs: catcache 21"))), read);
+        assert_eq!(commit_time(&line("Transaction", &format!("COMMIT_PREPARED 731: {time}"))), read);
+        assert_eq!(commit_time(&line("Transaction", &format!("ABORT {time}"))), None);
+        assert_eq!(commit_time(&line("LogicalMessage", "COMMIT 1 2")), None);
+    }
+
+    #[test]
+    fn a_segments_name_is_its_place() {
+        let segment = segment_of("0000000200000001000000FF").unwrap();
+        assert_eq!((segment.timeline, segment.range(16 << 20)), (TimelineId(2), (Lsn(0x1_FF00_0000), Lsn(0x2_0000_0000))));
+        assert_eq!(segment_of("0000000200000001000000FF.partial"), Some(segment));
+        for other in ["00000002.history", "0000000200000001000000F", "archive_status", "0000000200000001000000FG"] {
+            assert_eq!(segment_of(other), None, "{other}");
+        }
     }
 }

@@ -4,7 +4,7 @@
 //! ignored. A default that is not built, and everything else that was typed, gives one condition each, which tells what is in force
 //! instead. The surprise: a document without `watchdog.mode` is taken and runs without one, one with `mode: required` is not taken.
 
-use super::cluster::typed::{self, OnRewindFailure, ReplicationMode, RestartPolicy, WatchdogMode};
+use super::cluster::typed::{self, ReplicationMode, RestartPolicy, WatchdogMode};
 use super::cluster::{ClusterSpec, DEFAULT_PRIORITY, Tags};
 use super::node::NodeSpec;
 use crate::facts::cluster::{Condition, Severity};
@@ -40,10 +40,6 @@ pub fn refusals(spec: &ClusterSpec) -> Vec<Refusal> {
         let reason = "this version does not drive a watchdog yet, and a host whose guard and daemon both hang would not be reset; \
                       type off to accept that";
         refuse("watchdog.mode", "required", reason);
-    }
-    if typed.postgres.unwrap_or_default().on_rewind_failure == Some(OnRewindFailure::Stop) {
-        let reason = "this version clones every diverged member anew; leave it out to accept that";
-        refuse("postgres.on_rewind_failure", "stop", reason);
     }
     if let Some(method) = typed.bootstrap.unwrap_or_default().method.filter(|method| method != "initdb") {
         refuse("bootstrap.method", &method, "this version initializes a cluster by initdb only, and would make an empty one");
@@ -88,7 +84,6 @@ pub fn node_conditions(node: &NodeSpec) -> Vec<Condition> {
     let mut idle = Idle(Vec::new());
     idle.say_if(node.api.auth.is_some(), "api.auth", "has no effect: no call of the HTTP API changes anything");
     idle.say_if(!node.postgres.tablespace_map.is_empty(), "postgres.tablespace_map", "has no effect: tablespaces keep their paths");
-    idle.say_if(node.postgres.rewind.is_some(), "postgres.rewind", "has no effect: a diverged member is cloned anew");
     idle.say_if(node.routing.interface.is_some(), "routing.interface", "has no effect: no virtual address is moved");
     idle.say_if(!node.routing.manage.is_empty(), "routing.manage", "has no effect: no service is kept current");
     idle.0
@@ -121,12 +116,6 @@ impl Idle {
     }
 
     fn postgres(&mut self, typed: &typed::Postgres) {
-        let clone = "and false is in force: a diverged member is cloned anew";
-        match typed.use_pg_rewind {
-            None => self.say("postgres.use_pg_rewind", &format!("is left out {clone}")),
-            Some(true) => self.say("postgres.use_pg_rewind", &format!("is true {clone}")),
-            Some(false) => {}
-        }
         let manual = "and manual is in force: members show what waits for a restart";
         match typed.restart_policy {
             None => self.say("postgres.restart_policy", &format!("is left out {manual}")),
@@ -205,7 +194,7 @@ mod tests {
     fn a_document_that_asks_only_for_what_is_built_has_no_condition() {
         let spec = spec(
             "  ha: { failsafe: true }\n  replication: { mode: async, use_slots: false }\n  \
-             postgres: { use_pg_rewind: false, restart_policy: manual }\n  watchdog: { mode: off }\n",
+             postgres: { restart_policy: manual }\n  watchdog: { mode: off }\n",
         );
         assert_eq!(conditions(&spec), []);
     }

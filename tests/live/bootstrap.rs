@@ -152,6 +152,11 @@ fn row_32_a_primary_whose_data_directory_was_removed_copies_the_next_leader_and_
 fn a_former_primary_that_diverged_rejoins_and_its_own_data_is_kept() {
     let world = World::up(&Setup { proxied: true, ..Setup::default() });
     let former = world.leader();
+    // Where no more WAL can be kept nothing is rewound.
+    for number in 1..=pgherd::postgres::lost::KEPT_MAX {
+        let kept = world.cluster.node_dir(former).join(format!("data.pgherd/lost/{number}"));
+        fs::create_dir_all(kept).unwrap();
+    }
     // Nothing of what it writes from now on reaches anybody.
     world.set_replication_network(former, Network::Cut);
     world.wait_writes(former);

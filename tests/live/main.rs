@@ -19,6 +19,7 @@ mod interrupted;
 mod network;
 mod operator;
 mod receiving;
+mod rewind;
 mod rig_works;
 mod routing;
 mod standbys;

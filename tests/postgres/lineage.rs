@@ -3,8 +3,10 @@
 use std::path::Path;
 
 use pgherd::facts::postgres::{DatabaseState, ProbeOutcome};
+use pgherd::policy::rejoin::rewind::Rewinding;
 use pgherd::policy::rejoin::{Inputs, LastRecord, OwnPromotion, Rejoin, decide, promoted_by_hand};
 use pgherd::postgres::{Installation, Keep, clone_from, history_files, set_standby, wal};
+use pgherd::spec::cluster::OnRewindFailure;
 use pgherd::types::{Epoch, Lsn, TimelineId};
 
 use super::harness::{LIMIT, Server, eventually_async, installations, place};
@@ -15,7 +17,9 @@ async fn judge(member: &Server, leader: &Server, promoted_under: Option<Epoch>) 
     let wal = wal::end_of_wal(&member.installation, member.data_dir(), &local, LIMIT).await;
     let own = member.layout.promotion_file().read().unwrap();
     let asked = leader.as_leader().look(LIMIT).await.unwrap();
+    let rewinding = Rewinding { wanted: false, on_failure: OnRewindFailure::Reclone, obstacle: None, failures: 0 };
     decide(Inputs {
+        rewinding: &rewinding,
         local: &local,
         wal: &wal,
         own_promotion: own.as_ref(),

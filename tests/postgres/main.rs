@@ -14,5 +14,6 @@ mod configuration;
 mod directories;
 mod harness;
 mod lineage;
+mod rewinding;
 mod sessions;
 mod synchronous;

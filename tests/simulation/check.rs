@@ -170,8 +170,8 @@ impl Checks {
             Operation::Start { role: StartAs::Primary, .. } if !proved(None) => {
                 self.fail("I2", "a start as a primary is ordered without a proof of the lock".to_owned());
             }
-            Operation::Clone { .. } if world.lock != Lock::None => {
-                self.fail("I10", "a copy is ordered over the data directory of the lock's holder".to_owned());
+            Operation::Clone { .. } | Operation::Rewind { .. } if world.lock != Lock::None => {
+                self.fail("I10", "a copy or a rewind is ordered over the data directory of the lock's holder".to_owned());
             }
             Operation::Initdb { .. } => {
                 let Some(view) = &world.view else { return self.fail("I11", "initdb without a view of etcd".to_owned()) };
@@ -342,10 +342,15 @@ impl Checks {
         }
     }
 
+    /// What was promoted by hand is not in it any more.
+    pub fn is_another_directory(&mut self, host: usize) {
+        self.by_hand.values_mut().filter(|promoted| **promoted == Some(host)).for_each(|promoted| *promoted = None);
+    }
+
     /// A data directory is replaced by a copy: P5 and I10.
     pub fn swapped(&mut self, host: usize, hosts: &[Host], kept: bool, holder: Option<&str>) {
         let this = &hosts[host];
-        self.by_hand.values_mut().filter(|promoted| **promoted == Some(host)).for_each(|promoted| *promoted = None);
+        self.is_another_directory(host);
         if !this.server.is_empty() {
             self.fail("I10", format!("{}'s data directory is replaced under a live server", this.name));
         }

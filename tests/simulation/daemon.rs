@@ -417,6 +417,7 @@ impl Sim {
                     receives: server.streaming(),
                     replayed_all: postmaster.recovering && self.now >= postmaster.replays_until,
                     lowered: Vec::new(),
+                    no_rewind: Vec::new(),
                     slots: data.slots.iter().map(|(name, at)| slot(name, *at, self.is_active(host, name))).collect(),
                     pending_restart: Vec::new(),
                     server_version_num: 150_018,

@@ -93,6 +93,9 @@ impl Sim {
         let local = self.hosts[host].local(now);
         self.guard_looks(host);
         let this = &mut self.hosts[host];
+        if matches!(ask, GuardAsk::Start { .. }) {
+            self.checks.starts(this);
+        }
         let Some(guard) = &mut this.guard else { return Err(AskError::Gone) };
         let done = match ask {
             GuardAsk::Facts => Ok(()),

@@ -7,6 +7,7 @@ use std::time::Duration;
 use pgherd::clock::BootTime;
 use pgherd::facts::cluster::ClusterView;
 use pgherd::facts::guard::GuardFacts;
+use pgherd::facts::postgres::RewindAttempt;
 use pgherd::guard::state::GuardState;
 use pgherd::machine::Machine;
 use pgherd::machine::action::{Action, Operation, OperationKind};
@@ -19,7 +20,7 @@ use super::guard::Waiting;
 use super::lease::LeaseThread;
 use super::postgres::Server;
 use super::records::Record;
-use super::wal::Data;
+use super::wal::{Data, Wal};
 use super::world::DaemonDue;
 
 /// What a crash leaves.
@@ -31,6 +32,10 @@ pub struct Disk {
     pub lease: Option<(u64, LeaseIdentity)>,
     /// Diverged data directories that were kept.
     pub kept: Vec<Data>,
+    /// The marker of a rewind that was begun.
+    pub rewind: Option<RewindAttempt>,
+    /// WAL that was kept before a rewind took it away.
+    pub lost: Vec<Wal>,
 }
 
 pub struct Guard {

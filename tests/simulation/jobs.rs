@@ -6,7 +6,7 @@ use pgherd::facts::postgres::DataDirectory;
 use pgherd::facts::synchrony::Names;
 use pgherd::machine::action::{Operation, OperationKind, StartAs, Upstream};
 use pgherd::machine::event::{Configured, Finished};
-use pgherd::policy::rejoin::{self, Inputs, OwnPromotion, Rejoin};
+use pgherd::policy::rejoin::{self, OwnPromotion, Rejoin};
 use pgherd::policy::slots::Change;
 use pgherd::spec::cluster::ClusterSpec;
 use pgherd::types::{SystemId, TimelineId};
@@ -15,6 +15,7 @@ use super::clock::ms;
 use super::guard::{AskError, AskedBy, GuardAsk, ORDER_TIMEOUT_MS};
 use super::host::Job;
 use super::mutants::{Mutant, mutant};
+use super::rewind;
 use super::wal::Data;
 use super::world::{DaemonDue, Sim, What};
 
@@ -36,7 +37,7 @@ impl Sim {
     }
 
     /// The next step comes after a while that depends on what is done in between.
-    fn job_later(&mut self, host: usize, id: u64, step: u32) {
+    pub fn job_later(&mut self, host: usize, id: u64, step: u32) {
         let Some(daemon) = &mut self.hosts[host].daemon else { return };
         let Some(job) = daemon.job.as_mut().filter(|job| job.id == id) else { return };
         job.step = step;
@@ -45,6 +46,7 @@ impl Sim {
             (Operation::Clone { .. }, 1) => (100, 600),
             (Operation::Clone { .. }, 2) => (200, 3_000),
             (Operation::PlanRejoin { .. }, _) => (10, 80),
+            (Operation::Rewind { .. }, rewind::COPIES) => (100, 2_500),
             (Operation::Checkpoint, _) => (10, 400),
             (Operation::Start { .. }, 1) => (3, 40),
             _ => (1, 12),
@@ -59,14 +61,14 @@ impl Sim {
         self.end(host, Finished::failed_job(job.operation.kind(), "cancelled: something more urgent came up".to_owned()));
     }
 
-    fn job_ends(&mut self, host: usize, finished: Finished) {
+    pub fn job_ends(&mut self, host: usize, finished: Finished) {
         if let Some(daemon) = &mut self.hosts[host].daemon {
             daemon.job = None;
         }
         self.end(host, finished);
     }
 
-    fn job_fails(&mut self, host: usize, why: &str) {
+    pub fn job_fails(&mut self, host: usize, why: &str) {
         let Some(job) = self.hosts[host].daemon.as_mut().and_then(|daemon| daemon.job.take()) else { return };
         self.end(host, Finished::failed_job(job.operation.kind(), why.to_owned()));
     }
@@ -78,7 +80,12 @@ impl Sim {
         match operation {
             Operation::Look => {
                 let (data, promotion) = (&self.hosts[host].server.data, self.hosts[host].disk.promotion.as_ref());
-                let seen = data.as_ref().map_or(DataDirectory::Empty, |data| DataDirectory::Full(data.control(promotion)));
+                let marker = self.hosts[host].disk.rewind.as_ref();
+                let seen = match (data, marker) {
+                    (None, _) => DataDirectory::Empty,
+                    (Some(_), Some(attempt)) => DataDirectory::HalfRewound(Box::new(attempt.clone())),
+                    (Some(data), None) => DataDirectory::Full(data.control(promotion)),
+                };
                 self.job_ends(host, Finished::Looked(seen));
             }
             Operation::Start { role, names, closed, spec, .. } => {
@@ -137,7 +144,8 @@ impl Sim {
             }
             Operation::Initdb { .. } => self.initdb(host),
             Operation::Clone { from, found_empty, .. } => self.clone_step(host, id, step, &from, found_empty),
-            Operation::PlanRejoin { leader, history, .. } => match self.plan(host, &leader, &history) {
+            Operation::Rewind { from, why, lost, history, .. } => self.rewind_step(host, id, step, &from, (why, lost), &history),
+            Operation::PlanRejoin { leader, history, rewinds_failed, .. } => match self.plan(host, &leader, &history, rewinds_failed) {
                 Ok(plan) => {
                     if let Some(other) = self.host_of(&leader.member).filter(|_| plan == Rejoin::Follow) {
                         self.bring_histories(host, other);
@@ -190,6 +198,9 @@ impl Sim {
     fn start_step(&mut self, host: usize, role: &StartAs) {
         let this = &mut self.hosts[host];
         let server_is_there = !this.server.is_empty();
+        if this.disk.rewind.is_some() {
+            return self.job_fails(host, "it is half rewound");
+        }
         let Some(data) = &mut this.server.data else { return self.job_fails(host, "there is no data directory") };
         if !server_is_there {
             data.set_standby(matches!(role, StartAs::Standby(_)));
@@ -252,26 +263,8 @@ impl Sim {
             this.disk.kept.push(old);
         }
         this.disk.promotion = None;
+        this.disk.rewind = None;
         self.job_ends(host, Finished::Cloned(Ok(())));
-    }
-
-    fn plan(&mut self, host: usize, leader: &Upstream, history: &[pgherd::facts::cluster::HistoryEntry]) -> Result<Rejoin, &'static str> {
-        let Some(data) = self.hosts[host].server.data.clone() else { return Err("there is no data directory") };
-        let own_promotion = self.hosts[host].disk.promotion.clone();
-        let local = data.control(own_promotion.as_ref());
-        let wal = data.local_wal();
-        let led_before = rejoin::led_before(wal.timeline, history);
-        let promoted_under = rejoin::promoted_under(wal.timeline, history);
-        let other = self.ask_leader(host, leader)?;
-        let lineage = self.hosts[other].server.lineage().ok_or("the leader has no data")?;
-        Ok(rejoin::decide(Inputs {
-            local: &local,
-            wal: &wal,
-            own_promotion: own_promotion.as_ref(),
-            promoted_under,
-            led_before,
-            leader: &lineage,
-        }))
     }
 
     /// What has to be on disk first, then the guard's word, then promote.

@@ -258,6 +258,8 @@ impl Server {
             timeline: data.wal.timeline(),
             history: data.wal.history(),
             lsn: data.wal.end,
+            control_timeline: data.wal.timeline_at(data.checkpoint),
+            full_page_writes: true,
         })
     }
 
@@ -350,6 +352,9 @@ impl Server {
         self.postmaster = None;
         self.orphans.clear();
         self.ended.clear();
+        if let Some(half) = self.data.as_mut().and_then(|data| data.half.as_mut()) {
+            half.torn = true;
+        }
     }
 
     /// pg_promote. The promotion itself is seen later.

@@ -98,6 +98,7 @@ impl Sim {
         let hook = match aims[(fault.choice % aims.len() as u64) as usize] {
             // Beside the list, so that every other seed's strikes stay what they were.
             Hook::Do(OperationKind::Configure) if (fault.choice / 4096).is_multiple_of(2) => Hook::Do(OperationKind::Reaffirm),
+            Hook::Do(OperationKind::Clone) if !(fault.choice / 4096).is_multiple_of(3) => Hook::Do(OperationKind::Rewind),
             hook => hook,
         };
         let effect = effects[(fault.choice / 64 % effects.len() as u64) as usize];

@@ -115,6 +115,19 @@ pub struct Data {
     pub brought: (TimelineId, TimelineHistory),
     /// Replication slots, which a copy has none of.
     pub slots: BTreeMap<String, Lsn>,
+    /// pg_rewind has begun to write, and has not ended.
+    pub half: Option<Half>,
+}
+
+/// What is in a data directory that is half rewound: no WAL that could be recovered, and pages of everybody that it was copied from.
+#[derive(Debug, Clone)]
+pub struct Half {
+    /// What it was before.
+    pub was: Wal,
+    /// The leaders' WAL as it was when pages were copied from them.
+    pub pages_of: Vec<Wal>,
+    /// Its host lost power since: some of what was written may be gone, and nobody can tell.
+    pub torn: bool,
 }
 
 impl Data {
@@ -136,7 +149,35 @@ impl Data {
             laid: BTreeSet::new(),
             brought: (TimelineId(1), TimelineHistory::default()),
             slots: BTreeMap::new(),
+            half: None,
         }
+    }
+
+    /// pg_rewind begins to write.
+    pub fn begin_rewind(&mut self, source: &Wal) {
+        let nothing = Wal { segments: Vec::new(), end: Lsn(0), last_record: Lsn(0), last_checkpoint: Lsn(0) };
+        let was = std::mem::replace(&mut self.wal, nothing);
+        let half = self.half.get_or_insert(Half { was, pages_of: Vec::new(), torn: false });
+        half.pages_of.push(source.clone());
+    }
+
+    /// What pg_rewind makes of the source's data as it is when it ends: to be recovered from where the two were one.
+    pub fn rewound(source: &Data) -> Data {
+        Data {
+            state: DatabaseState::InArchiveRecovery,
+            min_recovery: Some((source.wal.end, source.wal.timeline())),
+            standby_signal: true,
+            backup_label: true,
+            slots: BTreeMap::new(),
+            ..source.clone()
+        }
+    }
+
+    /// A server without clients goes through what a crash has left, and stops.
+    pub fn recover_alone(&mut self) {
+        self.begin_recovery();
+        self.open();
+        self.shut_down();
     }
 
     /// pg_basebackup of a running primary: begins with a checkpoint and ends with a record of its own. Of a standby it begins with a
@@ -172,7 +213,7 @@ impl Data {
             major_version: 15,
             state: self.state,
             checkpoint: self.checkpoint,
-            timeline: self.wal.timeline_at(self.checkpoint),
+            timeline: self.half.as_ref().map_or(&self.wal, |half| &half.was).timeline_at(self.checkpoint),
             min_recovery_end,
             min_recovery_timeline,
             data_checksums: true,
@@ -186,7 +227,8 @@ impl Data {
 
     /// pg_waldump of the end.
     pub fn local_wal(&self) -> LocalWal {
-        LocalWal { timeline: self.wal.timeline(), history: Some(self.wal.history()), last_record: LastRecord::Known(self.wal.last_record) }
+        let wal = self.half.as_ref().map_or(&self.wal, |half| &half.was);
+        LocalWal { timeline: wal.timeline(), history: Some(wal.history()), last_record: LastRecord::Known(wal.last_record) }
     }
 
     /// The id that PostgreSQL takes at a promotion: the first after its own that has no history file (measured on 17).

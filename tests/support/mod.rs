@@ -46,6 +46,7 @@ pub fn record(started: u64) -> MemberRecord {
         pending_restart: Vec::new(),
         tags: Default::default(),
         conditions: Vec::new(),
+        lost_writes: Vec::new(),
     }
 }
 

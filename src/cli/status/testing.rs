@@ -39,6 +39,7 @@ pub fn view() -> ClusterView {
             pending_restart: Vec::new(),
             tags: BTreeMap::new(),
             conditions: Vec::new(),
+            lost_writes: Vec::new(),
         };
         (name(who), MemberKey { record, lease: LeaseId(i64::try_from(at).unwrap()), mod_revision: Revision(9) })
     };

@@ -29,7 +29,7 @@ pub(crate) fn awaiting_leader(context: &mut Context<'_>) -> Outcome<State> {
         return Transition(state);
     }
     match context.world.data {
-        DataDirectory::Full(_) | DataDirectory::Unusable(_) => return Transition(State::Following),
+        DataDirectory::Full(_) | DataDirectory::Unusable(_) | DataDirectory::HalfRewound(_) => return Transition(State::Following),
         DataDirectory::Unknown => {
             context.start(Operation::Look);
             return Handled;
@@ -204,7 +204,7 @@ pub(crate) fn initializing(context: &mut Context<'_>) -> Outcome<State> {
             context.start(Operation::Look);
             Handled
         }
-        DataDirectory::Unusable(_) => Transition(State::Following),
+        DataDirectory::Unusable(_) | DataDirectory::HalfRewound(_) => Transition(State::Following),
         DataDirectory::Empty if claimed_by_us => {
             let full = view.members.values().any(MemberKey::has_data) && !mutant(Mutant::InitdbBesideData);
             if full || context.world.backs_off(context.now, OperationKind::Initdb) {
@@ -241,7 +241,7 @@ pub(crate) fn cloning(context: &mut Context<'_>) -> Outcome<State> {
         return Handled;
     }
     match context.world.data {
-        DataDirectory::Full(_) | DataDirectory::Unusable(_) => return Transition(State::Following),
+        DataDirectory::Full(_) | DataDirectory::Unusable(_) | DataDirectory::HalfRewound(_) => return Transition(State::Following),
         DataDirectory::Unknown => {
             context.start(Operation::Look);
             return Handled;

@@ -80,7 +80,7 @@ fn wait(hand_over: &mut HandOver, since: BootTime, context: &mut Context<'_>) ->
             return Handled;
         }
         DataDirectory::Full(control) => Some(control.clone()),
-        DataDirectory::Empty | DataDirectory::Unusable(_) => None,
+        DataDirectory::Empty | DataDirectory::Unusable(_) | DataDirectory::HalfRewound(_) => None,
     };
     let clean = control.filter(|control| control.state == DatabaseState::ShutDown);
     let Some(control) = clean else {

@@ -178,7 +178,7 @@ fn start_in_place(promotion: &Promotion, context: &mut Context<'_>) -> Outcome<S
             context.start(Operation::Look);
             Handled
         }
-        DataDirectory::Empty | DataDirectory::Unusable(_) => {
+        DataDirectory::Empty | DataDirectory::Unusable(_) | DataDirectory::HalfRewound(_) => {
             let why = "there is no data directory to lead with".to_owned();
             Transition(State::Demoting { demotion: Demotion { why, then: Then::Release(promotion.lock) } })
         }

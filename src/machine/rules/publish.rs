@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use crate::facts::cluster::{DataDirectoryReport, MemberRecord, MemberRole};
+use crate::facts::cluster::{DataDirectoryReport, MemberRecord, MemberRole, Vote};
 use crate::facts::failsafe;
 use crate::facts::guard::{PostmasterFacts, Word};
 use crate::facts::postgres::{DataDirectory, ProbeOutcome};
@@ -16,6 +16,8 @@ use crate::machine::rules::standby;
 use crate::machine::state::State;
 use crate::machine::world::World;
 use crate::policy::slots;
+use crate::spec::cluster::OnRewindFailure;
+use crate::types::{Lsn, TimelineId};
 
 /// A key that was written so long ago has to be seen in etcd.
 const VANISHED_AFTER_MS: u64 = 1_000;
@@ -58,7 +60,9 @@ fn record(world: &World, state: &State) -> Option<MemberRecord> {
     let member = world.declared()?;
     let sql = world.sql();
     let role = role(world);
-    let system_id = sql.map(|sql| sql.system_id).or_else(|| world.control().map(|control| control.system_id));
+    let half = if let DataDirectory::HalfRewound(attempt) = &world.data { Some(attempt) } else { None };
+    let at_rest = world.control().map(|control| control.system_id).or(half.map(|attempt| attempt.system_id));
+    let system_id = sql.map(|sql| sql.system_id).or(at_rest);
     // Of a stopped server the timeline that its WAL ends on, not the one of its last checkpoint: others must not use the id again.
     let timeline = world.own_timeline();
     let last = world.written.as_ref().map(|(record, _)| record);
@@ -72,7 +76,12 @@ fn record(world: &World, state: &State) -> Option<MemberRecord> {
         replay_lsn: sql.filter(|sql| sql.in_recovery).map(|sql| sql.replay_lsn),
         system_id,
         data_directory: data_directory(world, last),
-        vote: if matches!(state, State::Candidate) { standby::own_vote(world) } else { None },
+        vote: match half {
+            // It has nothing that anybody could lead with, and nobody is to wait for it.
+            Some(_) => world.vacancy.map(|vacancy| Vote { vacancy: vacancy.id, timeline: TimelineId(0), lsn: Lsn(0) }),
+            None if matches!(state, State::Candidate) => standby::own_vote(world),
+            None => None,
+        },
         api_url: member.api_url(),
         host: member.address.clone(),
         port: member.port,
@@ -86,15 +95,17 @@ fn record(world: &World, state: &State) -> Option<MemberRecord> {
         tags: member.tags.set(),
         // Once it is written this one is not true any more.
         conditions: world.conditions.values().filter(|condition| condition.kind != MEMBER_KEY_FAILED).cloned().collect(),
+        lost_writes: world.kept.lost.clone(),
     }))
 }
 
 /// Conditions carry error texts of others: bounded, so that the key stays small.
 fn bounded(mut record: MemberRecord) -> MemberRecord {
     const MESSAGE_MAX_CHARS: usize = 1_000;
-    for condition in &mut record.conditions {
-        if condition.message.chars().count() > MESSAGE_MAX_CHARS {
-            condition.message = condition.message.chars().take(MESSAGE_MAX_CHARS).collect();
+    let sentences = record.conditions.iter_mut().map(|condition| &mut condition.message);
+    for sentence in sentences.chain(record.lost_writes.iter_mut().map(|lost| &mut lost.why)) {
+        if sentence.chars().count() > MESSAGE_MAX_CHARS {
+            *sentence = sentence.chars().take(MESSAGE_MAX_CHARS).collect();
         }
     }
     record
@@ -114,7 +125,7 @@ pub(crate) fn role(world: &World) -> MemberRole {
 fn data_directory(world: &World, last: Option<&MemberRecord>) -> DataDirectoryReport {
     match &world.data {
         DataDirectory::Empty => DataDirectoryReport::Empty,
-        DataDirectory::Full(_) | DataDirectory::Unusable(_) => DataDirectoryReport::Full,
+        DataDirectory::Full(_) | DataDirectory::Unusable(_) | DataDirectory::HalfRewound(_) => DataDirectoryReport::Full,
         DataDirectory::Unknown if world.running().is_some() => DataDirectoryReport::Full,
         DataDirectory::Unknown => last.map_or(DataDirectoryReport::Unknown, |record| match record.data_directory {
             // What was there is still there; an empty one may have been filled meanwhile.
@@ -130,6 +141,7 @@ pub(crate) fn patroni_state(world: &World, state: &State) -> &'static str {
         State::Cloning => return "creating replica",
         State::Initializing => return "initializing new cluster",
         State::Rejoining if world.in_flight.contains(&OperationKind::Clone) => return "creating replica",
+        State::Rejoining if world.in_flight.contains(&OperationKind::Rewind) => return "running pg_rewind",
         _ => {}
     }
     match world.guard.as_ref().map(|guard| &guard.postmaster) {
@@ -162,6 +174,7 @@ pub(crate) fn standing_conditions(world: &mut World, state: &State) {
     } else {
         world.set_info("pending_restart", format!("takes effect with the next restart of PostgreSQL: {}", restart.join(", ")));
     }
+    could_it_be_rewound(world);
     match world.fresh_view().map(|view| view.spec.is_some()) {
         Some(false) if world.spec().is_some() => {
             let message = "the spec is gone from etcd; the last good one stays in force, and nobody takes the lock until one is applied";
@@ -185,18 +198,38 @@ pub(crate) fn standing_conditions(world: &mut World, state: &State) {
     }
 }
 
+/// What a rewind would need is looked at while all is well, and not on the day.
+fn could_it_be_rewound(world: &mut World) {
+    let Some(postgres) = world.spec().map(|spec| spec.postgres.clone()).filter(|postgres| postgres.use_pg_rewind) else {
+        return world.clear("rewind_unavailable");
+    };
+    let Some(off) = world.sql().map(|sql| sql.no_rewind.join(", ")) else { return };
+    let settings = (!off.is_empty()).then(|| format!("these settings are off: {off}"));
+    match (settings.or(world.kept.no_rewind.clone()), postgres.on_rewind_failure) {
+        (None, _) => world.clear("rewind_unavailable"),
+        (Some(why), OnRewindFailure::Reclone) => {
+            world.set_info("rewind_unavailable", format!("if it diverged, this member would be cloned and not rewound: {why}"));
+        }
+        (Some(why), OnRewindFailure::Stop) => {
+            world.warn("rewind_unavailable", format!("if it diverged, this member would be left to a person: {why}"));
+        }
+    }
+}
+
 /// What only a leader knows: whom its commits wait for.
 const OF_A_LEADER: [&str; 7] =
     ["durability_reduced", "durability_lowered", "synchrony_waits", "synchrony_changes", "synchrony_version", "sync_unreadable", "closed"];
 
 /// What is over when a standby is at work.
-const BEHIND_A_LEADER: [&str; 15] = [
+const BEHIND_A_LEADER: [&str; 17] = [
     "waiting_to_initialize",
     "waiting_to_lead",
     "wrong_system_id",
     "data_directory_unusable",
     "initdb_failed",
     "clone_failed",
+    "rewind_failed",
+    "rewind_unfinished",
     "rejoin_waits",
     "rejoin_unclear",
     "rejoin_refused",
@@ -209,7 +242,7 @@ const BEHIND_A_LEADER: [&str; 15] = [
 ];
 
 /// What is over when a primary is at work.
-const UNDER_THE_LOCK: [&str; 15] = [
+const UNDER_THE_LOCK: [&str; 17] = [
     "receives_nothing",
     "leader_unreachable",
     "upstream_away",
@@ -219,6 +252,8 @@ const UNDER_THE_LOCK: [&str; 15] = [
     "data_directory_unusable",
     "initdb_failed",
     "clone_failed",
+    "rewind_failed",
+    "rewind_unfinished",
     "rejoin_waits",
     "rejoin_unclear",
     "rejoin_refused",

@@ -1,18 +1,24 @@
-//! The way back behind the leader: stop, judge, then follow or copy beside and swap. Never on a running server.
+//! The way back behind the leader: stop, judge, then follow, rewind, or copy beside and swap. Never on a running server.
 //!
-//! A directory with WAL past the switch point is kept whole beside (I10, P5); the judgement is `policy::rejoin`'s.
+//! WAL past the switch point is kept before a rewind, and a directory that is swapped out is kept whole (I10, P5); the judgement is
+//! `policy::rejoin`'s. A directory that is half rewound stays here until a leader is there to go on with: it is never started.
 
 use std::time::Duration;
 
 use statig::prelude::*;
 
+use crate::facts::cluster::ClusterView;
 use crate::facts::postgres::DataDirectory;
-use crate::machine::action::{Operation, OperationKind, StopMode};
+use crate::machine::action::{Action, Decision, Operation, OperationKind, StopMode};
 use crate::machine::node::Context;
 use crate::machine::rules::standby;
 use crate::machine::state::State;
-use crate::policy::rejoin::Rejoin;
+use crate::machine::world::World;
+use crate::mutants::{Mutant, mutant};
+use crate::policy::rejoin::{LostRange, Rejoin};
 
+/// So long after the leader began to write a rewind waits for `sync` to name others in this member's place.
+const COUNTED_ON_S: u64 = 20;
 /// A way back that was refused needs a person; it is judged again after so long.
 const REFUSED_PAUSE_MS: u64 = 10_000;
 
@@ -36,10 +42,20 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
         DataDirectory::Empty => return Transition(State::AwaitingLeader),
         // A copy that broke off between two renames is put right by the next look; nothing else can be judged.
         DataDirectory::Unusable(_) => return Transition(State::Following),
-        DataDirectory::Full(_) => {}
+        DataDirectory::Full(_) => context.world.clear("rewind_unfinished"),
+        DataDirectory::HalfRewound(_) if context.world.spec().is_some() && context.world.declared().is_none() => {
+            return Transition(State::Following);
+        }
+        DataDirectory::HalfRewound(attempt) => {
+            let message = format!("a rewind has not ended, and PostgreSQL is not started before it has: {}", attempt.why);
+            context.world.warn("rewind_unfinished", message);
+        }
     }
     let Some(leader) = standby::upstream(context) else {
         context.world.rejoin = None;
+        if matches!(context.world.data, DataDirectory::HalfRewound(_)) {
+            return Handled;
+        }
         // Nobody to get behind: in recovery at our own end, we can be asked for our position.
         standby::start_standby(context, None);
         return if context.world.in_flight.contains(&OperationKind::Start) { Transition(State::Following) } else { Handled };
@@ -52,6 +68,20 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
             if context.world.in_flight.contains(&OperationKind::Start) {
                 context.world.rejoin = None;
                 return Transition(State::Following);
+            }
+        }
+        Some(Rejoin::Rewind { why, lost }) => {
+            if sync_counts_on_us(context.world) {
+                wait_for_sync(context, why, lost);
+                return Handled;
+            }
+            let Some(spec) = context.world.spec().cloned() else { return Handled };
+            let Some(history) = context.world.fresh_view().map(|view| view.history.clone()) else { return Handled };
+            if context.start(Operation::Rewind { from: leader, spec, why: why.clone(), lost, history }) {
+                context.decide(
+                    "rewind",
+                    format!("the data directory is rewound to the leader, what it has and the leader has not is kept: {why}"),
+                );
             }
         }
         Some(Rejoin::Clone { why, lost }) => {
@@ -77,11 +107,46 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
     Handled
 }
 
+/// Commits are acknowledged on the strength of what this member has. While it is rewound it has nothing: the leader's loss would be theirs.
+fn sync_counts_on_us(world: &World) -> bool {
+    let begun = matches!(world.data, DataDirectory::HalfRewound(_));
+    let named = |view: &ClusterView| view.sync.as_ref().is_some_and(|record| record.copies > 1 && record.members.contains(&world.me.name));
+    !begun && world.fresh_view().is_some_and(|view| named(view)) && !mutant(Mutant::RewoundWhileCountedOn)
+}
+
+/// The leader counts on others as soon as they have everything. If there are none, a copy does no harm: the directory stays until it is made.
+fn wait_for_sync(context: &mut Context<'_>, why: String, lost: LostRange) {
+    let since = context.world.leader_writes_since.map(|(_, since)| since);
+    if since.is_some_and(|since| context.now.since(since) >= Duration::from_secs(COUNTED_ON_S)) {
+        let why = format!("{why}; it is not rewound: commits are acknowledged on the strength of what it has");
+        context.world.rejoin = Some(Rejoin::Clone { why, lost: Some(lost) });
+        return;
+    }
+    let message = "sync still names this member: a rewind waits until others have everything that was acknowledged";
+    context.world.set_info("rejoin_waits", message.to_owned());
+}
+
+/// In every state: what only this member had and was taken away is told, with its facts.
+pub(crate) fn tell_what_was_lost(context: &mut Context<'_>) {
+    for lost in std::mem::take(&mut context.world.kept.untold) {
+        let transactions = lost.transactions.map_or_else(|| "an unknown number of".to_owned(), |count| count.to_string());
+        let message = format!(
+            "{} bytes of WAL with {transactions} committed transactions, on timeline {} from {} to {}, are in nobody's history: kept in {}",
+            lost.bytes, lost.timeline, lost.from, lost.to, lost.kept
+        );
+        let mut decision = Decision { kind: "lost_writes", message, facts: context.world.decision_facts() };
+        let times = [("first_commit", lost.first_commit), ("last_commit", lost.last_commit)];
+        decision.facts.extend(times.into_iter().filter_map(|(key, at)| Some((key.to_owned(), at?))));
+        context.actions.push(Action::Record(decision));
+    }
+}
+
 fn plan(context: &mut Context<'_>, leader: crate::machine::action::Upstream) {
     let (Some(view), Some(spec)) = (context.world.fresh_view().cloned(), context.world.spec().cloned()) else { return };
     let Some(leader_timeline) = context.world.other_leader().and_then(|(_, key)| key.record.timeline) else { return };
     let epoch = view.leader.as_ref().map(|leader| leader.epoch);
-    if context.start(Operation::PlanRejoin { leader, spec, leader_timeline, history: view.history.clone() }) {
+    let rewinds_failed = context.world.failures(OperationKind::Rewind);
+    if context.start(Operation::PlanRejoin { leader, spec, leader_timeline, history: view.history.clone(), rewinds_failed }) {
         context.world.planned_for = epoch;
     }
 }

@@ -97,6 +97,8 @@ fn start_following(context: &mut Context<'_>) -> Outcome<State> {
             look_again(context);
             return Handled;
         }
+        // Never started as it is.
+        DataDirectory::HalfRewound(_) => return Transition(State::Rejoining),
         DataDirectory::Full(_) => {}
     }
     context.world.clear("data_directory_unusable");

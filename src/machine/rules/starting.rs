@@ -103,7 +103,7 @@ fn nothing_runs(context: &mut Context<'_>) -> Outcome<State> {
     }
     match &context.world.data {
         DataDirectory::Empty => Transition(State::AwaitingLeader),
-        DataDirectory::Full(_) | DataDirectory::Unusable(_) => Transition(State::Following),
+        DataDirectory::Full(_) | DataDirectory::Unusable(_) | DataDirectory::HalfRewound(_) => Transition(State::Following),
         DataDirectory::Unknown => Handled,
     }
 }

@@ -167,7 +167,11 @@ fn judge_operation(world: &World, releases: &Releases, now: BootTime, operation:
             assert!(sure, "I1: starts a primary although a release may be on its way, {context}");
             assert!(world.proved_empty(), "starts a second server, {context}");
         }
-        Operation::Start { .. } | Operation::Clone { .. } | Operation::PlanRejoin { .. } | Operation::Initdb { .. } => {
+        Operation::Start { .. }
+        | Operation::Clone { .. }
+        | Operation::Rewind { .. }
+        | Operation::PlanRejoin { .. }
+        | Operation::Initdb { .. } => {
             assert!(world.proved_empty(), "I10: works on the data directory of a live server, {context}");
         }
         Operation::Release { record, .. } => {
@@ -189,6 +193,14 @@ fn judge_operation(world: &World, releases: &Releases, now: BootTime, operation:
         _ => {}
     }
     match operation {
+        Operation::Start { .. } | Operation::Promote { .. } => {
+            let half = matches!(world.data, DataDirectory::HalfRewound(_));
+            assert!(!half, "I10: starts what is half rewound, {context}");
+        }
+        Operation::Rewind { .. } => {
+            let leads = world.lock != Lock::None;
+            assert!(!leads && world.leader_writes(), "I10: rewinds without another leader that writes, {context}");
+        }
         Operation::Clone { found_empty, .. } => {
             // One that was found empty is unknown from the order on.
             assert_eq!(*found_empty, world.data == DataDirectory::Unknown, "P5: says wrongly whether there is data to keep, {context}");

@@ -6,11 +6,14 @@ use std::time::Duration;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::{
-    ClusterView, DataDirectoryReport, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, MemberRole, SpecRecord, Versions,
+    ClusterView, DataDirectoryReport, HistoryEntry, Initialize, LeaderKey, LostWrites, MemberKey, MemberRecord, MemberRole, SpecRecord,
+    Versions,
 };
 use crate::facts::failsafe::FEATURE;
 use crate::facts::guard::{GuardFacts, LockFacts, PostmasterFacts, StartId, Word};
-use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState, Probe, ProbeOutcome, SqlFacts, StandbyFloor, WalReceiverFacts};
+use crate::facts::postgres::{
+    ControlFacts, DataDirectory, DatabaseState, LostRange, Probe, ProbeOutcome, RewindAttempt, SqlFacts, StandbyFloor, WalReceiverFacts,
+};
 use crate::machine::action::Operation;
 use crate::machine::event::{AcquireOutcome, Finished, PeersAnswer, PutOutcome};
 use crate::machine::world::Me;
@@ -96,6 +99,7 @@ pub(crate) fn record(role: MemberRole, timeline: u32, lsn: u64) -> MemberRecord 
         pending_restart: Vec::new(),
         tags: BTreeMap::new(),
         conditions: Vec::new(),
+        lost_writes: Vec::new(),
     }
 }
 
@@ -182,6 +186,7 @@ pub(crate) fn sql(in_recovery: bool, timeline: u32, lsn: u64) -> SqlFacts {
         walreceiver: in_recovery.then_some(streaming),
         replicas: Vec::new(),
         lowered: Vec::new(),
+        no_rewind: Vec::new(),
         slots: Vec::new(),
         pending_restart: Vec::new(),
         server_version_num: 150_018,
@@ -212,6 +217,39 @@ pub(crate) fn control(state: DatabaseState, timeline: u32, lsn: u64) -> ControlF
     }
 }
 
+/// A rewind that was begun and is not known to have ended.
+pub(crate) fn half_rewound() -> RewindAttempt {
+    RewindAttempt {
+        why: "a test".to_owned(),
+        lost: LostRange { timeline: TimelineId(1), from: Lsn(900), to: Some(Lsn(1_000)) },
+        system_id: SYSTEM,
+        attempts: 1,
+        leader_timeline: TimelineId(2),
+        promoted_under: Some(Epoch(350)),
+        boot_id: "boot".to_owned(),
+        checkpoint: Lsn(990),
+        kept: "/lost/1".to_owned(),
+        finished: false,
+    }
+}
+
+/// What is kept of it.
+pub(crate) fn lost_writes() -> LostWrites {
+    let lost = half_rewound().lost;
+    LostWrites {
+        at: "2026-01-01T00:00:00Z".to_owned(),
+        timeline: lost.timeline,
+        from: lost.from,
+        to: Lsn(1_000),
+        bytes: 100,
+        transactions: Some(3),
+        first_commit: Some("2026-01-01T00:00:00Z".to_owned()),
+        last_commit: None,
+        kept: "/lost/1".to_owned(),
+        why: "a test".to_owned(),
+    }
+}
+
 /// The end of an operation that came to nothing: unknown, never the old value.
 pub(crate) fn failed(operation: &Operation, why: String) -> Finished {
     match operation {
@@ -222,6 +260,7 @@ pub(crate) fn failed(operation: &Operation, why: String) -> Finished {
         }
         Operation::Initdb { .. } => Finished::Initialized(Err(why)),
         Operation::Clone { .. } => Finished::Cloned(Err(why)),
+        Operation::Rewind { .. } => Finished::Rewound(Err(why)),
         Operation::PlanRejoin { .. } => Finished::RejoinPlanned(Err(why)),
         Operation::Promote { .. } => Finished::PromotionAsked(Err(why)),
         Operation::Open { .. } => Finished::Opened(Err(why)),

@@ -5,8 +5,11 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::facts::postgres::RewindAttempt;
 use crate::facts::postgres::StandbyFloor;
-use crate::machine::tests::fixtures::{control, entry, recorded};
+use crate::machine::tests::fixtures::{control, entry, half_rewound, recorded};
+use crate::policy::rejoin::rewind::{ATTEMPTS_MAX, BrokenOff, go_on};
+use crate::spec::cluster::OnRewindFailure;
 
 const SWITCH: Lsn = Lsn(0x500_0000);
 
@@ -23,6 +26,7 @@ struct Case {
     /// A leadership reserved the member's timeline, and ended before it recorded that.
     unrecorded: bool,
     leader: LeaderLineage,
+    rewinding: Rewinding,
 }
 
 impl Case {
@@ -34,7 +38,14 @@ impl Case {
             promoted_under: self.promoted_under,
             led_before: self.unrecorded || self.promoted_under.is_some(),
             leader: &self.leader,
+            rewinding: &self.rewinding,
         })
+    }
+
+    /// A rewind is wanted, and nothing of the host is in its way.
+    fn rewinds(mut self) -> Self {
+        self.rewinding.wanted = true;
+        self
     }
 
     fn lost(&self) -> Option<LostRange> {
@@ -87,7 +98,10 @@ fn old_primary() -> Case {
             timeline: TimelineId(2),
             history: history(&[(1, SWITCH.0)]),
             lsn: Lsn(0x600_0000),
+            control_timeline: TimelineId(2),
+            full_page_writes: true,
         },
+        rewinding: Rewinding { wanted: false, on_failure: OnRewindFailure::Reclone, obstacle: None, failures: 0 },
     }
 }
 
@@ -99,6 +113,7 @@ fn of_timeline_2() -> Case {
     case.wal =
         LocalWal { timeline: TimelineId(2), history: Some(history(&[(1, SWITCH.0)])), last_record: LastRecord::Known(Lsn(0x600_0000)) };
     case.leader.timeline = TimelineId(3);
+    case.leader.control_timeline = TimelineId(3);
     case.leader.history = history(&[(1, SWITCH.0), (2, 0x700_0000)]);
     case.leader.lsn = Lsn(0x800_0000);
     case
@@ -336,4 +351,111 @@ proptest! {
         let limit = if timeline == 1 { SWITCH.0 } else { 0x700_0000 };
         prop_assert_eq!(case.decide() == Rejoin::Follow, record < limit);
     }
+}
+
+/// Its WAL goes past the switch, and nothing else is wrong with it.
+fn diverged() -> Case {
+    old_primary().last_record(SWITCH.0 + 0x28).rewinds()
+}
+
+fn clone_because(case: &Case, part: &str) {
+    match case.decide() {
+        Rejoin::Clone { why, lost } => assert!(why.contains(part) && lost.is_some(), "{why}"),
+        other => panic!("expected a clone because of {part}, got {other:?}"),
+    }
+}
+
+#[test]
+fn a_member_that_wrote_on_is_rewound_and_what_is_lost_is_named() {
+    let Rejoin::Rewind { lost, .. } = diverged().decide() else { panic!("{:?}", diverged().decide()) };
+    assert_eq!(lost, LostRange { timeline: TimelineId(1), from: SWITCH, to: Some(Lsn(SWITCH.0 + 0x28)) });
+    let mut branched = of_timeline_2().rewinds();
+    branched.wal.timeline = TimelineId(4);
+    branched.wal.history = Some(history(&[(1, SWITCH.0), (2, 0x780_0000)]));
+    branched.local.timeline = TimelineId(4);
+    let Rejoin::Rewind { lost, .. } = branched.decide() else { panic!("{:?}", branched.decide()) };
+    assert_eq!((lost.timeline, lost.from), (TimelineId(2), Lsn(0x700_0000)), "it begins on the timeline that both were on last");
+}
+
+#[test]
+fn whatever_pg_rewind_needs_and_is_not_there_has_the_member_cloned_with_the_reason() {
+    let with = |change: fn(&mut Case)| {
+        let mut case = diverged();
+        change(&mut case);
+        case
+    };
+    clone_because(&with(|case| (case.local.data_checksums, case.local.wal_log_hints) = (false, false)), "wal_log_hints");
+    clone_because(&with(|case| case.leader.full_page_writes = false), "full_page_writes");
+    clone_because(&with(|case| case.local.backup_label = true), "backup_label");
+    clone_because(&with(|case| case.local.state = DatabaseState::InArchiveRecovery), "good order");
+    clone_because(&with(|case| (case.local.state, case.local.standby_signal) = (DatabaseState::InCrashRecovery, true)), "good order");
+    clone_because(&with(|case| case.rewinding.wanted = false), "use_pg_rewind");
+    clone_because(&with(|case| case.rewinding.obstacle = Some("no program".to_owned())), "no program");
+    clone_because(&with(|case| case.rewinding.failures = ATTEMPTS_MAX), "times in a row");
+    clone_because(&with(|case| case.wal.last_record = LastRecord::Unknown("gone".to_owned())), "cannot be read");
+    for (state, standby_signal) in [(DatabaseState::InProduction, false), (DatabaseState::ShutDownInRecovery, true)] {
+        let case = with(|_| {});
+        let local = ControlFacts { state, standby_signal, ..case.local.clone() };
+        assert!(matches!(Case { local, ..case }.decide(), Rejoin::Rewind { .. }), "{state:?}");
+    }
+}
+
+#[test]
+fn a_rewind_waits_until_the_leaders_control_file_shows_its_timeline() {
+    let mut case = diverged();
+    case.leader.control_timeline = TimelineId(1);
+    assert!(matches!(case.decide(), Rejoin::Wait { why } if why.contains("control file")));
+    case.local.backup_label = true;
+    assert!(matches!(case.decide(), Rejoin::Clone { .. }), "a copy waits for nothing");
+}
+
+/// pg_rewind would see none of these, or see them elsewhere.
+#[test]
+fn row_53_what_numbers_cannot_tell_apart_is_never_rewound() {
+    clone_because(&of_timeline_2().promoted(99).rewinds(), "one number");
+    let mut elsewhere = of_timeline_2().rewinds();
+    elsewhere.leader.history = history(&[(1, SWITCH.0 + 0x1000), (2, 0x700_0000)]);
+    clone_because(&elsewhere, "one number");
+    let mut same = old_primary().rewinds();
+    same.leader.timeline = TimelineId(1);
+    same.leader.history = history(&[]);
+    clone_because(&same, "one number");
+}
+
+#[test]
+fn a_policy_that_says_stop_leaves_the_member_to_a_person() {
+    let mut case = diverged();
+    case.rewinding.on_failure = OnRewindFailure::Stop;
+    assert!(matches!(case.decide(), Rejoin::Rewind { .. }));
+    case.local.data_checksums = false;
+    case.local.wal_log_hints = false;
+    assert!(matches!(case.decide(), Rejoin::Refuse { why } if why.contains("wal_log_hints") && why.contains("stop")));
+    case.rewinding.wanted = false;
+    assert!(matches!(case.decide(), Rejoin::Clone { .. }), "a rewind that nobody wants does not fail");
+}
+
+#[test]
+fn a_rewind_that_broke_off_goes_on_only_where_nothing_has_changed_and_is_bounded() {
+    let Case { mut leader, rewinding, .. } = diverged();
+    leader.timeline = half_rewound().leader_timeline;
+    let again = |change: fn(&mut RewindAttempt, &mut BrokenOff<'_>)| {
+        let mut attempt = half_rewound();
+        let (kept, promoted_under) = (attempt.clone(), attempt.promoted_under);
+        let checkpoint = Some(attempt.checkpoint);
+        let mut broken_off =
+            BrokenOff { attempt: &kept, leader: &leader, promoted_under, same_boot: true, checkpoint, rewinding: &rewinding };
+        change(&mut attempt, &mut broken_off);
+        go_on(BrokenOff { attempt: &attempt, ..broken_off })
+    };
+    let is_cloned = |decided: &Rejoin| matches!(decided, Rejoin::Clone { lost: Some(_), .. });
+    assert!(matches!(again(|_, _| {}), Rejoin::Rewind { .. }));
+    assert!(is_cloned(&again(|attempt, _| attempt.attempts = ATTEMPTS_MAX)));
+    assert!(is_cloned(&again(|_, broken_off| broken_off.same_boot = false)), "what was not synced is gone");
+    assert!(is_cloned(&again(|_, broken_off| broken_off.promoted_under = Some(Epoch(351)))), "another leadership");
+    assert!(is_cloned(&again(|_, broken_off| broken_off.checkpoint = Some(Lsn(991)))), "the control file is the leader's already");
+    assert!(is_cloned(&again(|_, broken_off| broken_off.checkpoint = None)), "it cannot be read");
+    let finished = again(|attempt, broken_off| {
+        (attempt.finished, broken_off.same_boot, broken_off.checkpoint) = (true, false, Some(Lsn(991)));
+    });
+    assert!(matches!(finished, Rejoin::Rewind { .. }), "it is all on disk: {finished:?}");
 }

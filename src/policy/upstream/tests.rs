@@ -159,6 +159,8 @@ fn only_what_begins_on_the_leaders_own_timeline_and_history_is_copied_instead_of
         major_version: 17,
         in_recovery: true,
         timeline: TimelineId(timeline),
+        control_timeline: TimelineId(timeline),
+        full_page_writes: true,
         history: format!("1\t0/{left_at}\tno recovery target specified\n").parse().unwrap(),
         lsn: Lsn(1_000),
     };

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use core::net::IpAddr;
 
-use super::typed::{self, Checkpoint, PoolMode, ReplicationMode, SlotType, VipManager, WatchdogMode};
+use super::typed::{self, Checkpoint, OnRewindFailure, PoolMode, ReplicationMode, SlotType, VipManager, WatchdogMode};
 use super::{
     Basebackup, BootstrapSpec, ClusterSpec, DEFAULT_PRIORITY, EtcdPeer, Ha, Haproxy, Initdb, Member, PermanentSlot, Pgbouncer,
     PostgresSpec, Replication, Routing, Tags, Vip, WatchdogSpec,
@@ -205,7 +205,8 @@ fn postgres(typed: typed::Postgres, members: &[Member], report: &mut Report) -> 
     }
     PostgresSpec {
         version: typed.version,
-        use_pg_rewind: false,
+        use_pg_rewind: typed.use_pg_rewind.unwrap_or(true),
+        on_rewind_failure: typed.on_rewind_failure.unwrap_or(OnRewindFailure::Reclone),
         parameters: plain_parameters(typed.parameters.unwrap_or_default()),
         member_parameters,
         pg_hba: typed.pg_hba.unwrap_or_else(|| vec![PG_HBA.to_owned()]),

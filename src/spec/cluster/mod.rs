@@ -16,7 +16,7 @@ use crate::types::{ClusterName, MemberName};
 mod meaning;
 pub mod typed;
 
-pub use typed::{Checkpoint, PoolMode, ReplicationMode, VipManager, WatchdogMode};
+pub use typed::{Checkpoint, OnRewindFailure, PoolMode, ReplicationMode, VipManager, WatchdogMode};
 
 /// Reads a cluster document. `source_name` only labels the problems.
 ///
@@ -220,8 +220,10 @@ pub struct Basebackup {
 pub struct PostgresSpec {
     /// Major version; None = that of the first member's binaries.
     pub version: Option<u32>,
-    /// Not built: false.
+    /// Rewind a diverged member instead of cloning it.
     pub use_pg_rewind: bool,
+    /// What happens to one that cannot be rewound.
+    pub on_rewind_failure: OnRewindFailure,
     /// Values as PostgreSQL's own text; None = PostgreSQL's default.
     pub parameters: BTreeMap<String, Option<String>>,
     /// The same for single members.

@@ -97,6 +97,7 @@ impl Judged {
         let (why, lost) = match decided {
             Rejoin::Follow => (String::new(), None),
             Rejoin::Clone { why, lost } => (why.clone(), *lost),
+            Rejoin::Rewind { why, lost } => (why.clone(), Some(*lost)),
             Rejoin::Wait { why } | Rejoin::Refuse { why } => (why.clone(), None),
         };
         let positions = why.split(' ').map(|word| if word.contains('/') { "…" } else { word });

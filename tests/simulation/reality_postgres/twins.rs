@@ -7,8 +7,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pgherd::clock::BootTime;
 use pgherd::facts::postgres::{ControlFacts, ProbeOutcome, SqlFacts};
+use pgherd::policy::rejoin::rewind::Rewinding;
 use pgherd::policy::rejoin::{Inputs, LeaderLineage, LocalWal, OwnPromotion, Rejoin, decide};
 use pgherd::postgres::{Installation, Keep, clone_from, history_files, set_standby, wal};
+use pgherd::spec::cluster::OnRewindFailure;
 use pgherd::types::{Epoch, Lsn, TimelineId};
 
 use super::super::clock::{ms, secs};
@@ -338,7 +340,16 @@ fn judged(
 ) -> Judged {
     // Both majors are the leader's: what is compared is the WAL.
     let control = ControlFacts { major_version: leader.major_version, ..control.clone() };
-    let decided: Rejoin =
-        decide(Inputs { local: &control, wal, own_promotion: own, promoted_under, led_before: promoted_under.is_some(), leader });
+    // What is compared is what is seen to be lost, whatever is done about it.
+    let rewinding = Rewinding { wanted: false, on_failure: OnRewindFailure::Reclone, obstacle: None, failures: 0 };
+    let decided: Rejoin = decide(Inputs {
+        local: &control,
+        wal,
+        own_promotion: own,
+        promoted_under,
+        led_before: promoted_under.is_some(),
+        leader,
+        rewinding: &rewinding,
+    });
     Judged::of(&decided, wal, leader)
 }

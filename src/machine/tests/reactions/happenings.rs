@@ -10,7 +10,7 @@ use crate::facts::guard::{GuardFacts, LastEnd, PostmasterFacts, Rung, StartId, W
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{DataDirectory, DatabaseState, Probe, ProbeOutcome};
 use crate::machine::action::OperationKind;
-use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, ForeignKey, PeersAnswer, PutOutcome};
+use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, ForeignKey, Kept, PeersAnswer, PutOutcome};
 use crate::machine::tests::fixtures::*;
 use crate::machine::world::{Lock, World};
 use crate::policy::rejoin::Rejoin;
@@ -159,8 +159,10 @@ fn answers() -> Vec<Finished> {
         full(DatabaseState::InProduction),
         Finished::Looked(DataDirectory::Unusable("no control file".to_owned())),
         Finished::Looked(DataDirectory::Unknown),
-        Finished::KeptSeen(Some("/kept".to_owned())),
-        Finished::KeptSeen(None),
+        Finished::Looked(DataDirectory::HalfRewound(Box::new(half_rewound()))),
+        Finished::KeptSeen(Box::new(Kept { directory: Some("/kept".to_owned()), lost: vec![lost_writes()], ..Kept::default() })),
+        Finished::KeptSeen(Box::default()),
+        Finished::WritesLost(Box::new(lost_writes())),
         Finished::Started(Ok(StartId(2))),
         Finished::StartedOnOldFiles { generation: 1, start: StartId(2), why: why() },
         Finished::MemberPut(PutOutcome::Written),
@@ -173,6 +175,7 @@ fn answers() -> Vec<Finished> {
         Finished::PeersAsked(PeersAnswer { vacancy: Revision(350), sent: T0, writable: Vec::new() }),
         Finished::PeersAsked(PeersAnswer { vacancy: Revision(350), sent: T0, writable: vec![name("b")] }),
         Finished::RejoinPlanned(Ok(Rejoin::Clone { why: why(), lost: None })),
+        Finished::RejoinPlanned(Ok(Rejoin::Rewind { why: why(), lost: half_rewound().lost })),
         Finished::RejoinPlanned(Ok(Rejoin::Wait { why: why() })),
         Finished::RejoinPlanned(Ok(Rejoin::Refuse { why: why() })),
         Finished::RejoinPlanned(Ok(Rejoin::Follow)),
@@ -201,6 +204,7 @@ fn answers() -> Vec<Finished> {
         all.extend([done(Ok(true)), done(Ok(false)), done(Err(why()))]);
     }
     all.extend([Ok(true), Ok(false), Err(why())].map(Finished::RequestAnswered));
+    all.extend([Ok(()), Err(why())].map(Finished::Rewound));
     all.extend([Ok(Some(Revision(30))), Ok(None), Err(why())].map(Finished::Reaffirmed));
     all.extend([Ok((true, Revision(30))), Ok((false, Revision(30))), Err(why())].map(Finished::SyncWritten));
     all

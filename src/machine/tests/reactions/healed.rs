@@ -72,7 +72,8 @@ impl Healed {
             data: match world.data.clone() {
                 DataDirectory::Empty if matches!(known.postmaster, PostmasterFacts::ProvedEmpty { .. }) => DataDirectory::Empty,
                 DataDirectory::Full(control) => DataDirectory::Full(control),
-                DataDirectory::Empty | DataDirectory::Unknown | DataDirectory::Unusable(_) => full,
+                DataDirectory::HalfRewound(attempt) if world.running().is_none() => DataDirectory::HalfRewound(attempt),
+                DataDirectory::HalfRewound(_) | DataDirectory::Empty | DataDirectory::Unknown | DataDirectory::Unusable(_) => full,
             },
             guard: GuardFacts { sequence: known.sequence + 1, ..known },
             in_recovery: world.sql().map_or(!matches!(world.running(), Some((_, Word::Writable))), |sql| sql.in_recovery),
@@ -204,16 +205,21 @@ impl Healed {
                 self.data = DataDirectory::Full(control(DatabaseState::ShutDown, 1, 100));
                 Finished::Initialized(Ok(()))
             }
-            Operation::Clone { .. } => {
+            Operation::Clone { .. } | Operation::Rewind { .. } => {
+                let rewound = matches!(operation, Operation::Rewind { .. });
                 let copy = control(DatabaseState::InProduction, 2, 1_000);
                 self.data = DataDirectory::Full(ControlFacts { standby_signal: true, backup_label: true, ..copy });
                 self.timeline = TimelineId(2);
-                Finished::Cloned(Ok(()))
+                if rewound { Finished::Rewound(Ok(())) } else { Finished::Cloned(Ok(())) }
             }
             Operation::PlanRejoin { .. } => {
                 let is_copy = matches!(&self.data, DataDirectory::Full(control) if control.backup_label);
-                let clone = Rejoin::Clone { why: "a test".to_owned(), lost: None };
-                Finished::RejoinPlanned(Ok(if is_copy { Rejoin::Follow } else { clone }))
+                let why = || "a test".to_owned();
+                Finished::RejoinPlanned(Ok(match &self.data {
+                    _ if is_copy => Rejoin::Follow,
+                    DataDirectory::HalfRewound(attempt) => Rejoin::Rewind { why: why(), lost: attempt.lost },
+                    _ => Rejoin::Clone { why: why(), lost: None },
+                }))
             }
             Operation::Promote { timeline, .. } => {
                 (self.in_recovery, self.timeline) = (false, timeline);

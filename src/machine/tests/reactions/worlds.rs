@@ -248,6 +248,11 @@ fn candidate() -> Vec<Case> {
     ]
 }
 
+/// A rewind broke off.
+fn half() -> World {
+    World { data: DataDirectory::HalfRewound(Box::new(half_rewound())), ..idle() }
+}
+
 fn rejoining() -> Vec<Case> {
     let mut judged = busy(full(DatabaseState::ShutDown), OperationKind::PlanRejoin);
     judged.planned_for = Some(Epoch(350));
@@ -255,6 +260,8 @@ fn rejoining() -> Vec<Case> {
         case("the way back is being judged", State::Rejoining, judged),
         case("the way back is to be judged", State::Rejoining, full(DatabaseState::ShutDown)),
         case("PostgreSQL is being stopped", State::Rejoining, standby()),
+        case("it is half rewound", State::Rejoining, half()),
+        case("it is being rewound", State::Rejoining, busy(half(), OperationKind::Rewind)),
         useless("a lock is left", State::Rejoining),
     ]
 }

@@ -169,6 +169,7 @@ impl Toy {
                 Finished::Initialized(Ok(()))
             }
             Operation::Clone { from, found_empty, .. } => Finished::Cloned(self.clone_from(member, &from, found_empty)),
+            Operation::Rewind { .. } => Finished::Rewound(Err("the toy judges to copy".to_owned())),
             Operation::PlanRejoin { leader, .. } => Finished::RejoinPlanned(self.plan(member, &leader)),
             Operation::Promote { lock, timeline, .. } => Finished::PromotionAsked(self.promote(member, lock.epoch, timeline)),
             Operation::EnsureRoles { post_init, .. } => {

@@ -1,0 +1,109 @@
+//! A former primary that wrote on by itself comes back by a rewind, and nothing that it wrote is thrown away (SAFETY rows 49 and 55).
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use nix::sys::signal::Signal;
+use pgherd::cli::demo::process::ProcessId;
+use pgherd::cli::demo::runtime::in_own_thread;
+
+use crate::rig::proxy::Network;
+use crate::rig::world::{MustSucceed, Setup, World};
+
+fn setup(postgres_17: bool) -> Setup {
+    Setup { proxied: true, postgres_17, ..Setup::default() }
+}
+
+/// The primary writes what reaches nobody, and loses its power. Gives it; another leads.
+fn diverges(world: &World) -> usize {
+    let former = world.leader();
+    world.set_replication_network(former, Network::Cut);
+    world.wait_writes(former);
+    world.cluster.cut_power(former);
+    world.set_replication_network(former, Network::Pass);
+    world.wait_another_leads(former);
+    former
+}
+
+/// What the cluster says that a member had written and nobody else has.
+fn lost_writes(world: &World, member: usize) -> Vec<serde_json::Value> {
+    let said = world.cluster.pgherd(&["get", "lost-writes", "-o", "json"]).unwrap();
+    said.must_succeed("pgherd get lost-writes");
+    let all: Vec<serde_json::Value> = serde_json::from_str(&said.out).unwrap();
+    all.into_iter().filter(|one| one["member"] == world.name(member)).collect()
+}
+
+fn was_decided(world: &World, what: &str) -> bool {
+    let said = world.cluster.pgherd(&["events", "-o", "json", "-n", "1000"]).unwrap();
+    said.must_succeed("pgherd events");
+    let all: Vec<serde_json::Value> = serde_json::from_str(&said.out).unwrap();
+    all.iter().any(|event| event["kind"] == what)
+}
+
+fn a_former_primary_is_rewound(postgres_17: bool) {
+    let world = World::up(&setup(postgres_17));
+    let inode = |world: &World, index: usize| fs::metadata(world.cluster.data_dir(index)).unwrap().ino();
+    let before = inode(&world, world.leader());
+    let former = diverges(&world);
+    world.cluster.start_node(former).unwrap();
+    world.wait_whole("after the diverged member came back");
+    assert_eq!(inode(&world, former), before, "the same data directory: no copy took its place");
+    world.settle("what was lost is told", || !lost_writes(&world, former).is_empty());
+    let [lost] = &lost_writes(&world, former)[..] else { panic!("it is told once: {:?}", lost_writes(&world, former)) };
+    assert!(
+        lost["transactions"].as_u64().is_some_and(|count| count > 0) && lost["bytes"].as_u64().is_some_and(|bytes| bytes > 0),
+        "{lost}"
+    );
+    let kept = std::path::PathBuf::from(lost["kept"].as_str().unwrap()).join("pg_wal");
+    assert!(fs::read_dir(&kept).unwrap().count() > 0, "{} holds it", kept.display());
+    assert!(was_decided(&world, "rewind") && was_decided(&world, "lost_writes"));
+    assert!(world.has_condition(former, "get lost-writes"), "a person is told where it is");
+    world.finish();
+}
+
+#[test]
+fn row_49_a_former_primary_that_wrote_on_is_rewound_and_what_it_wrote_is_kept_and_told() {
+    a_former_primary_is_rewound(false);
+}
+
+#[test]
+fn row_49_on_postgresql_17_a_former_primary_that_wrote_on_is_rewound_too() {
+    a_former_primary_is_rewound(true);
+}
+
+/// pg_rewind on a node's data directory, in the middle of its work.
+fn rewind_under_way(world: &World, index: usize) -> Option<ProcessId> {
+    let marked = world.cluster.node_dir(index).join("data.pgherd/rewind/marker.json").exists();
+    let living = world.cluster.household().living();
+    living.into_iter().find(|found| found.name == "pg_rewind" && !found.is_dead && marked).map(|found| found.id)
+}
+
+#[test]
+fn row_55_a_rewind_that_is_killed_with_its_daemon_is_never_started_half_and_ends_with_the_next_daemon() {
+    let world = World::up(&setup(false));
+    let former = diverges(&world);
+    // Enough to copy that it can be met at it.
+    let connection = world.cluster.connection(world.port(world.leader())).unwrap();
+    in_own_thread(async move {
+        let (client, driver) = connection.connect(tokio_postgres::NoTls).await?;
+        tokio::spawn(driver);
+        Ok(client.batch_execute("create table big as select i, repeat('x', 500) as text from generate_series(1, 200000) i").await?)
+    })
+    .unwrap();
+    world.cluster.start_node(former).unwrap();
+    let mut met = None;
+    world.settle("pg_rewind is at work", || {
+        met = rewind_under_way(&world, former);
+        met.is_some()
+    });
+    let daemon = world.daemon(former);
+    met.unwrap().signal(Signal::SIGKILL);
+    daemon.signal(Signal::SIGKILL);
+    world.settle("the daemon is gone", || !daemon.is_alive());
+    assert!(world.cluster.postmaster(former).is_none(), "it was not started");
+    world.cluster.start_node(former).unwrap();
+    world.wait_whole("after the second daemon had gone on");
+    world.settle("what was lost is told", || lost_writes(&world, former).len() == 1);
+    assert!(!world.cluster.node_dir(former).join("data.pgherd/rewind/marker.json").exists());
+    world.finish();
+}
