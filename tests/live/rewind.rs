@@ -4,8 +4,10 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 use nix::sys::signal::Signal;
+use pgherd::cli::demo::documents::ClusterDocument;
 use pgherd::cli::demo::process::ProcessId;
 use pgherd::cli::demo::runtime::in_own_thread;
+use pgherd::clock::BootTime;
 
 use crate::rig::proxy::Network;
 use crate::rig::world::{MustSucceed, Setup, World};
@@ -15,14 +17,25 @@ fn setup(postgres_17: bool) -> Setup {
 }
 
 /// The primary writes what reaches nobody, and loses its power. Gives it; another leads.
-fn diverges(world: &World) -> usize {
+fn diverges(world: &World, statement: &'static str) -> usize {
     let former = world.leader();
     world.set_replication_network(former, Network::Cut);
     world.wait_writes(former);
+    run(world, former, statement);
     world.cluster.cut_power(former);
     world.set_replication_network(former, Network::Pass);
     world.wait_another_leads(former);
     former
+}
+
+fn run(world: &World, index: usize, statement: &'static str) {
+    let connection = world.cluster.connection(world.port(index)).unwrap();
+    in_own_thread(async move {
+        let (client, driver) = connection.connect(tokio_postgres::NoTls).await?;
+        tokio::spawn(driver);
+        Ok(client.batch_execute(statement).await?)
+    })
+    .unwrap();
 }
 
 /// What the cluster says that a member had written and nobody else has.
@@ -44,7 +57,7 @@ fn a_former_primary_is_rewound(postgres_17: bool) {
     let world = World::up(&setup(postgres_17));
     let inode = |world: &World, index: usize| fs::metadata(world.cluster.data_dir(index)).unwrap().ino();
     let before = inode(&world, world.leader());
-    let former = diverges(&world);
+    let former = diverges(&world, "select");
     world.cluster.start_node(former).unwrap();
     world.wait_whole("after the diverged member came back");
     assert_eq!(inode(&world, former), before, "the same data directory: no copy took its place");
@@ -81,15 +94,9 @@ fn rewind_under_way(world: &World, index: usize) -> Option<ProcessId> {
 #[test]
 fn row_55_a_rewind_that_is_killed_with_its_daemon_is_never_started_half_and_ends_with_the_next_daemon() {
     let world = World::up(&setup(false));
-    let former = diverges(&world);
+    let former = diverges(&world, "select");
     // Enough to copy that it can be met at it.
-    let connection = world.cluster.connection(world.port(world.leader())).unwrap();
-    in_own_thread(async move {
-        let (client, driver) = connection.connect(tokio_postgres::NoTls).await?;
-        tokio::spawn(driver);
-        Ok(client.batch_execute("create table big as select i, repeat('x', 500) as text from generate_series(1, 200000) i").await?)
-    })
-    .unwrap();
+    run(&world, world.leader(), "create table big as select i, repeat('x', 500) as text from generate_series(1, 200000) i");
     world.cluster.start_node(former).unwrap();
     let mut met = None;
     world.settle("pg_rewind is at work", || {
@@ -105,5 +112,23 @@ fn row_55_a_rewind_that_is_killed_with_its_daemon_is_never_started_half_and_ends
     world.wait_whole("after the second daemon had gone on");
     world.settle("what was lost is told", || lost_writes(&world, former).len() == 1);
     assert!(!world.cluster.node_dir(former).join("data.pgherd/rewind/marker.json").exists());
+    world.finish();
+}
+
+/// How long it takes is told, and not asserted: the machine of a test is busy.
+#[test]
+fn a_former_primary_with_100_mb_of_diverged_wal_is_back_by_a_rewind() {
+    // In async nobody leads who lacks more than so much.
+    let document = |document: &mut ClusterDocument| document.ha.push("maximum_lag_on_failover: 1GB".to_owned());
+    let world = World::up(&Setup { document, ..setup(false) });
+    let former = diverges(&world, "create table lost as select i, repeat('x', 500) as text from generate_series(1, 180000) i");
+    let begun = BootTime::now();
+    world.cluster.start_node(former).unwrap();
+    world.wait_whole("after the diverged member came back");
+    let took = BootTime::now().since(begun);
+    world.settle("what was lost is told", || lost_writes(&world, former).len() == 1);
+    let bytes = lost_writes(&world, former)[0]["bytes"].as_u64().unwrap();
+    println!("{} MB of diverged WAL: streaming {:.1} s after the start", bytes >> 20, took.as_secs_f64());
+    assert!(bytes >= 100 << 20, "{bytes}");
     world.finish();
 }

@@ -403,6 +403,7 @@ impl LocalCluster {
             ttl_s: 5,
             loop_wait_s: 1,
             failsafe: None,
+            ha: Vec::new(),
             mode: "quorum".into(),
             replication: Vec::new(),
             version: self.plan.programs.postgres_major()?,

@@ -34,6 +34,8 @@ pub struct ClusterDocument {
     pub loop_wait_s: u32,
     /// Whether the leader may go on without etcd while all members answer. None = not typed: the default.
     pub failsafe: Option<bool>,
+    /// Further lines under `ha`.
+    pub ha: Vec<String>,
     /// `async`, `quorum` or `sync`.
     pub mode: String,
     /// Further lines under `replication`.
@@ -62,7 +64,7 @@ impl ClusterDocument {
     ttl: {ttl}s
     loop_wait: {loop_wait}s
     retry_timeout: 3s
-{failsafe}  replication:
+{failsafe}{ha}  replication:
     mode: {mode}
 {replication}  watchdog:
     mode: \"off\"
@@ -72,6 +74,7 @@ impl ClusterDocument {
             ttl = self.ttl_s,
             loop_wait = self.loop_wait_s,
             failsafe = self.failsafe.map(|on| format!("    failsafe: {on}\n")).unwrap_or_default(),
+            ha = self.ha.iter().map(|line| format!("    {line}\n")).collect::<String>(),
             mode = self.mode,
             replication = self.replication.iter().map(|line| format!("    {line}\n")).collect::<String>(),
             version = self.version,
@@ -192,6 +195,7 @@ mod tests {
             ttl_s: 5,
             loop_wait_s: 1,
             failsafe: None,
+            ha: Vec::new(),
             replication: Vec::new(),
             mode: "async".into(),
             version: 15,

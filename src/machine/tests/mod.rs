@@ -16,5 +16,6 @@ mod recovery;
 mod refused;
 mod releases;
 mod requests;
+mod rewinds;
 mod synchronous;
 mod without_etcd;

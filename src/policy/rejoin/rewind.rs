@@ -66,7 +66,8 @@ pub(super) fn or_clone(
     diverged: Divergence,
     lost: LostRange,
 ) -> Rejoin {
-    let obstacle = diverged.blind.map(str::to_owned).or_else(|| in_the_way(local, leader)).or_else(|| of_the_host(rewinding));
+    let obstacle = diverged.blind.map(str::to_owned).or_else(|| in_the_way(local, leader)).or_else(|| not_wanted(rewinding));
+    let obstacle = obstacle.or_else(|| rewinding.obstacle.clone());
     match obstacle {
         Some(obstacle) => instead(diverged.why, Some(lost), rewinding, &obstacle),
         None => not_before_its_checkpoint(leader).unwrap_or(Rejoin::Rewind { why: diverged.why, lost }),
@@ -93,7 +94,7 @@ pub fn go_on(broken_off: BrokenOff<'_>) -> Rejoin {
     } else if broken_off.checkpoint != Some(attempt.checkpoint) {
         Some("pg_rewind was ended while it finished, and what it had written was not synced".to_owned())
     } else {
-        of_the_host(rewinding)
+        not_wanted(rewinding)
     };
     match obstacle {
         Some(obstacle) => instead(attempt.why.clone(), Some(attempt.lost), rewinding, &obstacle),
@@ -130,12 +131,11 @@ fn in_the_way(local: &ControlFacts, leader: &LeaderLineage) -> Option<String> {
     (!in_good_order && was_standby).then(|| "it is a standby that was not stopped in good order".to_owned())
 }
 
-fn of_the_host(rewinding: &Rewinding) -> Option<String> {
+fn not_wanted(rewinding: &Rewinding) -> Option<String> {
     if !rewinding.wanted {
         return Some("postgres.use_pg_rewind is false".to_owned());
     }
-    let failed = (rewinding.failures >= ATTEMPTS_MAX).then(|| format!("it failed {} times in a row", rewinding.failures));
-    failed.or_else(|| rewinding.obstacle.clone())
+    (rewinding.failures >= ATTEMPTS_MAX).then(|| format!("it failed {} times in a row", rewinding.failures))
 }
 
 /// What is done with a member that cannot be rewound.

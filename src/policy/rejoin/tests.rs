@@ -436,7 +436,9 @@ fn a_policy_that_says_stop_leaves_the_member_to_a_person() {
 
 #[test]
 fn a_rewind_that_broke_off_goes_on_only_where_nothing_has_changed_and_is_bounded() {
-    let Case { mut leader, rewinding, .. } = diverged();
+    let Case { mut leader, mut rewinding, .. } = diverged();
+    // What a first attempt needs is there already.
+    rewinding.obstacle = Some("no room to keep more".to_owned());
     leader.timeline = half_rewound().leader_timeline;
     let again = |change: fn(&mut RewindAttempt, &mut BrokenOff<'_>)| {
         let mut attempt = half_rewound();
