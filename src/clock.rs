@@ -60,6 +60,11 @@ impl fmt::Debug for BootTime {
     }
 }
 
+/// The wall clock in seconds since 1970. For schedules only (SAFETY row 23). Edges only.
+pub fn wall_clock_s() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
 /// The wall clock as RFC 3339 in UTC with milliseconds. For people only: no decision may come from it (SAFETY row 23). Edges only.
 pub fn wall_clock() -> String {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
@@ -67,7 +72,7 @@ pub fn wall_clock() -> String {
 }
 
 /// Time since 1970 as RFC 3339. The days are counted from 1 March, so that a leap day is the last of its year.
-fn rfc3339(since_1970: Duration) -> String {
+pub fn rfc3339(since_1970: Duration) -> String {
     const DAY_S: u64 = 86_400;
     const DAYS_BEFORE_1970: u64 = 719_468;
     const ERA_DAYS: u64 = 146_097;

@@ -37,6 +37,10 @@ enumerated! {
         ProofNeverRunsOut,
         /// The lock is given back before PostgreSQL is proved dead.
         ReleasedBeforeDeath,
+        /// A leader that hands over gives the lock back before its successor has the shutdown checkpoint.
+        ReleasedBeforeTheCheckpointArrived,
+        /// What was carried out is carried out again, as long as it stands there.
+        RequestCarriedOutAgain,
         /// A release that is carried out late deletes the lock although its holder went on with it.
         LateReleaseObeyed,
         /// A lock is used before its key was written again, although a release of it may be on its way.
@@ -49,6 +53,10 @@ enumerated! {
         LineageNotLooked,
         /// How far behind a member is does not matter.
         LagIgnored,
+        /// A failover by hand goes on although more would be lost than was accepted.
+        LossBeyondWhatWasAccepted,
+        /// A failover by hand needs nobody's word that the loss is accepted.
+        LossNotAccepted,
         /// The next timeline id is one more than the member's own.
         TimelineFromOwnOnly,
         /// initdb although another member holds data.

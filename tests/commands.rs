@@ -13,7 +13,7 @@ use pgherd::cli::demo::process::wait_for;
 use pgherd::cli::demo::programs::Programs;
 use pgherd::cli::demo::runtime::block_on;
 use pgherd::etcd::{Etcd, Settings};
-use pgherd::facts::cluster::{DecisionRecord, RequestKey, RequestProgress};
+use pgherd::facts::cluster::{DecisionRecord, RequestKey, RequestProgress, StageTime};
 use serde_json::{Value, json};
 
 /// No test waits longer than this for anything.
@@ -199,8 +199,9 @@ fn requests_in_vain_are_refused_and_not_written() {
 fn a_request_is_followed_to_its_end_and_cleared_away() {
     let bed = Bed::up();
     bed.put_members();
-    let claimed = RequestProgress::Claimed { by: "n1".parse().unwrap(), stage: "stopping PostgreSQL".to_owned() };
-    let done = RequestProgress::Done { message: "n2 leads on timeline 2".to_owned() };
+    let stages = vec![StageTime { stage: "checkpoint".to_owned(), ms: 40 }];
+    let claimed = RequestProgress::Claimed { by: "n1".parse().unwrap(), stage: "stop".to_owned(), stages: stages.clone() };
+    let done = RequestProgress::Done { message: "n2 leads on timeline 2".to_owned(), stages };
     let refused = RequestProgress::Refused { reason: "n2 is 3 GB behind".to_owned() };
     for (end, code) in [(done, 0), (refused, 4)] {
         std::thread::scope(|scope| {
@@ -210,6 +211,7 @@ fn a_request_is_followed_to_its_end_and_cleared_away() {
             bed.answer(&[end]);
             let said = command.join().unwrap();
             let told = format!("{}{}", said.out, said.err);
+            assert!(code != 0 || told.contains("(checkpoint 0.04 s)"), "each stage is told with its duration: {told}");
             assert!(told.contains("n2 leads on timeline 2") || told.contains("n2 is 3 GB behind"), "{told}");
         });
         assert!(bed.requests().is_empty());

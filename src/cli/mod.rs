@@ -16,6 +16,7 @@ mod read;
 pub mod run;
 mod secret_files;
 mod status;
+mod switchover;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -121,11 +122,22 @@ enum Command {
     },
     /// Hand the primary's part over to another member, and wait until it is done
     Switchover {
+        #[command(flatten)]
+        wanted: switchover::Wanted,
+        #[command(flatten)]
+        how: Asking,
+    },
+    /// Have a member lead although WAL may be lost, when there is no leader
+    Failover {
         /// The member that is to lead
         #[arg(long, value_name = "MEMBER")]
         to: MemberName,
-        #[command(flatten)]
-        how: Asking,
+        /// Do not ask, and accept what is lost: at most what the command would have named
+        #[arg(long)]
+        accept_loss: bool,
+        /// How long to wait for the end, in seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+        timeout: u64,
     },
     /// List the last decisions, oldest first
     Events {
@@ -216,7 +228,8 @@ fn dispatch(cli: Cli) -> Outcome {
         Command::Validate { files } => read::validate(&files),
         Command::Schema { kind } => read::schema(kind),
         Command::Status { format, check, watch } => status::status(&connection, format.output, check, watch.map(Duration::from_secs)),
-        Command::Switchover { to, how } => ask::switchover(&connection, &to, how),
+        Command::Switchover { wanted, how } => switchover::switchover(&connection, wanted, how),
+        Command::Failover { to, accept_loss, timeout } => switchover::failover(&connection, &to, Asking { yes: accept_loss, timeout }),
         Command::Events { format, limit } => events::events(&connection, format.output, limit),
         Command::Demo(args) => Ok(if demo::run(&args)? { DONE } else { exit::FAILED }),
         Command::Version => output::print(&format!("pgherd {}\n", env!("CARGO_PKG_VERSION"))),

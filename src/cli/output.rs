@@ -30,20 +30,31 @@ pub fn tell(line: &str) {
     let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
+/// Somebody is there to be asked, or else what to add is told.
+pub fn somebody_is_there(instead: &str) -> Result<(), Failure> {
+    if io::stdin().is_terminal() && io::stderr().is_terminal() {
+        return Ok(());
+    }
+    Err(Failure::new(WRONG, format!("nobody is at a terminal to confirm this: add {instead} to do it without being asked")))
+}
+
+/// Asks for a line.
+pub fn ask(question: &str) -> Result<String, Failure> {
+    let mut stderr = io::stderr().lock();
+    let _ = write!(stderr, "{question} ");
+    let _ = stderr.flush();
+    let mut answer = String::new();
+    io::stdin().lock().read_line(&mut answer).context("reading the answer")?;
+    Ok(answer.trim().to_owned())
+}
+
 /// Asks for a yes, unless it was given with `--yes`.
 pub fn confirm(question: &str, yes: bool) -> Result<(), Failure> {
     if yes {
         return Ok(());
     }
-    if !io::stdin().is_terminal() || !io::stderr().is_terminal() {
-        return Err(Failure::new(WRONG, "nobody is at a terminal to confirm this: add --yes to do it without being asked"));
-    }
-    let mut stderr = io::stderr().lock();
-    let _ = write!(stderr, "{question} [y/N] ");
-    let _ = stderr.flush();
-    let mut answer = String::new();
-    io::stdin().lock().read_line(&mut answer).context("reading the answer")?;
-    if matches!(answer.trim(), "y" | "Y" | "yes") {
+    somebody_is_there("--yes")?;
+    if matches!(ask(&format!("{question} [y/N]"))?.as_str(), "y" | "Y" | "yes") {
         return Ok(());
     }
     Err(Failure::new(crate::cli::exit::FAILED, "not confirmed: nothing was done"))

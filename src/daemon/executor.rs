@@ -30,6 +30,8 @@ use super::records;
 
 /// How long a peer may take to say whether it is writable. A dead host costs this much of a failover without a release.
 const PEER_TIMEOUT_MS: u64 = 700;
+/// How long PostgreSQL may take to say what is under way on it.
+const SURVEY_LIMIT: Duration = Duration::from_secs(5);
 /// Decisions that may wait to be written; further ones are in the log only.
 const EVENTS_IN_FLIGHT_MAX: usize = 32;
 
@@ -264,6 +266,16 @@ impl Executor {
             Operation::GiveUpInitialize => self.spawn(records::give_up_initialize(etcd, lease.unwrap_or(LeaseId(0)))),
             Operation::AnswerRequest { id, mod_revision, progress } => {
                 self.spawn(records::answer_request(etcd, id, mod_revision, progress));
+            }
+            Operation::Survey => {
+                let host = Arc::clone(&self.host);
+                self.spawn(async move {
+                    let surveyed = match host.settled() {
+                        Ok(settled) => settled.sql.survey(SURVEY_LIMIT).await.map_err(|error| error.to_string()),
+                        Err(error) => Err(format!("{error:#}")),
+                    };
+                    Event::Finished(Finished::Surveyed(surveyed))
+                });
             }
             Operation::AskPeers { vacancy, peers } => self.spawn(ask_peers(vacancy, peers)),
             Operation::ReachLeader(leader) => self.spawn(jobs::reach_leader(Arc::clone(&self.host), leader)),

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
-use crate::clock::BootTime;
+use crate::clock::{BootTime, wall_clock_s};
 use crate::etcd::{Etcd, WatchEvent, WatchTimes};
 use crate::facts::cluster::{ClusterView, Versions};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
@@ -31,6 +31,9 @@ use super::{prober, snapshot};
 const TTL_BEFORE_SPEC_S: u64 = 10;
 /// How long the daemon may take to say good-bye.
 const GOOD_BYE_TIMEOUT_MS: u64 = 5_000;
+
+/// How often the machine is told the wall clock while a switchover is scheduled.
+const WALL_CLOCK_EVERY: Duration = Duration::from_secs(1);
 
 /// What the signal handlers ask for.
 enum Signalled {
@@ -73,6 +76,7 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
     let mut kept = snapshot::Kept::default();
     let mut spec_read = SpecReader::default();
     let mut served = None;
+    let mut time_told = BootTime::default();
     let publish = |machine: &Machine, kept: &snapshot::Kept| {
         let _ = published.send(Arc::new(snapshot::take(BootTime::now(), &host.node.cluster, machine, kept)));
     };
@@ -96,6 +100,11 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
             event = queue.events.recv() => event.context("the queue of events was closed")?,
             () = tokio::time::sleep(wait) => Event::Tick,
         };
+        // Facts come oftener than ticks.
+        if machine.waits_for_a_time() && now.since(time_told) >= WALL_CLOCK_EVERY {
+            time_told = now;
+            step(&mut machine, &mut executor, &mut kept, Event::WallClock(wall_clock_s()), &publish);
+        }
         if let Event::View(view, _) = &event
             && let Some(read) = spec_read.read(view)
         {

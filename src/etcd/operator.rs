@@ -1,7 +1,7 @@
 //! What operators write and read: the spec, requests, events.
 //!
-//! The spec is replaced by compare-and-swap only, so that of two that apply at once one is told. A request hangs on a lease of its own:
-//! nothing is carried out long after its requester gave up.
+//! The spec is replaced by compare-and-swap only, so that of two that apply at once one is told. A request hangs on a lease of its own
+//! until a leader takes it up: nothing is begun long after its requester gave up.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -24,6 +24,9 @@ pub const SPEC_HISTORY_KEPT: u64 = 20;
 pub const EVENTS_KEPT: u32 = 1_000;
 /// Events of one handle between two trims; the first one trims too.
 const EVENTS_BETWEEN_TRIMS: u64 = 50;
+
+/// How long an answer is there for a requester that comes back for it.
+pub const ANSWER_KEPT_S: i64 = 600;
 
 /// How applying a spec ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,32 +116,35 @@ impl Etcd {
         self.read_one(&key).await?.map(|kv| parse(&key, &kv)).transpose()
     }
 
-    /// Asks the cluster for something. The request goes away by itself after `ttl`. Answers with its id.
+    /// Asks the cluster for something. The request goes away by itself after `ttl`, unless it is for a later time. Answers with its id.
     ///
     /// # Errors
     /// When etcd cannot be asked; on [`EtcdError::Unknown`] the request may be there, until its ttl.
     pub async fn create_request(&self, ask: Ask, by: &str, ttl: Duration) -> Result<String, EtcdError> {
-        let seconds = i64::try_from(ttl.as_secs().max(1)).unwrap_or(i64::MAX);
-        // Granted twice, the one that is not used runs out by itself.
-        let grant = move |mut client: etcd_client::Client| -> super::pool::Boxed<_> {
-            Box::pin(async move { client.lease_grant(seconds, None).await })
-        };
-        let (_, lease) = self.pool.ask(Kind::Write, grant).await?;
+        let lease = self.grant(i64::try_from(ttl.as_secs().max(1)).unwrap_or(i64::MAX)).await?;
         // A lease id is unique in its etcd cluster, and so is the request's.
-        let id = format!("{:x}", lease.id());
+        let id = format!("{lease:x}");
         let key = Key::Request(id.clone());
         let record = RequestRecord { ask, by: by.to_owned(), at: wall_clock(), progress: RequestProgress::Created };
         let path = self.keys.path(&key);
-        let txn = Txn::new().when([Compare::create_revision(path.clone(), CompareOp::Equal, 0)]).and_then([TxnOp::put(
-            path,
-            json(&key, &record)?,
-            Some(PutOptions::new().with_lease(lease.id())),
-        )]);
+        // One for a later time waits for it, and goes by an operator's hand; the lease was for its name only.
+        let expiry = (!matches!(record.ask, Ask::ScheduledSwitchover { .. })).then(|| PutOptions::new().with_lease(lease));
+        let put = TxnOp::put(path.clone(), json(&key, &record)?, expiry);
+        let txn = Txn::new().when([Compare::create_revision(path, CompareOp::Equal, 0)]).and_then([put]);
         self.transact(txn).await?;
         Ok(id)
     }
 
-    /// Says how far a request got, if nobody else did since `mod_revision`. It keeps its expiry.
+    /// A lease that runs out by itself; so does one that was granted and whose answer was lost.
+    async fn grant(&self, seconds: i64) -> Result<i64, EtcdError> {
+        let grant = move |mut client: etcd_client::Client| -> super::pool::Boxed<_> {
+            Box::pin(async move { client.lease_grant(seconds, None).await })
+        };
+        Ok(self.pool.ask(Kind::Write, grant).await?.1.id())
+    }
+
+    /// Says how far a request got, if nobody else did since `mod_revision`. Once it is taken up it does not expire any more, whatever becomes
+    /// of the requester's lease; an answer is kept for [`ANSWER_KEPT_S`].
     ///
     /// # Errors
     /// When etcd cannot be asked, or it is not known whether it was written.
@@ -148,9 +154,10 @@ impl Etcd {
         let Some(found) = self.read_one(&key).await? else { return Ok(false) };
         let record = RequestRecord { progress, ..parse(&key, &found)? };
         let value = json(&key, &record)?;
+        let lease = if record.progress.is_open() { None } else { Some(PutOptions::new().with_lease(self.grant(ANSWER_KEPT_S).await?)) };
         let txn = Txn::new()
             .when([Compare::mod_revision(path.clone(), CompareOp::Equal, mod_revision.0)])
-            .and_then([TxnOp::put(path.clone(), value.clone(), Some(PutOptions::new().with_ignore_lease()))])
+            .and_then([TxnOp::put(path.clone(), value.clone(), lease)])
             .or_else([TxnOp::get(path, None)]);
         let response = self.transact(txn).await?;
         Ok(response.succeeded() || found_one(&response, 0).is_some_and(|kv| kv.value == value))
@@ -164,6 +171,17 @@ impl Etcd {
         let key = Key::Request(id.to_owned());
         let Some(kv) = self.read_one(&key).await? else { return Ok(None) };
         Ok(Some(RequestKey { record: parse(&key, &kv)?, mod_revision: Revision(kv.mod_revision) }))
+    }
+
+    /// Takes a request back if it is as it was read. False = somebody has taken it up, or it is gone.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or did not answer.
+    pub async fn cancel_request(&self, id: &str, mod_revision: Revision) -> Result<bool, EtcdError> {
+        let path = self.keys.path(&Key::Request(id.to_owned()));
+        let txn =
+            Txn::new().when([Compare::mod_revision(path.clone(), CompareOp::Equal, mod_revision.0)]).and_then([TxnOp::delete(path, None)]);
+        Ok(self.transact(txn).await?.succeeded())
     }
 
     /// Takes a request back, or clears it away; its lease runs out by itself.

@@ -252,3 +252,36 @@ pub struct ReplicaFacts {
     #[serde(default)]
     pub sync_priority: u32,
 }
+
+/// What is under way on a primary, for whoever wants to stop it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Survey {
+    /// The longest open transactions.
+    pub transactions: Vec<OpenTransaction>,
+    /// Base backups that are being taken, each with who takes it.
+    pub base_backups: Vec<String>,
+    /// None = WAL is not archived.
+    pub archiver: Option<Archiver>,
+}
+
+/// A transaction that a stop would roll back.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct OpenTransaction {
+    /// Of its session.
+    pub pid: i32,
+    /// Of its client.
+    pub application_name: String,
+    /// `active`, `idle in transaction` …
+    pub state: String,
+    /// For how long it has been open.
+    pub seconds: i64,
+}
+
+/// pg_stat_archiver, and what it has before it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Archiver {
+    /// Its last attempt failed.
+    pub failing: bool,
+    /// Segments that wait.
+    pub ready: u64,
+}

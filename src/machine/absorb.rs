@@ -24,6 +24,10 @@ impl World {
         match event {
             // A promise is judged with the state, after the clock and before any rule.
             Event::Tick | Event::PromiseAsked { .. } => None,
+            Event::WallClock(since_1970_s) => {
+                self.requests.wall = Some((now, since_1970_s));
+                None
+            }
             Event::SpecRead(generation, spec) => {
                 self.spec = Some((generation, spec));
                 self.clear("spec_unreadable");
@@ -267,6 +271,8 @@ impl World {
     fn forget_postmaster(&mut self, now: BootTime) {
         self.probe = None;
         self.data = DataDirectory::Unknown;
+        self.looks.shut_down = None;
+        self.looks.is_old = self.in_flight.contains(&OperationKind::Look);
         self.postmaster_since = now;
         self.receiving.not_streaming_since = None;
         self.replayed_by = None;

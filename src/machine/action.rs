@@ -281,6 +281,8 @@ pub enum Operation {
         /// And swap.
         progress: RequestProgress,
     },
+    /// Ask PostgreSQL what a stop would cut off.
+    Survey,
     /// Ask every other declared member whether it is writable.
     AskPeers {
         /// The vacancy it is asked for.
@@ -322,6 +324,7 @@ pub enum OperationKind {
     ClaimInitialize,
     GiveUpInitialize,
     AnswerRequest,
+    Survey,
     AskPeers,
     ReachLeader,
     FenceByScan,
@@ -355,6 +358,7 @@ impl Operation {
             Operation::ClaimInitialize => OperationKind::ClaimInitialize,
             Operation::GiveUpInitialize => OperationKind::GiveUpInitialize,
             Operation::AnswerRequest { .. } => OperationKind::AnswerRequest,
+            Operation::Survey => OperationKind::Survey,
             Operation::AskPeers { .. } => OperationKind::AskPeers,
             Operation::ReachLeader(_) => OperationKind::ReachLeader,
             Operation::FenceByScan => OperationKind::FenceByScan,
@@ -370,7 +374,7 @@ impl OperationKind {
             Look | Start | Open | Configure | Initdb | Clone | Rewind | PlanRejoin | Promote | SetNames | KeepSlots | EnsureRoles
             | Checkpoint => true,
             PutMember | Acquire | Release | Reaffirm | WriteSync | WriteStatus | RecordPromotion | WriteFailsafe | ClaimInitialize
-            | GiveUpInitialize | AnswerRequest | AskPeers | ReachLeader | FenceByScan => false,
+            | GiveUpInitialize | AnswerRequest | Survey | AskPeers | ReachLeader | FenceByScan => false,
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::clock::BootTime;
 use crate::facts::cluster::{Condition, HistoryEntry, Severity};
 use crate::facts::guard::{Rung, StartId};
-use crate::facts::postgres::DataDirectory;
+use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState};
 use crate::policy::rejoin;
 use crate::types::Epoch;
 
@@ -51,6 +51,16 @@ pub struct Asked {
     pub history: Vec<HistoryEntry>,
     /// That lock is a new cluster's first, and it was our claim to initialize that it was asked for on.
     pub first: bool,
+}
+
+/// Looks at the data directory while a server is there.
+#[derive(Debug, Clone, Default)]
+pub struct Looks {
+    /// The one under way began before the postmaster ended.
+    pub is_old: bool,
+    /// The control file of a server that is being ended and whose shutdown checkpoint is written, and when that was seen: no session is left,
+    /// and none begins.
+    pub shut_down: Option<(BootTime, ControlFacts)>,
 }
 
 impl World {
@@ -152,6 +162,13 @@ impl World {
     /// What is in the data directory.
     pub fn looked(&mut self, now: BootTime, data: DataDirectory) {
         self.ended(now, OperationKind::Look, data != DataDirectory::Unknown);
+        if std::mem::take(&mut self.looks.is_old) {
+            return;
+        }
+        if let (Some(_), DataDirectory::Full(control)) = (self.ending(), &data) {
+            let seen = self.looks.shut_down.as_ref().map_or(now, |(seen, _)| *seen);
+            self.looks.shut_down = Some((seen, control.clone())).filter(|_| control.state == DatabaseState::ShutDown);
+        }
         // Of a server that was found running nothing was looked at before.
         if self.running().is_some() && self.promoted.is_none() {
             self.looked_at_running(now, &data);

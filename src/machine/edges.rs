@@ -75,6 +75,7 @@ pub const EDGES: &[Edge] = &[
     edge(1100, "handing_over", "following", "the lock was released in good order"),
     edge(1110, "handing_over", "stopping", "the lock was released in good order, and the daemon is to stop"),
     edge(1120, "handing_over", "promoting", "the successor did not get the shutdown checkpoint in time: back to work"),
+    edge(1125, "handing_over", "primary", "the hand-over was given up before PostgreSQL was stopped: back to work"),
     edge(1130, "handing_over", "demoting", "the lock is gone"),
     edge(1200, "demoting", "following", "PostgreSQL has ended, proved"),
     edge(1210, "demoting", "promoting", "PostgreSQL has ended, and the lock is still ours and proved"),

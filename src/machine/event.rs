@@ -10,7 +10,7 @@ use crate::facts::cluster::{ClusterView, LostWrites};
 use crate::facts::failsafe::PromiseAsk;
 use crate::facts::guard::{GuardFacts, StartId};
 use crate::facts::lease::LeaseEvent;
-use crate::facts::postgres::{DataDirectory, Probe};
+use crate::facts::postgres::{DataDirectory, Probe, Survey};
 use crate::policy::rejoin::Rejoin;
 use crate::spec::cluster::ClusterSpec;
 use crate::types::{LeaseId, LockIdentity, MemberName, Revision};
@@ -33,6 +33,8 @@ pub struct PeersAnswer {
 pub enum Event {
     /// Time went by.
     Tick,
+    /// This host's wall clock, in seconds since 1970. For what is scheduled, and for nothing else (SAFETY row 23).
+    WallClock(u64),
     /// A document was found in etcd and understood.
     SpecRead(u64, Arc<ClusterSpec>),
     /// A document was found in etcd and means nothing: the last good one stays in force.
@@ -74,6 +76,8 @@ enumerated! {
     EventKind {
         /// [`Event::Tick`].
         Tick,
+        /// [`Event::WallClock`].
+        WallClock,
         /// [`Event::SpecRead`].
         SpecRead,
         /// [`Event::SpecUnreadable`].
@@ -116,6 +120,7 @@ impl Event {
     pub fn kind(&self) -> EventKind {
         match self {
             Event::Tick => EventKind::Tick,
+            Event::WallClock(_) => EventKind::WallClock,
             Event::SpecRead(..) => EventKind::SpecRead,
             Event::SpecUnreadable(..) => EventKind::SpecUnreadable,
             Event::View(..) => EventKind::View,
@@ -213,6 +218,8 @@ pub enum Finished {
     InitializeGivenUp(Result<(), Failure>),
     /// A request's progress was written, or had changed meanwhile.
     RequestAnswered(Result<bool, Failure>),
+    /// PostgreSQL was asked what is under way.
+    Surveyed(Result<Survey, Failure>),
     /// The other members were asked whether they are writable.
     PeersAsked(PeersAnswer),
     /// The leader's server was asked whether it takes our connections.
@@ -251,6 +258,7 @@ impl Finished {
             Finished::InitializeClaimed(_) => Kind::ClaimInitialize,
             Finished::InitializeGivenUp(_) => Kind::GiveUpInitialize,
             Finished::RequestAnswered(_) => Kind::AnswerRequest,
+            Finished::Surveyed(_) => Kind::Survey,
             Finished::PeersAsked(_) => Kind::AskPeers,
             Finished::LeaderReached(_) => Kind::ReachLeader,
             Finished::FencedByScan(_) => Kind::FenceByScan,

@@ -149,6 +149,10 @@ impl World {
                 self.ended(now, Kind::AnswerRequest, result.is_ok());
                 self.pause(now, Kind::AnswerRequest, ANSWERED_PAUSE_MS);
             }
+            Finished::Surveyed(result) => {
+                self.ended(now, Kind::Survey, result.is_ok());
+                self.requests.survey = result.ok().map(|survey| (self.requests.survey_asked, survey));
+            }
             Finished::PeersAsked(answer) => {
                 self.ended(now, Kind::AskPeers, true);
                 self.peers = Some(answer);

@@ -17,6 +17,7 @@ pub mod hold;
 mod node;
 pub mod reactions;
 pub mod receiving;
+pub mod requests;
 mod rules;
 pub mod state;
 pub mod synchrony;
@@ -29,14 +30,14 @@ use std::time::Duration;
 use statig::prelude::*;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::MemberRole;
+use crate::facts::cluster::{Ask, ClusterView, MemberRole};
 use crate::facts::guard::Word;
 use crate::mutants::{Mutant, mutant};
 
 use self::action::{Action, LeaseOrder, Operation, OperationKind};
 use self::event::Event;
 use self::node::{Context, Input, Node};
-use self::rules::{failsafe as without_etcd, publish, rejoining, requests};
+use self::rules::{failsafe as without_etcd, publish, rejoining, requests as asked_for};
 use self::state::State;
 use self::world::{Etcd, Lock, Me, World};
 
@@ -153,7 +154,7 @@ impl Machine {
         release_useless(&mut context, &state);
         reaffirm(&mut context, &state);
         without_etcd::keep(&mut context, &state);
-        requests::settle(&mut context, &state);
+        asked_for::settle(&mut context, &state);
         rejoining::tell_what_was_lost(&mut context);
         publish::publish(&mut context, &state);
         leave_if_name_is_taken(&mut context);
@@ -188,6 +189,12 @@ impl Machine {
             (state, Some((_, Word::Standby))) => matches!(state, State::Promoting { .. }) && self.world.promotion_asked_lately(now),
         };
         writes && !allowed && !mutant(Mutant::UnlawfulLeftAlone)
+    }
+
+    /// A switchover is scheduled, and it is for this member to carry it out: the wall clock has to be told.
+    pub fn waits_for_a_time(&self) -> bool {
+        let scheduled = |view: &ClusterView| view.requests.values().any(|key| matches!(key.record.ask, Ask::ScheduledSwitchover { .. }));
+        *self.state() == State::Primary && self.world.view.as_deref().is_some_and(scheduled)
     }
 
     /// When to call again at the latest.

@@ -19,7 +19,7 @@ use crate::clock::BootTime;
 use super::action::{Action, Decision, Operation, StopMode};
 use super::edges;
 use super::rules::{bootstrap, demoting, handover, primary, promoting, rejoining, standby, starting};
-use super::state::{Demotion, HandOver, HandOverStage, Promotion, State, Then};
+use super::state::{Demotion, HandOver, Promotion, State, Then};
 use super::world::World;
 
 /// What a state is dispatched.
@@ -171,7 +171,11 @@ impl Node {
         match event {
             Input::Observe => handover::rule(hand_over, context),
             Input::Stop => Handled, // it is on its way already
-            Input::LockGone(_) | Input::Unlawful => Super,
+            Input::LockGone(_) => {
+                handover::lock_is_gone(hand_over, context);
+                Super
+            }
+            Input::Unlawful => Super,
         }
     }
 
@@ -224,12 +228,6 @@ fn anywhere(context: &mut Context<'_>, event: &Input) -> Outcome<State> {
 /// Where a member goes when its leadership ended in good order.
 pub(crate) fn after_leading(context: &Context<'_>) -> State {
     if context.world.stop_requested { State::Stopping } else { State::Following }
-}
-
-impl HandOver {
-    pub(crate) fn enter(&mut self, stage: HandOverStage) {
-        self.stage = stage;
-    }
 }
 
 impl Node {

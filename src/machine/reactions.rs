@@ -41,6 +41,11 @@ pub fn reaction(state: StateKind, event: EventKind) -> Reaction {
     use StateKind::*;
     match event {
         E::Tick => NothingNew,
+        E::WallClock => match state {
+            // What was scheduled may be due, or come second.
+            Primary | HandingOver => TakenIn,
+            _ => Noted,
+        },
         E::LeaseFailed => match state {
             // Of a lock that is to be taken over it is said.
             Starting => Noted,

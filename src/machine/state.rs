@@ -1,6 +1,7 @@
 //! The states. A state names what the member works towards; a state asks for its idempotent action again until the result is seen.
 
 use crate::clock::BootTime;
+use crate::facts::cluster::StageTime;
 use crate::types::{LockIdentity, MemberName, TimelineId};
 
 /// Where a member is. Superstates (bootstrapping, running, standby, leading) are in [`super::node`].
@@ -80,6 +81,10 @@ pub struct HandOver {
     pub since: BootTime,
     /// How far it got.
     pub stage: HandOverStage,
+    /// When that began.
+    pub stage_since: BootTime,
+    /// How long the stages before took.
+    pub stages: Vec<StageTime>,
 }
 
 /// Stages of a hand-over, in order.
@@ -96,6 +101,36 @@ pub enum HandOverStage {
     },
     /// The lock is being deleted.
     Release,
+}
+
+impl HandOverStage {
+    /// For people, and for programs that read how far a request got.
+    pub const fn name(self) -> &'static str {
+        match self {
+            HandOverStage::Checkpoint => "checkpoint",
+            HandOverStage::Stop => "stop",
+            HandOverStage::Wait { .. } => "successor",
+            HandOverStage::Release => "release",
+        }
+    }
+}
+
+impl HandOver {
+    /// At the beginning.
+    pub fn new(lock: LockIdentity, to: Option<MemberName>, request: Option<String>, now: BootTime) -> Self {
+        HandOver { lock, to, request, since: now, stage: HandOverStage::Checkpoint, stage_since: now, stages: Vec::new() }
+    }
+
+    /// Goes to another stage, and books how long this one took. One that is entered again goes on.
+    pub fn enter(&mut self, stage: HandOverStage, now: BootTime) {
+        let (name, took) = (self.stage.name(), now.since(self.stage_since));
+        let ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+        match self.stages.iter_mut().find(|known| known.stage == name) {
+            Some(known) => known.ms = known.ms.saturating_add(ms),
+            None => self.stages.push(StageTime { stage: name.to_owned(), ms }),
+        }
+        (self.stage, self.stage_since) = (stage, now);
+    }
 }
 
 /// Why PostgreSQL has to end.

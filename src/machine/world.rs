@@ -17,11 +17,12 @@ use crate::spec::cluster::{ClusterSpec, Member};
 use crate::types::{Epoch, Incarnation, LeaseIdentity, LockIdentity, MemberName, Revision, TimelineId};
 
 use super::action::{OperationKind, StopMode, Upstream};
-use super::bookkeeping::Asked;
+use super::bookkeeping::{Asked, Looks};
 use super::event::{ForeignKey, Kept, PeersAnswer};
 use super::failsafe::Failsafe;
 use super::hold::LadderDue;
 use super::receiving::Receiving;
+use super::requests::Requests;
 use super::synchrony::Synchrony;
 
 /// How long a standby that was asked to promote is left before it is asked again.
@@ -231,10 +232,10 @@ pub struct World {
     pub leader_writes_since: Option<(Epoch, BootTime)>,
     /// When promotion was asked for last.
     pub promote_asked: Option<BootTime>,
-    /// The open requests, and when this member saw each first.
-    pub requests_seen: BTreeMap<String, BootTime>,
-    /// Requests that this member has acted on: each is tried once.
-    pub tried_requests: BTreeSet<String>,
+    /// What operators asked for.
+    pub requests: Requests,
+    /// Looks at the data directory of a server that has not ended.
+    pub looks: Looks,
     /// This member gave a leadership up that came to nothing, and leaves the lock to others until then.
     pub abstains_until: Option<BootTime>,
     /// The order to leave was given.
@@ -321,8 +322,8 @@ impl World {
             receiving: Receiving::default(),
             leader_writes_since: None,
             promote_asked: None,
-            requests_seen: BTreeMap::new(),
-            tried_requests: BTreeSet::new(),
+            requests: Requests::default(),
+            looks: Looks::default(),
             abstains_until: None,
             exited: false,
             stop_asked: None,

@@ -47,6 +47,10 @@ pub struct Inputs<'a> {
     pub started: BootTime,
     /// Our data directory's own promotion, if there is one on record.
     pub promoted: Option<(TimelineId, Epoch)>,
+    /// An operator wants this member to lead, and accepts that so many bytes that were published are lost, and with them what was acknowledged.
+    /// It overrides how far behind this member is, who is seen to hold what, and who would be better: never whose data it is, on which
+    /// lineage, what others were promised, or that somebody may still write.
+    pub accept_loss: Option<u64>,
 }
 
 /// The judgement.
@@ -91,8 +95,10 @@ pub fn judge(inputs: &Inputs<'_>) -> Verdict {
         Ok(initialize) => initialize,
         Err(verdict) => return verdict,
     };
-    if let Some(verdict) = not_known_to_hold_all(inputs) {
-        return verdict;
+    match not_known_to_hold_all(inputs) {
+        Some(_) if inputs.accept_loss.is_some() && is_readable(inputs.view) => {}
+        Some(verdict) => return verdict,
+        None => {}
     }
     let since = inputs.vacant_since;
     match &inputs.view.release {
@@ -122,7 +128,18 @@ pub fn judge(inputs: &Inputs<'_>) -> Verdict {
             }
         }
     }
-    by_rank(inputs, initialize)
+    match inputs.accept_loss {
+        Some(_) => {
+            let lost = bytes_behind(inputs.view, inputs.own.lsn).unwrap_or(0);
+            Verdict::Run { why: format!("an operator asked for it, accepting the loss of {lost} bytes"), initialize }
+        }
+        None => by_rank(inputs, initialize),
+    }
+}
+
+/// What cannot be read may be anything: its operator deletes it first.
+fn is_readable(view: &ClusterView) -> bool {
+    view.sync.is_some() || view.sync_revision.0 == 0
 }
 
 /// Where commits waited for standbys only a member that has every acknowledged one may lead: because the last leader stopped in good order
@@ -259,11 +276,23 @@ fn not_eligible(inputs: &Inputs<'_>) -> Option<String> {
 
 fn too_far_behind(inputs: &Inputs<'_>) -> Option<String> {
     let limit = inputs.spec.ha.maximum_lag_on_failover;
-    let released = inputs.view.release.as_ref().map(|release| release.lsn);
-    let published = inputs.view.status.as_ref().map(|status| status.lsn);
-    let leader_lsn = released.max(published).filter(|_| !mutant(Mutant::LagIgnored))?;
+    let leader_lsn = last_published(inputs.view).filter(|_| !mutant(Mutant::LagIgnored))?;
     let lag = leader_lsn.bytes_since(inputs.own.lsn);
+    if let Some(accepted) = inputs.accept_loss {
+        let more = lag > accepted && !mutant(Mutant::LossBeyondWhatWasAccepted);
+        return more.then(|| format!("{lag} bytes behind the last leader's {leader_lsn}, more than the {accepted} bytes that may be lost"));
+    }
     (lag > limit).then(|| format!("{lag} bytes behind the last leader's {leader_lsn}, more than maximum_lag_on_failover of {limit} bytes"))
+}
+
+fn last_published(view: &ClusterView) -> Option<Lsn> {
+    let released = view.release.as_ref().map(|release| release.lsn);
+    released.max(view.status.as_ref().map(|status| status.lsn))
+}
+
+/// How far a position is behind what the last leader has published. None = it has published nothing.
+pub fn bytes_behind(view: &ClusterView, own: Lsn) -> Option<u64> {
+    last_published(view).map(|last| last.bytes_since(own))
 }
 
 /// A timeline that a recorded leadership has left behind before this position is not the cluster's history any more. Nor is a later one

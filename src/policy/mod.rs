@@ -10,6 +10,7 @@ pub mod rejoin;
 pub mod renewal;
 pub mod routing;
 pub mod slots;
+pub mod switchover;
 pub mod synchrony;
 pub mod timelines;
 pub mod upstream;

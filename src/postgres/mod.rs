@@ -25,6 +25,7 @@ pub mod rewind;
 pub mod roles;
 pub mod slots;
 pub mod sql;
+pub mod survey;
 pub mod swap;
 pub mod wal;
 

@@ -14,7 +14,7 @@ against_both! { 1, &[];
     of_two_that_apply_at_once_one_is_told,
     the_last_twenty_specs_are_kept,
     generations_go_on_where_the_spec_was_deleted,
-    a_request_is_answered_by_compare_and_swap_and_goes_away_by_itself,
+    a_request_is_answered_by_compare_and_swap_and_once_taken_up_outlives_its_requester,
     the_last_decisions_are_kept_and_read_in_order,
     the_servers_version_is_judged,
 }
@@ -55,7 +55,7 @@ async fn generations_go_on_where_the_spec_was_deleted(server: EtcdServer) {
     assert_eq!(etcd.apply_spec("a: 4", "x@h", None).await.unwrap(), Applied::Applied { generation: 4 });
 }
 
-async fn a_request_is_answered_by_compare_and_swap_and_goes_away_by_itself(server: EtcdServer) {
+async fn a_request_is_answered_by_compare_and_swap_and_once_taken_up_outlives_its_requester(server: EtcdServer) {
     let etcd = server.etcd();
     let ask = Ask::Switchover { to: name("b") };
     let id = etcd.create_request(ask.clone(), "x@h", Duration::from_secs(5)).await.unwrap();
@@ -63,14 +63,22 @@ async fn a_request_is_answered_by_compare_and_swap_and_goes_away_by_itself(serve
     assert_eq!((asked.record.ask, asked.record.progress), (ask, RequestProgress::Created));
     assert!(etcd.read_view().await.unwrap().requests.contains_key(&id));
 
-    let claim = |by: &str| RequestProgress::Claimed { by: name(by), stage: "checkpoint".into() };
+    let claim = |by: &str| RequestProgress::Claimed { by: name(by), stage: "checkpoint".into(), stages: Vec::new() };
     let (a, b) =
         tokio::join!(etcd.update_request(&id, asked.mod_revision, claim("a")), etcd.update_request(&id, asked.mod_revision, claim("b")));
     assert_ne!(a.unwrap(), b.unwrap(), "exactly one took it up");
     let lease = pgherd::types::LeaseId(i64::from_str_radix(&id, 16).unwrap());
     lease_is_gone(&server, lease).await;
-    assert_eq!(etcd.read_request(&id).await.unwrap(), None, "it kept its expiry");
-    assert!(!etcd.update_request(&id, asked.mod_revision, claim("a")).await.unwrap());
+    let taken_up = etcd.read_request(&id).await.unwrap().expect("the death of its requester changes nothing any more");
+    assert!(!etcd.update_request(&id, asked.mod_revision, claim("c")).await.unwrap());
+    let done = RequestProgress::Done { message: "b leads".into(), stages: Vec::new() };
+    assert!(etcd.update_request(&id, taken_up.mod_revision, done).await.unwrap());
+    let kv = server.stranger().await.get(format!("/pgherd/main/requests/{id}"), None).await.unwrap();
+    assert_ne!(kv.kvs()[0].lease(), 0, "the answer goes away by itself");
+
+    let nobody = etcd.create_request(Ask::Bootstrap { on: name("a") }, "x@h", Duration::from_secs(2)).await.unwrap();
+    lease_is_gone(&server, pgherd::types::LeaseId(i64::from_str_radix(&nobody, 16).unwrap())).await;
+    assert_eq!(etcd.read_request(&nobody).await.unwrap(), None, "what nobody took up goes with its requester");
 
     let taken_back = etcd.create_request(Ask::Bootstrap { on: name("a") }, "x@h", Duration::from_secs(60)).await.unwrap();
     etcd.delete_request(&taken_back).await.unwrap();

@@ -23,5 +23,6 @@ mod rewind;
 mod rig_works;
 mod routing;
 mod standbys;
+mod switchover;
 mod synchronous;
 mod versions;

@@ -17,6 +17,7 @@ fn a_switchover_makes_the_named_member_leader_and_the_former_one_follows() {
     let begun = BootTime::now();
     let said = world.cluster.pgherd(&["switchover", "--to", world.name(target), "--yes"]).unwrap();
     said.must_succeed("pgherd switchover");
+    println!("{}", said.out.trim_end());
     assert_eq!((world.leader(), world.timeline()), (target, timeline + 1));
     world.wait_writes(target);
     println!("outage {:.3} s", world.prober().longest_gap(begun).as_secs_f64());

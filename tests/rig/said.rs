@@ -47,6 +47,12 @@ impl World {
         self.events().iter().filter(of).map(|event| event["message"].as_str().unwrap_or_default().to_owned()).collect()
     }
 
+    /// What was decided of this kind, whoever did, oldest first.
+    pub fn decided_by_anybody(&self, kind: &str) -> Vec<String> {
+        let of = |event: &&serde_json::Value| event["kind"] == *kind;
+        self.events().iter().filter(of).map(|event| event["message"].as_str().unwrap_or_default().to_owned()).collect()
+    }
+
     fn events(&self) -> Vec<serde_json::Value> {
         serde_json::from_str(&self.cluster.pgherd(&["events", "-o", "json", "--limit", "500"]).unwrap().out).unwrap()
     }

@@ -19,6 +19,7 @@ use super::daemon::PROBE_TIMEOUT_MS;
 use super::etcd::Acquired;
 use super::host::{Daemon, Host};
 use super::network::Link;
+use super::requests::Asked;
 use super::synchrony::Acknowledged;
 use super::wal::Segment;
 use super::world::Sim;
@@ -64,7 +65,7 @@ pub struct Checks {
     /// neither in the spec nor had a key in etcd, since somebody had deleted it.
     out_of_sight: BTreeSet<usize>,
     /// The WAL that a promotion by hand began, and who was promoted. None once its data directory is another.
-    by_hand: BTreeMap<u64, Option<usize>>,
+    pub by_hand: BTreeMap<u64, Option<usize>>,
     /// A standby received WAL of a promotion by hand, and follows the leadership that took the same number (a stated limit): from here on
     /// its WAL is not judged.
     pub mixed_by_hand: bool,
@@ -77,6 +78,8 @@ pub struct Checks {
     /// Up to where commits were acknowledged.
     pub acknowledged: Acknowledged,
     pub acknowledgements: u64,
+    /// What operators asked for, and what is excused by it.
+    pub asked: Asked,
 }
 
 impl Checks {
@@ -123,6 +126,7 @@ impl Checks {
 
     /// A proof that has run out counts as none, before anything else is looked at (SAFETY 5).
     pub fn after_event(&mut self, now: BootTime, daemon: &Daemon) {
+        self.carries_out(daemon);
         if let Lock::Proved { until, .. } = daemon.machine.world().lock
             && now >= until
         {
@@ -286,7 +290,11 @@ impl Checks {
             let extent = other.server.data.as_ref().and_then(|data| data.wal.extent_of(token));
             extent.is_some_and(|extent| extent >= published.lsn)
         });
-        if lost > self.maximum_lag && still_there && !self.restored {
+        if self.asked.accepts(host).is_some_and(|accepted| lost > accepted) && !self.restored {
+            let what = format!("{} was promoted by hand {lost} bytes behind, more than was accepted", hosts[host].name);
+            self.fail("P2", what);
+        }
+        if lost > self.maximum_lag && self.asked.accepts(host).is_none() && still_there && !self.restored {
             let what = format!("{} was promoted {lost} bytes behind what its predecessor had published", hosts[host].name);
             self.fail("P2", what);
         }

@@ -13,6 +13,12 @@ impl Real {
         Real(self.0 + u64::try_from(span.as_nanos()).unwrap_or(u64::MAX / 4))
     }
 
+    /// As every host's wall clock has it.
+    pub fn wall_s(self) -> u64 {
+        const BEGUN_S: u64 = 1_790_000_000;
+        BEGUN_S + self.0 / 1_000_000_000
+    }
+
     pub fn since(self, earlier: Real) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
     }

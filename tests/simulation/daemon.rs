@@ -17,7 +17,7 @@ use pgherd::policy::deadlines::LeaseTimes;
 use pgherd::types::{Incarnation, LockIdentity, Lsn, Revision};
 
 use super::check::Checks;
-use super::clock::{ms, us};
+use super::clock::{Real, ms, secs, us};
 use super::guard::{AskedBy, GuardAsk, ORDER_TIMEOUT_MS};
 use super::host::{Daemon, Watch};
 use super::lease::{Command, LeaseThread};
@@ -87,6 +87,7 @@ impl Sim {
             parked: Vec::new(),
             wake: 0,
             tick_due: false,
+            time_told: Real(0),
             pace: None,
             probe: 0,
             probing: false,
@@ -189,6 +190,12 @@ impl Sim {
         if !daemon.actions.is_empty() {
             return Some(run);
         }
+        // As the daemon's loop does it: facts come oftener than ticks.
+        if daemon.machine.waits_for_a_time() && self.now.since(daemon.time_told) >= secs(1) {
+            daemon.time_told = self.now;
+            self.handle(host, Event::WallClock(self.now.wall_s()));
+            return Some(run);
+        }
         let event = match daemon.ends.pop_front().or_else(|| daemon.facts.pop_front()) {
             Some(event) => event,
             None if daemon.tick_due => Event::Tick,
@@ -223,6 +230,7 @@ impl Sim {
         self.trace.actions(now, host, to, &actions);
         self.checks.judge_actions(local, daemon, &actions, self.etcd.view.sync.as_ref());
         self.checks.after_event(local, daemon);
+        self.checks.asked.decided(host, &actions);
         let went = actions.iter().filter_map(|action| if let Action::Record(decision) = action { decision.transition() } else { None });
         for (from, to) in went {
             match edges::find(from, to) {

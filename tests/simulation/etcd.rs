@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use pgherd::etcd::AcquireRequest;
 use pgherd::facts::cluster::{
-    ClusterView, FailsafeRecord, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, RequestKey, RequestProgress,
-    RequestRecord, StatusRecord,
+    Ask, ClusterView, FailsafeRecord, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, RequestKey,
+    RequestProgress, RequestRecord, StatusRecord,
 };
 use pgherd::facts::synchrony::SyncRecord;
 use pgherd::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision};
@@ -223,11 +223,19 @@ impl Etcd {
     /// True = keys went with it.
     pub fn revoke(&mut self, lease: LeaseId) -> bool {
         self.leases.remove(&lease);
+        let asked = request_on(lease);
+        // What was taken up does not hang on its requester's lease any more.
+        let hangs = |view: &ClusterView| {
+            let key = view.requests.get(&asked);
+            key.is_some_and(|key| {
+                key.record.progress == RequestProgress::Created && !matches!(key.record.ask, Ask::ScheduledSwitchover { .. })
+            })
+        };
         let has = |view: &ClusterView| {
             view.members.values().any(|key| key.lease == lease)
                 || view.leader.as_ref().is_some_and(|leader| leader.lease == lease)
                 || matches!(&view.initialize, Some(Initialize::Claimed { lease: on, .. }) if *on == lease)
-                || view.requests.contains_key(&request_on(lease))
+                || hangs(view)
         };
         if !has(&self.view) {
             return false;
@@ -238,7 +246,9 @@ impl Etcd {
         if matches!(&keys.initialize, Some(Initialize::Claimed { lease: on, .. }) if *on == lease) {
             keys.initialize = None;
         }
-        keys.requests.remove(&request_on(lease));
+        if hangs(keys) {
+            keys.requests.remove(&asked);
+        }
         keys.revision.0 += 1;
         true
     }

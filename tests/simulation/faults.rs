@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use pgherd::facts::cluster::{Ask, RequestProgress, RequestRecord};
 use pgherd::machine::event::Event;
 use pgherd::types::MemberName;
 
@@ -15,8 +14,6 @@ use super::network::RACES_LATE_MS;
 use super::plan::{Fault, Kind};
 use super::world::{Sim, What, member};
 
-/// What `pgherd switchover` gives its request when nobody says otherwise.
-const REQUEST_TTL_S: u64 = 120;
 /// A namesake is found out before it could have its name from etcd: from then on it is a member like any other, and failsafe relies on
 /// each name being used once.
 const NAMESAKE_S: u64 = 3;
@@ -88,13 +85,6 @@ impl Sim {
         Some(host)
     }
 
-    fn request_switchover(&mut self, to: usize) {
-        let ask = Ask::Switchover { to: member(to) };
-        let record = RequestRecord { ask, by: "operator".to_owned(), at: String::new(), progress: RequestProgress::Created };
-        self.etcd.create_request(self.now, secs(REQUEST_TTL_S), record);
-        self.etcd_changed();
-    }
-
     pub fn fault_begins(&mut self, index: usize) {
         // One that follows another may come too late.
         if self.healed {
@@ -154,7 +144,7 @@ impl Sim {
                 self.checks.etcd_wiped();
                 self.etcd_changed();
             }
-            Kind::Switchover => self.request_switchover(((fault.choice >> 8) % self.hosts.len() as u64) as usize),
+            Kind::Switchover => self.switch_over(&fault),
             Kind::FrozenInRenewal => self.hosts[host].freezes_in_renewal = true,
             Kind::LostRelease => {
                 let step = 1 + (fault.choice >> 8) as usize % (self.hosts.len() - 1);
@@ -464,7 +454,7 @@ impl Sim {
     }
 
     /// A fault that another one brings with it.
-    fn follows(&mut self, after: Duration, (kind, choice): (Kind, u64), host: usize, lasts: Duration) {
+    pub fn follows(&mut self, after: Duration, (kind, choice): (Kind, u64), host: usize, lasts: Duration) {
         self.plan.push(Fault { at: self.now.after(after), kind, victim: host as u64 * 2 + 1, lasts, choice });
         self.later(after, What::Fault { index: self.plan.len() - 1 });
     }

@@ -43,6 +43,7 @@ impl Sim {
                 self.guard_turn(host);
             }
             Kind::DiskFull => self.hosts[host].server.ail.disk_full = false,
+            Kind::Switchover => self.hosts.iter_mut().for_each(|host| host.server.ail.archives_for_ever = false),
             Kind::CopiesBreak => self.hosts[host].server.ail.breaks_copies = false,
             Kind::PowerOff | Kind::DataLost => self.power_on(host),
             Kind::MemberRemoved => self.edit_spec(fault.choice, None),

@@ -95,6 +95,8 @@ pub struct Daemon {
     pub parked: Vec<DaemonDue>,
     pub wake: u64,
     pub tick_due: bool,
+    /// When the machine was told the wall clock.
+    pub time_told: Real,
     pub pace: Option<Duration>,
     pub probe: u64,
     pub probing: bool,

@@ -27,6 +27,7 @@ mod reality_etcd;
 mod reality_postgres;
 mod records;
 mod replication;
+mod requests;
 mod rewind;
 mod runner;
 mod seeds;

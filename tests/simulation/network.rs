@@ -299,6 +299,10 @@ impl Sim {
                 let done = self.etcd.release(epoch, as_read, record.as_ref());
                 if led && done {
                     self.checks.released(&self.hosts[host]);
+                    let to = record.as_ref().and_then(|record| Some((record.lsn, self.host_of(record.to.as_ref()?)?)));
+                    if let Some((lsn, successor)) = to {
+                        self.checks.released_for(&self.hosts[host], &self.hosts[successor], lsn);
+                    }
                 }
                 EtcdAnswer::Done(done)
             }

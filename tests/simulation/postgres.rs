@@ -152,6 +152,8 @@ pub struct Ailments {
     pub refuses_promotion: bool,
     /// initdb and copies break off.
     pub breaks_copies: bool,
+    /// archive_command does not end, and a stop in good order waits for it.
+    pub archives_for_ever: bool,
 }
 
 #[derive(Debug, Default)]
@@ -455,7 +457,8 @@ impl Server {
             }
             Phase::Draining { until } if until <= now => {
                 let since = postmaster.since;
-                if drained(self) || now.since(since) >= ms(WAL_TIMEOUT_MS) {
+                let sent = drained(self) || now.since(since) >= ms(WAL_TIMEOUT_MS);
+                if sent && !self.ail.archives_for_ever {
                     return self.end(Some(0));
                 }
                 if let Some(postmaster) = &mut self.postmaster {

@@ -4,6 +4,7 @@ use pgherd::clock::BootTime;
 use pgherd::etcd::AcquireRequest;
 use pgherd::facts::cluster::{HistoryEntry, MemberRecord};
 use pgherd::facts::lease::LeaseEvent;
+use pgherd::facts::postgres::Survey;
 use pgherd::http::health;
 use pgherd::http::snapshot::Snapshot;
 use pgherd::machine::action::{LeaseOrder, Operation};
@@ -122,6 +123,10 @@ impl Sim {
             }
             Operation::AnswerRequest { id: request, mod_revision, progress } => {
                 self.record_asks(host, id, Stage::Write, EtcdAsk::AnswerRequest { id: request, mod_revision, progress });
+            }
+            Operation::Survey => {
+                self.forget_record(host, id);
+                self.end(host, Finished::Surveyed(Ok(Survey::default())));
             }
             Operation::AskPeers { peers, .. } => self.ask_peers(host, id, peers),
             Operation::ReachLeader(_) => {

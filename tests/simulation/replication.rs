@@ -52,6 +52,7 @@ impl Sim {
                     if !excused {
                         self.checks.judge_acknowledged(host, &self.etcd.view, &self.hosts);
                     }
+                    self.checks.asked.led();
                 }
                 Change::ShutDown => self.wal_flows(host),
                 Change::Ended => self.receivers_notice(host, pid_before),

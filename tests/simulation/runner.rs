@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use pgherd::facts::cluster::{RequestProgress, Severity};
+use pgherd::facts::cluster::Severity;
 use pgherd::spec::cluster::ReplicationMode;
 
 use super::check::Violation;
@@ -131,8 +131,7 @@ fn calm(sim: &mut Sim) {
     sim.run_until(settle);
     let (changes, begun, writes) = (sim.checks.leaders.len(), sim.now, sim.etcd.writes);
     let written_by = sim.leader().and_then(|leader| sim.hosts[leader].server.data.as_ref()).map(|data| data.wal.end);
-    let is_open = |progress: &RequestProgress| matches!(progress, RequestProgress::Created | RequestProgress::Claimed { .. });
-    let asked = sim.etcd.view.requests.values().filter(|key| is_open(&key.record.progress)).count();
+    let asked = sim.etcd.view.requests.values().filter(|key| key.record.progress.is_open()).count();
     let until = at(RUN_S).max(sim.now.after(secs(CALM_S)));
     sim.run_until(until);
     if sim.checks.violation.is_some() {
@@ -150,9 +149,9 @@ fn calm(sim: &mut Sim) {
     if written > CALM_WRITES_PER_S * seconds {
         return sim.checks.fail("L5", format!("{written} writes to etcd in {seconds} calm seconds"));
     }
-    let open = sim.etcd.view.requests.iter().find(|(_, key)| matches!(key.record.progress, RequestProgress::Created));
-    if let Some((id, _)) = open {
-        let what = format!("request {id} was never looked at");
+    let open = sim.etcd.view.requests.iter().find(|(_, key)| key.record.progress.is_open());
+    if let Some((id, key)) = open {
+        let what = format!("request {id} was never answered: {:?}", key.record.progress);
         return sim.checks.fail("L2", what);
     }
     let newest = sim.etcd.view.spec.as_ref().map_or(0, |spec| spec.generation);

@@ -290,6 +290,12 @@ impl Checks {
             self.acknowledged.0.retain(|token, lsn| has(*token, *lsn));
             return;
         }
+        if self.asked.accepts(host).is_some() {
+            // What was acknowledged and is not here is given up, and nothing else.
+            let kept = |(token, lsn): (u64, Lsn)| data.wal.extent_of(token).map(|extent| (token, lsn.min(extent)));
+            self.acknowledged.0 = std::mem::take(&mut self.acknowledged.0).into_iter().filter_map(kept).collect();
+            return;
+        }
         let missing = self.acknowledged.0.iter().find(|(token, lsn)| !has(**token, **lsn)).map(|(_, lsn)| *lsn);
         if let Some(lsn) = missing {
             let what = format!("{} is promoted, and has not the commits up to {lsn} that were acknowledged", hosts[host].name);

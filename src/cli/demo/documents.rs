@@ -79,13 +79,15 @@ impl ClusterDocument {
             replication = self.replication.iter().map(|line| format!("    {line}\n")).collect::<String>(),
             version = self.version,
         );
+        for line in &self.postgres {
+            let _ = writeln!(text, "    {line}");
+        }
         if !self.parameters.is_empty() {
             text.push_str("    parameters:\n");
         }
         for (name, value) in &self.parameters {
             let _ = writeln!(text, "      {name}: {}", quoted(value));
         }
-        self.postgres.iter().for_each(|line| text.push_str(&format!("    {line}\n")));
         text.push_str("    pg_hba:\n");
         for line in &self.pg_hba {
             let _ = writeln!(text, "      - {}", quoted(line));
@@ -195,13 +197,13 @@ mod tests {
             ttl_s: 5,
             loop_wait_s: 1,
             failsafe: None,
-            ha: Vec::new(),
+            ha: vec!["primary_start_timeout: 9s".to_owned()],
             replication: Vec::new(),
             mode: "async".into(),
             version: 15,
+            postgres: vec![r#"archive_command: "cp %p /a/%f""#.to_owned()],
             parameters: [("log_line_prefix".to_owned(), r#"test "a\b" = 'c'"#.to_owned())].into(),
             pg_hba: vec!["host all all 127.0.0.0/8 scram-sha-256".into()],
-            postgres: Vec::new(),
         }
     }
 

@@ -43,6 +43,11 @@ pub fn status(connection: &Connection, format: OutputFormat, check: bool, watch:
     })
 }
 
+/// The table for people, as of now.
+pub(crate) async fn table_now(etcd: &Etcd) -> Result<String, Failure> {
+    Ok(table::text(&read(etcd).await?))
+}
+
 async fn read(etcd: &Etcd) -> Result<StatusReport, Failure> {
     let view = etcd.read_view().await?;
     let wanted = view.spec.as_ref().and_then(wanted);

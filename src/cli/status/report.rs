@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::facts::cluster::{ClusterView, Condition, Initialize, MemberKey, MemberRecord, MemberRole, RequestProgress, Severity};
+use crate::facts::cluster::{Ask, ClusterView, Condition, Initialize, MemberKey, MemberRecord, MemberRole, RequestProgress, Severity};
 use crate::spec::cluster::ReplicationMode;
 use crate::types::{ClusterName, Lsn, MemberName, SystemId, TimelineId};
 
@@ -289,8 +289,16 @@ impl World<'_> {
             );
             add("maintenance", Severity::Warning, message);
         }
-        for request in self.view.requests.values() {
-            if let RequestProgress::Claimed { by, stage } = &request.record.progress {
+        for (id, request) in &self.view.requests {
+            if let (Ask::ScheduledSwitchover { to, at_s }, RequestProgress::Created) = (&request.record.ask, &request.record.progress) {
+                let at = crate::clock::rfc3339(std::time::Duration::from_secs(*at_s));
+                let message = format!(
+                    "a switchover to `{to}` is scheduled for {at} by {} ({id}): `pgherd switchover --cancel {id}` takes it back",
+                    request.record.by
+                );
+                add("scheduled_switchover", Severity::Info, message);
+            }
+            if let RequestProgress::Claimed { by, stage, .. } = &request.record.progress {
                 add("request", Severity::Info, format!("{by} is carrying out a request of {}: {stage}", request.record.by));
             }
         }

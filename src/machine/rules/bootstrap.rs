@@ -141,7 +141,7 @@ fn may_initialize(context: &Context<'_>) -> Result<(), String> {
 }
 
 fn asked_to_bootstrap(view: &ClusterView, me: &MemberName) -> bool {
-    let open = |progress: &RequestProgress| matches!(progress, RequestProgress::Created | RequestProgress::Claimed { .. });
+    let open = RequestProgress::is_open;
     let nobody_has_data = !view.members.values().any(MemberKey::has_data);
     nobody_has_data
         && view.requests.values().any(|key| matches!(&key.record.ask, Ask::Bootstrap { on } if on == me) && open(&key.record.progress))

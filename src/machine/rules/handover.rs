@@ -1,7 +1,9 @@
 //! A planned end of leadership: checkpoint, fast stop, the successor has the shutdown checkpoint, release. Each stage has a deadline
 //! and a way on or back.
 //!
-//! Order is the safety argument: the lock goes only after the proof that no process of PostgreSQL is left.
+//! Order is the safety argument: the lock goes only after the proof that no process of PostgreSQL is left. What does not have to be waited
+//! for is ended: once the shutdown checkpoint is written and the successor has it, what is left of PostgreSQL are the archiver and
+//! walsenders to others, and their end loses nothing.
 
 use std::time::Duration;
 
@@ -10,18 +12,34 @@ use statig::prelude::*;
 use crate::clock::BootTime;
 use crate::facts::cluster::{MemberRole, ReleaseRecord};
 use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState};
-use crate::machine::action::{Operation, OperationKind, StopMode};
+use crate::machine::action::{Action, Operation, OperationKind, StopMode};
 use crate::machine::node::{Context, after_leading};
-use crate::machine::rules::{primary, standby};
+use crate::machine::requests::HandedOver;
+use crate::machine::rules::requests;
+use crate::machine::rules::standby;
 use crate::machine::state::{Demotion, HandOver, HandOverStage, Promotion, State, Then, Way};
 use crate::machine::world::Lock;
+use crate::mutants::{Mutant, mutant};
+use crate::policy::switchover::Obstacle;
 use crate::types::MemberName;
+
+/// How long the checkpoint before the stop may take when the daemon is to stop: then PostgreSQL is stopped all the same.
+const CHECKPOINT_PATIENCE_S: u64 = 30;
+
+/// How long it may take when an operator asked: a stop would have to write the same again while nobody can write, so nothing is stopped.
+const ASKED_CHECKPOINT_PATIENCE_S: u64 = 100;
 
 /// How long a successor may take to have the shutdown checkpoint. One that streams has it before the stop ends.
 const SUCCESSOR_PATIENCE_MS: u64 = 3_000;
 
 /// How long reading the data directory may take.
 const LOOK_PATIENCE_S: u64 = 10;
+
+/// A stop that lasts so long is looked at: the shutdown checkpoint may be written, and something else hold it.
+const STOP_LOOK_MS: u64 = 300;
+
+/// How long the archiver is given once that is seen: about a second in all. What it has not archived then is archived by nobody.
+const ARCHIVER_PATIENCE_MS: u64 = 700;
 
 pub(crate) fn rule(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<State> {
     if context.world.lock == Lock::None {
@@ -45,26 +63,72 @@ pub(crate) fn rule(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outco
 }
 
 fn checkpoint(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<State> {
+    let asked = hand_over.request.is_some() && !context.world.stop_requested;
+    let patience = Duration::from_secs(if asked { ASKED_CHECKPOINT_PATIENCE_S } else { CHECKPOINT_PATIENCE_S });
+    let late = context.now.since(hand_over.since) > patience;
+    let failed = context.world.failures(OperationKind::Checkpoint) > 0;
     let ended = context.world.running().is_none();
-    let impatient =
-        context.now.since(hand_over.since) > primary::CHECKPOINT_PATIENCE || context.world.failures(OperationKind::Checkpoint) > 0;
-    if ended || context.world.checkpointed || impatient {
-        standby::cancel_job(context);
-        hand_over.enter(HandOverStage::Stop);
-        return stop(hand_over, context);
+    if !ended && !context.world.checkpointed && !late && !failed {
+        context.start(Operation::Checkpoint);
+        return Handled;
     }
-    context.start(Operation::Checkpoint);
-    Handled
+    if asked && !ended {
+        if !context.world.checkpointed {
+            let how = if failed { "failed".to_owned() } else { format!("took longer than {} s", patience.as_secs()) };
+            return back_to_work(
+                hand_over,
+                context,
+                format!("the checkpoint before the stop {how}; what it wrote, the next one need not write"),
+            );
+        }
+        // It may have taken long, and this is the last moment in which nothing has to be taken back.
+        match hand_over.to.as_ref().and_then(|to| requests::why_not(context, to)) {
+            Some(Obstacle::Passing(_)) if !late => return Handled,
+            Some(Obstacle::Passing(why) | Obstacle::Lasting(why)) => return back_to_work(hand_over, context, why),
+            None => {}
+        }
+    }
+    standby::cancel_job(context);
+    hand_over.enter(HandOverStage::Stop, context.now);
+    stop(hand_over, context)
 }
 
 fn stop(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<State> {
     if context.world.nothing_can_write() {
-        hand_over.enter(HandOverStage::Wait { since: context.now });
+        hand_over.enter(HandOverStage::Wait { since: context.now }, context.now);
         return wait(hand_over, context.now, context);
     }
     let patience = context.world.spec().map_or(Duration::from_secs(30), |spec| spec.ha.primary_stop_timeout);
     context.stop(StopMode::Fast { patience });
+    if context.world.ending().is_some() {
+        end_what_is_left(hand_over, context);
+    }
     Handled
+}
+
+/// The control file says `shut down`: no session is left and none begins, and all that was written is on disk. Who still runs are the
+/// archiver, whose command may take for ever, and walsenders that wait for a standby.
+fn end_what_is_left(hand_over: &HandOver, context: &mut Context<'_>) {
+    let Some((seen, control)) = context.world.looks.shut_down.clone() else {
+        if context.now.since(hand_over.stage_since) >= Duration::from_millis(STOP_LOOK_MS) {
+            context.start(Operation::Look);
+        }
+        return;
+    };
+    let patience = Duration::from_millis(ARCHIVER_PATIENCE_MS);
+    let has_all = successor(hand_over, &control, context).is_some();
+    // A successor that is gone gets it no sooner for an archiver that is waited for.
+    let limit = if has_all { patience } else { patience + Duration::from_millis(SUCCESSOR_PATIENCE_MS) };
+    if context.now.since(seen) >= limit && context.world.may_ask_stop(context.now, StopMode::Kill) {
+        context.actions.push(Action::Stop(StopMode::Kill));
+        let who = if has_all { "the successor has all of it" } else { "no successor has all of it in time" };
+        let message = format!(
+            "PostgreSQL has shut down at {} and {who}: the archiver, or a walsender, that still runs is ended; what \
+             pg_wal/archive_status shows as ready here is not in the archive",
+            control.checkpoint
+        );
+        context.decide("stop_not_waited_for", message);
+    }
 }
 
 fn wait(hand_over: &mut HandOver, since: BootTime, context: &mut Context<'_>) -> Outcome<State> {
@@ -87,6 +151,9 @@ fn wait(hand_over: &mut HandOver, since: BootTime, context: &mut Context<'_>) ->
         // Not stopped in good order: nobody can be promised anything.
         return give_up(hand_over, context, "PostgreSQL did not shut down in good order");
     };
+    if mutant(Mutant::ReleasedBeforeTheCheckpointArrived) && hand_over.to.is_some() {
+        return begin_release(hand_over, context, &control, hand_over.to.clone());
+    }
     if let Some(successor) = successor(hand_over, &control, context) {
         return begin_release(hand_over, context, &control, Some(successor));
     }
@@ -136,7 +203,7 @@ fn begin_release(hand_over: &mut HandOver, context: &mut Context<'_>, control: &
     };
     if context.start(Operation::Release { epoch: hand_over.lock.epoch, record: Some(record) }) {
         context.decide("releases", message);
-        hand_over.enter(HandOverStage::Release);
+        hand_over.enter(HandOverStage::Release, context.now);
     }
     Handled
 }
@@ -146,19 +213,44 @@ fn release(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<State
         return Handled;
     }
     if context.world.released == Some(hand_over.lock.epoch) {
+        note_end(hand_over, context, None);
         context.world.let_go(context.actions);
         return Transition(after_leading(context));
     }
     // It failed or is unknown: judge again who has what, and ask again.
-    hand_over.enter(HandOverStage::Wait { since: hand_over.since });
+    hand_over.enter(HandOverStage::Wait { since: hand_over.since }, context.now);
     Handled
 }
 
 /// The way back: the lock is still ours, so PostgreSQL starts again under it; on the way out of the daemon it is given up instead.
-fn give_up(hand_over: &HandOver, context: &mut Context<'_>, why: &str) -> Outcome<State> {
+fn give_up(hand_over: &mut HandOver, context: &mut Context<'_>, why: &str) -> Outcome<State> {
     if context.world.stop_requested {
         return Transition(State::Demoting { demotion: Demotion { why: why.to_owned(), then: Then::Release(hand_over.lock) } });
     }
     context.decide("hand_over_given_up", why);
+    note_end(hand_over, context, Some(why.to_owned()));
     Transition(State::Promoting { promotion: Promotion { lock: hand_over.lock, way: Way::StartInPlace, since: context.now } })
+}
+
+/// The way back before anything was stopped.
+fn back_to_work(hand_over: &mut HandOver, context: &mut Context<'_>, why: String) -> Outcome<State> {
+    standby::cancel_job(context);
+    let why = format!("{why}; PostgreSQL was not stopped");
+    context.decide("hand_over_given_up", why.clone());
+    note_end(hand_over, context, Some(why));
+    Transition(State::Primary)
+}
+
+/// The view may show that the lock was released before the answer to the release comes.
+pub(crate) fn lock_is_gone(hand_over: &mut HandOver, context: &mut Context<'_>) {
+    let given_up = (hand_over.stage != HandOverStage::Release).then(|| "the lock was lost on the way".to_owned());
+    note_end(hand_over, context, given_up);
+}
+
+/// For the answer to whoever asked.
+fn note_end(hand_over: &mut HandOver, context: &mut Context<'_>, given_up: Option<String>) {
+    let stage = hand_over.stage;
+    hand_over.enter(stage, context.now);
+    let (request, stages) = (hand_over.request.clone(), hand_over.stages.clone());
+    context.world.requests.handed_over = Some(HandedOver { request, stages, given_up, at: context.now });
 }

@@ -4,18 +4,17 @@
 //! stays: a proof in time takes the announcement back.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use statig::prelude::*;
 
 use crate::facts::cluster::{HistoryEntry, MemberRole, StatusRecord};
 use crate::facts::guard::{Rung, Word};
 use crate::facts::postgres::SqlFacts;
-use crate::machine::action::Operation;
+use crate::machine::action::{Operation, OperationKind};
 use crate::machine::bookkeeping::{CRASH_LIMIT, CRASH_WINDOW_S};
 use crate::machine::node::Context;
 use crate::machine::rules::{requests, slots, synchrony};
-use crate::machine::state::{Demotion, HandOver, HandOverStage, Promotion, State, Then, Way};
+use crate::machine::state::{Demotion, HandOver, Promotion, State, Then, Way};
 use crate::machine::world::Lock;
 use crate::spec::cluster::PermanentSlot;
 use crate::types::{LockIdentity, Lsn, MemberName, TimelineId};
@@ -190,9 +189,6 @@ pub(crate) fn hand_over(context: &mut Context<'_>, to: Option<MemberName>, reque
         return Transition(State::Demoting { demotion: Demotion { why, then: Then::Follow } });
     };
     context.world.checkpointed = false;
-    let stage = HandOverStage::Checkpoint;
-    Transition(State::HandingOver { hand_over: HandOver { lock, to, request, since: context.now, stage } })
+    context.world.forget_failures(OperationKind::Checkpoint);
+    Transition(State::HandingOver { hand_over: HandOver::new(lock, to, request, context.now) })
 }
-
-/// Longest that the checkpoint before a planned stop may take before PostgreSQL is stopped all the same.
-pub(crate) const CHECKPOINT_PATIENCE: Duration = Duration::from_secs(30);

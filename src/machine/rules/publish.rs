@@ -16,6 +16,7 @@ use crate::machine::rules::standby;
 use crate::machine::state::State;
 use crate::machine::world::World;
 use crate::policy::slots;
+use crate::policy::switchover::REPLAY_PAUSED;
 use crate::spec::cluster::OnRewindFailure;
 use crate::types::{Lsn, TimelineId};
 
@@ -175,6 +176,14 @@ pub(crate) fn standing_conditions(world: &mut World, state: &State) {
         world.set_info("pending_restart", format!("takes effect with the next restart of PostgreSQL: {}", restart.join(", ")));
     }
     could_it_be_rewound(world);
+    match world.sql().map(|sql| sql.in_recovery && sql.replay_paused) {
+        Some(true) => {
+            let message = "replay is paused, and no switchover goes here: by hand (pg_wal_replay_resume() ends it), or because a parameter is \
+                           lower than the primary's, which the log names and a restart mends";
+            world.warn(REPLAY_PAUSED, message.to_owned());
+        }
+        Some(false) | None => world.clear(REPLAY_PAUSED),
+    }
     match world.fresh_view().map(|view| view.spec.is_some()) {
         Some(false) if world.spec().is_some() => {
             let message = "the spec is gone from etcd; the last good one stays in force, and nobody takes the lock until one is applied";

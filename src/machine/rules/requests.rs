@@ -1,136 +1,323 @@
 //! What operators asked for: taken up, refused with the reason, answered when done.
+//!
+//! A request is taken up by compare-and-swap, one at a time: of two operators one is told at once that the other was first (SAFETY row 71).
+//! Each run of the daemon tries one once. Whoever leads answers what another took up and did not finish, so that nothing stays open.
 
 use std::time::Duration;
 
 use statig::prelude::*;
 
-use crate::facts::cluster::{Ask, RequestKey, RequestProgress};
+use crate::clock::BootTime;
+use crate::facts::cluster::{Ask, Candidate, ClusterView, RequestKey, RequestProgress, StageTime};
 use crate::machine::action::{Operation, OperationKind};
 use crate::machine::node::Context;
-use crate::machine::rules::primary;
-use crate::machine::state::State;
+use crate::machine::requests::HandedOver;
+use crate::machine::rules::{primary, standby};
+use crate::machine::state::{HandOver, State};
+use crate::mutants::{Mutant, mutant};
+use crate::policy::election::Verdict;
+use crate::policy::switchover::{self, Inputs, Obstacle};
 use crate::types::MemberName;
 
 /// So long a standby that says that it streams is given to be seen streaming by the primary: the primary looks once a second, and a
 /// standby that has just come catches up first.
 const SEEN_STREAMING_MS: u64 = 3_000;
 
-/// What stands in the way of a switchover.
-enum Obstacle {
-    /// It will not pass by itself.
-    Lasting(String),
-    /// It may pass in a moment.
-    Passing(String),
+/// So long PostgreSQL is given to say what is under way on it.
+const SURVEYED_WITHIN_MS: u64 = 6_000;
+
+/// How much later than its time a scheduled switchover may begin.
+const SCHEDULE_LATE_MAX_S: u64 = 60;
+
+/// Whoever took a request up is given so long to answer it after another leads: it knows better what it came to.
+const ORPHANED_AFTER_MS: u64 = 5_000;
+
+type Open<'a> = (&'a String, &'a RequestKey, &'a MemberName);
+
+/// Switchovers that nobody has answered and whose time has come, in the order in which they were written.
+fn open<'a>(view: &'a ClusterView, context: &Context<'_>) -> Vec<Open<'a>> {
+    let wall_s = context.world.requests.wall_now_s(context.now);
+    let switchovers = view.requests.iter().filter_map(|(id, key)| match (&key.record.ask, &key.record.progress) {
+        (Ask::Switchover { to }, progress) if progress.is_open() => Some((id, key, to)),
+        (Ask::ScheduledSwitchover { to, at_s }, RequestProgress::Created) if wall_s.is_some_and(|now| now >= *at_s) => Some((id, key, to)),
+        (Ask::ScheduledSwitchover { to, .. }, RequestProgress::Claimed { .. }) => Some((id, key, to)),
+        _ => None,
+    });
+    let mut open: Vec<_> = switchovers.collect();
+    open.sort_by_key(|(_, key, _)| key.mod_revision);
+    open
+}
+
+/// The time that it was scheduled for went by without a leader that could carry it out.
+fn is_too_late(context: &Context<'_>, key: &RequestKey) -> bool {
+    let Ask::ScheduledSwitchover { at_s, .. } = key.record.ask else { return false };
+    context.world.requests.wall_now_s(context.now).is_some_and(|now| now > at_s.saturating_add(SCHEDULE_LATE_MAX_S))
+}
+
+fn claimed_by(key: &RequestKey) -> Option<&MemberName> {
+    match &key.record.progress {
+        RequestProgress::Claimed { by, .. } => Some(by),
+        RequestProgress::Created | RequestProgress::Done { .. } | RequestProgress::Judged { .. } | RequestProgress::Refused { .. } => None,
+    }
 }
 
 /// A primary looks at what is asked. The refusal is written before PostgreSQL is touched.
 pub(crate) fn taken_up(context: &mut Context<'_>) -> Outcome<State> {
     let Some(view) = context.world.fresh_view().cloned() else { return Handled };
-    let now = context.now;
-    context.world.requests_seen.retain(|id, _| view.requests.contains_key(id));
-    for (id, key) in &view.requests {
-        let Ask::Switchover { to } = &key.record.ask else { continue };
-        context.world.requests_seen.entry(id.clone()).or_insert(now);
-        match &key.record.progress {
-            RequestProgress::Created => {
-                if nothing_in_the_way(context, id, key, to) {
-                    let claim = RequestProgress::Claimed { by: context.world.me.name.clone(), stage: "checked".to_owned() };
-                    answer(context, id, key, claim);
-                }
-                return Handled;
-            }
-            RequestProgress::Claimed { by, .. } if *by == context.world.me.name && !context.world.tried_requests.contains(id) => {
-                if !nothing_in_the_way(context, id, key, to) {
-                    return Handled;
-                }
-                context.world.tried_requests.insert(id.clone());
-                context.decide("switchover", format!("hands over to `{to}`, asked for by {}", key.record.by));
-                return primary::hand_over(context, Some(to.clone()), Some(id.clone()));
-            }
-            RequestProgress::Claimed { .. } | RequestProgress::Done { .. } | RequestProgress::Refused { .. } => {}
+    let (now, me) = (context.now, context.world.me.name.clone());
+    let open = open(&view, context);
+    let requests = &mut context.world.requests;
+    requests.seen.retain(|id, _| view.requests.contains_key(id));
+    requests.claimed.retain(|id| view.requests.contains_key(id));
+    requests.tried.retain(|id| view.requests.contains_key(id));
+    for id in view.requests.keys() {
+        requests.seen.entry(id.clone()).or_insert(now);
+    }
+    let is_check = |key: &RequestKey| match &key.record.ask {
+        Ask::CheckSwitchover { to } if key.record.progress == RequestProgress::Created => Some(to.clone()),
+        _ => None,
+    };
+    if let Some((id, key, to)) = view.requests.iter().find_map(|(id, key)| Some((id, key, is_check(key)?))) {
+        judge(context, id, key, to.as_ref());
+        return Handled;
+    }
+    // What is being carried out comes before what is asked.
+    if let Some((id, key, to)) = open.iter().copied().find(|(_, key, _)| claimed_by(key) == Some(&me)) {
+        return carry_on(context, id, key, to);
+    }
+    if let Some((id, key, to)) = open.iter().copied().find(|(id, key, _)| claimed_by(key).is_some() && is_orphaned(context, id)) {
+        let progress = if *to == me {
+            RequestProgress::Done { message: format!("`{to}` leads"), stages: Vec::new() }
+        } else {
+            RequestProgress::Refused { reason: format!("the leader that took it up is not there any more: `{me}` leads") }
+        };
+        answer(context, id, key, progress);
+        return Handled;
+    }
+    let created = |(_, key, _): &Open<'_>| key.record.progress == RequestProgress::Created;
+    if let Some((id, key, to)) = open.iter().copied().find(|one| created(one) && is_too_late(context, one.1)) {
+        let reason =
+            format!("the time that it was scheduled for went by more than {SCHEDULE_LATE_MAX_S} s ago, and nobody could carry it out");
+        if answer(context, id, key, RequestProgress::Refused { reason: reason.clone() }) {
+            context.decide("schedule_expired", format!("the switchover to `{to}` that {} scheduled: {reason}", key.record.by));
+        }
+        return Handled;
+    }
+    if let Some((id, key, to)) = open.iter().copied().find(created)
+        && nothing_in_the_way(context, id, key, to)
+    {
+        let claim = RequestProgress::Claimed { by: me, stage: "checked".to_owned(), stages: Vec::new() };
+        if answer(context, id, key, claim) {
+            context.world.requests.claimed.insert(id.clone());
         }
     }
     Handled
 }
 
+fn is_orphaned(context: &Context<'_>, id: &str) -> bool {
+    let seen = context.world.requests.seen.get(id).copied().unwrap_or(context.now);
+    context.now.since(seen) >= Duration::from_millis(ORPHANED_AFTER_MS)
+}
+
+/// One that this member has taken up.
+fn carry_on(context: &mut Context<'_>, id: &str, key: &RequestKey, to: &MemberName) -> Outcome<State> {
+    let requests = &context.world.requests;
+    if requests.tried.contains(id) && !mutant(Mutant::RequestCarriedOutAgain) {
+        return Handled;
+    }
+    if !requests.claimed.contains(id) && !mutant(Mutant::RequestCarriedOutAgain) {
+        let reason = "the leader's daemon was started again after it had taken this up, and does not know how far it got: `pgherd events` \
+                      tells, and it can be asked for again";
+        answer(context, id, key, RequestProgress::Refused { reason: reason.to_owned() });
+        return Handled;
+    }
+    if !nothing_in_the_way(context, id, key, to) {
+        return Handled;
+    }
+    context.world.requests.tried.insert(id.to_owned());
+    let costs = inputs(context).map(|inputs| switchover::costs(&inputs)).unwrap_or_default();
+    let costs = costs.into_iter().map(|cost| format!("; {cost}")).collect::<String>();
+    context.decide("switchover", format!("hands over to `{to}`, asked for by {}{costs}", key.record.by));
+    primary::hand_over(context, Some(to.clone()), Some(id.to_owned()))
+}
+
 /// Whether the switchover may begin. If not, it is refused, or waits for what may pass.
 fn nothing_in_the_way(context: &mut Context<'_>, id: &str, key: &RequestKey, to: &MemberName) -> bool {
-    let seen = context.world.requests_seen.get(id).copied().unwrap_or(context.now);
+    if !surveyed(context, id) {
+        return false;
+    }
+    let seen = context.world.requests.seen.get(id).copied().unwrap_or(context.now);
     let in_time = context.now.since(seen) < Duration::from_millis(SEEN_STREAMING_MS);
     match why_not(context, to) {
         None => return true,
         Some(Obstacle::Passing(_)) if in_time => {}
-        Some(Obstacle::Passing(reason) | Obstacle::Lasting(reason)) => answer(context, id, key, RequestProgress::Refused { reason }),
+        Some(Obstacle::Passing(reason) | Obstacle::Lasting(reason)) => {
+            answer(context, id, key, RequestProgress::Refused { reason });
+        }
     }
     false
 }
 
-/// SAFETY row 69: refused before the primary is touched.
-fn why_not(context: &Context<'_>, to: &MemberName) -> Option<Obstacle> {
-    let lasting = |reason| Some(Obstacle::Lasting(reason));
-    let world = &context.world;
-    let (Some(view), Some(spec), Some(sql)) = (world.fresh_view(), world.spec(), world.sql()) else {
-        return lasting("the leader cannot see etcd or its own PostgreSQL now".to_owned());
-    };
-    if *to == world.me.name {
-        return lasting(format!("`{to}` leads already"));
+/// SAFETY row 69: refused before the primary is touched, with all that is in the way.
+pub(crate) fn why_not(context: &Context<'_>, to: &MemberName) -> Option<Obstacle> {
+    let Some(inputs) = inputs(context) else { return Some(Obstacle::Lasting(BLIND.to_owned())) };
+    let found = switchover::obstacles(&inputs, to);
+    let all = found.iter().map(Obstacle::reason).collect::<Vec<_>>().join("; ");
+    match found.iter().any(|obstacle| matches!(obstacle, Obstacle::Lasting(_))) {
+        true => Some(Obstacle::Lasting(all)),
+        false => (!found.is_empty()).then_some(Obstacle::Passing(all)),
     }
-    let Some(member) = spec.member(to) else { return lasting(format!("`{to}` is not in spec.members")) };
-    if member.nofailover() {
-        return lasting(format!("`{to}` never leads: failover_priority is 0, or the tag nofailover or nostream is set"));
-    }
-    let Some(key) = view.members.get(to) else { return lasting(format!("the daemon of `{to}` is not there: it has no member key")) };
-    // A walsender of a connection that is half gone can stand beside the one at work.
-    let of_it = || sql.replicas.iter().filter(|replica| replica.application_name == to.as_str());
-    let replica = of_it().find(|replica| replica.state == "streaming").or_else(|| of_it().next());
-    let own = &key.record.state;
-    let Some(flushed) = replica.filter(|replica| replica.state == "streaming").and_then(|replica| replica.flush_lsn) else {
-        let seen = replica.map_or("the leader does not see it", |replica| replica.state.as_str());
-        let reason = format!("`{to}` does not stream from the leader (its own state: {own}; in pg_stat_replication: {seen})");
-        return Some(if own == "streaming" { Obstacle::Passing(reason) } else { Obstacle::Lasting(reason) });
-    };
-    let (lag, limit) = (sql.receive_lsn.bytes_since(flushed), spec.ha.maximum_lag_on_failover);
-    let reason = || format!("`{to}` is {lag} bytes behind, more than maximum_lag_on_failover of {limit} bytes");
-    (lag > limit).then(|| Obstacle::Lasting(reason()))
 }
 
-fn answer(context: &mut Context<'_>, id: &str, key: &RequestKey, progress: RequestProgress) {
-    context.start(Operation::AnswerRequest { id: id.to_owned(), mod_revision: key.mod_revision, progress });
+const BLIND: &str = "the leader cannot see etcd or its own PostgreSQL now";
+
+fn inputs<'a>(context: &'a Context<'_>) -> Option<Inputs<'a>> {
+    let world = &*context.world;
+    let survey = world.requests.survey.as_ref().map(|(_, survey)| survey);
+    Some(Inputs { me: &world.me.name, spec: world.spec()?, view: world.fresh_view()?, sql: world.sql()?, survey })
 }
 
-/// In every state: requests that this member claimed get their answer when the outcome is seen.
-pub(crate) fn settle(context: &mut Context<'_>, state: &State) {
-    let Some(view) = context.world.fresh_view().cloned() else { return };
-    let busy = matches!(state, State::HandingOver { .. } | State::Promoting { .. } | State::Demoting { .. });
-    if busy || context.world.in_flight.contains(&OperationKind::AnswerRequest) {
+/// What is under way is asked anew for each request. True = it is known, or could not be asked in time.
+fn surveyed(context: &mut Context<'_>, id: &str) -> bool {
+    let seen = context.world.requests.seen.get(id).copied().unwrap_or(context.now);
+    if context.world.requests.survey.as_ref().is_some_and(|(asked, _)| *asked >= seen) {
+        return true;
+    }
+    if context.start(Operation::Survey) {
+        context.world.requests.survey_asked = context.now;
+    }
+    context.now.since(seen) >= Duration::from_millis(SURVEYED_WITHIN_MS)
+}
+
+/// Says what a switchover would meet, to the one that is asked for or to all.
+fn judge(context: &mut Context<'_>, id: &str, key: &RequestKey, to: Option<&MemberName>) {
+    if !surveyed(context, id) {
         return;
     }
-    let me = &context.world.me.name;
-    let initialized = matches!(view.initialize, Some(crate::facts::cluster::Initialize::Done(_)));
-    for (id, key) in &view.requests {
-        let leader = view.leader.as_ref().map(|leader| leader.holder.as_str());
-        let open = matches!(key.record.progress, RequestProgress::Created | RequestProgress::Claimed { .. });
-        let progress = match (&key.record.ask, &key.record.progress) {
-            (Ask::Switchover { to }, RequestProgress::Claimed { by, .. })
-                if by == me && (*state != State::Primary || context.world.tried_requests.contains(id)) =>
-            {
-                match leader {
-                    Some(leader) if leader == to.as_str() && context.world.leader_writes() => {
-                        RequestProgress::Done { message: format!("`{to}` leads") }
-                    }
-                    Some(leader) if leader == to.as_str() => continue,
-                    // Given back a moment ago: the view is older than that.
-                    Some(leader) if leader == me.as_str() && *state != State::Primary => continue,
-                    Some(leader) => RequestProgress::Refused { reason: format!("the hand-over did not succeed: `{leader}` leads") },
-                    None => continue,
+    let progress = match inputs(context) {
+        None => RequestProgress::Refused { reason: BLIND.to_owned() },
+        Some(inputs) => {
+            let mut candidates = switchover::candidates(&inputs);
+            if let Some(to) = to {
+                candidates.retain(|candidate| candidate.name == *to);
+                if candidates.is_empty() {
+                    let obstacles = switchover::obstacles(&inputs, to).iter().map(|obstacle| obstacle.reason().to_owned()).collect();
+                    candidates.push(Candidate { name: to.clone(), obstacles, warnings: Vec::new() });
                 }
             }
-            (Ask::Bootstrap { on }, _) if open && on == me && initialized => {
-                RequestProgress::Done { message: "the cluster is initialized".to_owned() }
-            }
-            _ => continue,
-        };
-        answer(context, id, key, progress);
+            RequestProgress::Judged { candidates, warnings: switchover::costs(&inputs) }
+        }
+    };
+    answer(context, id, key, progress);
+}
+
+fn answer(context: &mut Context<'_>, id: &str, key: &RequestKey, progress: RequestProgress) -> bool {
+    context.start(Operation::AnswerRequest { id: id.to_owned(), mod_revision: key.mod_revision, progress })
+}
+
+/// In every state: requests that this member claimed get their answer when the outcome is seen, and show how far they got until then.
+pub(crate) fn settle(context: &mut Context<'_>, state: &State) {
+    let Some(view) = context.world.fresh_view().cloned() else { return };
+    if context.world.in_flight.contains(&OperationKind::AnswerRequest) {
         return;
     }
+    if let State::HandingOver { hand_over } = state {
+        return tell(context, hand_over, &view);
+    }
+    if matches!(state, State::Promoting { .. } | State::Demoting { .. }) {
+        return;
+    }
+    for (id, key) in &view.requests {
+        let progress = match &key.record.ask {
+            Ask::Switchover { to } | Ask::ScheduledSwitchover { to, .. } => outcome(context, state, &view, (id, key, to)),
+            Ask::CheckSwitchover { .. } => None,
+            Ask::Failover { to, accept_loss } if key.record.progress.is_open() => {
+                of_failover(context, state, &view, (id, key, to), accept_loss.is_some())
+            }
+            Ask::Failover { .. } => None,
+            Ask::Bootstrap { on } => initialized(context, &view, key, on),
+        };
+        if let Some(progress) = progress {
+            answer(context, id, key, progress);
+            return;
+        }
+    }
+}
+
+/// While the lock is being handed over: how far that is, and to others that they come second.
+fn tell(context: &mut Context<'_>, hand_over: &HandOver, view: &ClusterView) {
+    let open = open(view, context);
+    if let Some((id, key, _)) = open.iter().copied().find(|(_, key, _)| key.record.progress == RequestProgress::Created) {
+        let first = open.iter().find(|(id, ..)| Some(*id) == hand_over.request.as_ref());
+        let reason = match first {
+            Some((_, first, to)) => format!("another switchover is under way: to `{to}`, asked for by {}", first.record.by),
+            None => "the leader's daemon is being stopped, and hands over to the member that has everything".to_owned(),
+        };
+        answer(context, id, key, RequestProgress::Refused { reason });
+        return;
+    }
+    let Some((id, key, _)) = open.into_iter().find(|(id, ..)| Some(*id) == hand_over.request.as_ref()) else { return };
+    let by = context.world.me.name.clone();
+    let now = RequestProgress::Claimed { by, stage: hand_over.stage.name().to_owned(), stages: hand_over.stages.clone() };
+    if now != key.record.progress {
+        answer(context, id, key, now);
+    }
+}
+
+/// What became of a switchover that this member took up.
+fn outcome(context: &Context<'_>, state: &State, view: &ClusterView, (id, key, to): Open<'_>) -> Option<RequestProgress> {
+    let world = &context.world;
+    let me = &world.me.name;
+    if claimed_by(key) != Some(me) || (*state == State::Primary && !world.requests.tried.contains(id)) {
+        return None;
+    }
+    let handed_over = world.requests.handed_over.as_ref().filter(|end| end.request.as_ref() == Some(id));
+    match view.leader.as_ref()?.holder.as_str() {
+        leader if leader == to.as_str() && world.leader_writes() => {
+            let stages = handed_over.map_or_else(Vec::new, |end| with_promotion(end, context.now));
+            Some(RequestProgress::Done { message: format!("`{to}` leads"), stages })
+        }
+        leader if leader == to.as_str() => None,
+        // Given back a moment ago: the view is older than that.
+        leader if leader == me.as_str() && *state != State::Primary => None,
+        leader => {
+            let why = handed_over.and_then(|end| end.given_up.clone()).map_or_else(String::new, |why| format!("{why}; "));
+            Some(RequestProgress::Refused { reason: format!("the hand-over did not succeed: {why}`{leader}` leads") })
+        }
+    }
+}
+
+/// The last stage is the successor's: from the release to its first write.
+fn with_promotion(end: &HandedOver, now: BootTime) -> Vec<StageTime> {
+    let ms = u64::try_from(now.since(end.at).as_millis()).unwrap_or(u64::MAX);
+    end.stages.iter().cloned().chain([StageTime { stage: "promotion".to_owned(), ms }]).collect()
+}
+
+/// What became of a failover by hand: whoever leads says so, and until then the one that is to lead says why it does not.
+fn of_failover(context: &Context<'_>, state: &State, view: &ClusterView, (id, _, to): Open<'_>, accepted: bool) -> Option<RequestProgress> {
+    let me = &context.world.me.name;
+    let tried = context.world.requests.tried.contains(id);
+    let refused = |reason: String| Some(RequestProgress::Refused { reason });
+    if let Some(leader) = &view.leader {
+        return match *state == State::Primary && leader.holder == me.as_str() {
+            true if to == me && tried => Some(RequestProgress::Done { message: format!("`{to}` leads"), stages: Vec::new() }),
+            true => refused(format!("`{me}` leads, and nothing was lost for this: `pgherd switchover` moves it")),
+            false => None,
+        };
+    }
+    if to != me || *state != State::Candidate || context.world.in_flight.contains(&OperationKind::Acquire) {
+        return None;
+    }
+    match standby::verdict(context)? {
+        _ if tried => refused("it ran for the lock and came to nothing: `pgherd events` tells why".to_owned()),
+        Verdict::NotEligible { why } if accepted => refused(why),
+        Verdict::NotEligible { why } => refused(format!("{why}; what would be lost was not accepted")),
+        Verdict::Run { .. } | Verdict::Wait { .. } => None,
+    }
+}
+
+fn initialized(context: &Context<'_>, view: &ClusterView, key: &RequestKey, on: &MemberName) -> Option<RequestProgress> {
+    let initialized = matches!(view.initialize, Some(crate::facts::cluster::Initialize::Done(_)));
+    let answers = key.record.progress.is_open() && *on == context.world.me.name && initialized;
+    answers.then(|| RequestProgress::Done { message: "the cluster is initialized".to_owned(), stages: Vec::new() })
 }

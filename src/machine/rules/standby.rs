@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use statig::prelude::*;
 
-use crate::facts::cluster::{ClusterView, HistoryEntry, Initialize, MemberRole, Vote};
+use crate::facts::cluster::{Ask, ClusterView, HistoryEntry, Initialize, MemberRole, RequestProgress, Vote};
 use crate::facts::guard::Word;
 use crate::facts::postgres::{DataDirectory, DatabaseState};
 use crate::machine::action::{Action, Operation, OperationKind, StartAs, StopMode, Upstream};
@@ -16,6 +16,7 @@ use crate::machine::node::Context;
 use crate::machine::rules::{receiving, slots, synchrony};
 use crate::machine::state::{Demotion, Promotion, State, Then, Way};
 use crate::machine::world::{Etcd, Lock};
+use crate::mutants::{Mutant, mutant};
 use crate::policy::election::{self, Inputs, Verdict};
 use crate::policy::rejoin;
 use crate::types::{LeaseId, MemberName, TimelineId};
@@ -284,7 +285,7 @@ pub(crate) fn candidate(context: &mut Context<'_>) -> Outcome<State> {
     let verdict = verdict(context);
     ask_peers(context, if matches!(verdict, Some(Verdict::NotEligible { .. })) { PEERS_AGAIN_IN_VAIN_MS } else { PEERS_AGAIN_MS });
     match verdict {
-        Some(Verdict::Run { .. }) if abstains(context) => {
+        Some(Verdict::Run { .. }) if abstains(context) && by_hand(context).is_none() => {
             context.world.set_info("waiting_to_lead", "leaves the lock to another: its own leadership came to nothing".to_owned());
         }
         Some(Verdict::Run { why, initialize }) => {
@@ -305,7 +306,18 @@ pub(crate) fn own_vote(world: &crate::machine::world::World) -> Option<Vote> {
     last.then(|| Vote { vacancy: vacancy.id, timeline: sql.timeline, lsn: sql.end_of_wal() })
 }
 
-fn verdict(context: &Context<'_>) -> Option<Verdict> {
+/// An operator's word that this member is to lead, and how much may be lost: for one attempt (SAFETY row 69).
+fn by_hand(context: &Context<'_>) -> Option<(String, String, u64)> {
+    let world = &context.world;
+    world.fresh_view()?.requests.iter().find_map(|(id, key)| {
+        let Ask::Failover { to, accept_loss } = &key.record.ask else { return None };
+        let accepted = accept_loss.or(mutant(Mutant::LossNotAccepted).then_some(u64::MAX))?;
+        let stands = key.record.progress == RequestProgress::Created && !world.requests.tried.contains(id);
+        (stands && *to == world.me.name).then(|| (id.clone(), key.record.by.clone(), accepted))
+    })
+}
+
+pub(crate) fn verdict(context: &Context<'_>) -> Option<Verdict> {
     let world = &context.world;
     let (view, spec, vacancy) = (world.fresh_view()?, world.spec()?, world.vacancy?);
     let times = world.times()?;
@@ -324,6 +336,7 @@ fn verdict(context: &Context<'_>) -> Option<Verdict> {
         ladder: deadlines.fenced_by.since(deadlines.announce_at),
         promise: world.failsafe.promise.as_ref(),
         started: world.failsafe.started.unwrap_or(context.now),
+        accept_loss: by_hand(context).map(|(_, _, accepted)| accepted),
     }))
 }
 
@@ -349,6 +362,7 @@ fn run(context: &mut Context<'_>, why: &str, initialize: Option<crate::types::Sy
     let (Some(view), Some(lease), Some(sql)) = (context.world.fresh_view().cloned(), context.world.lease, context.world.sql()) else {
         return;
     };
+    let end = sql.end_of_wal();
     let reserved = election::next_timeline(&view, sql.timeline);
     let history = with_reservation(&view, reserved, &context.world.me.name, lease.lease, why);
     let message =
@@ -356,6 +370,17 @@ fn run(context: &mut Context<'_>, why: &str, initialize: Option<crate::types::Sy
     if context.start(Operation::Acquire { judged_on: Arc::clone(&view), history, initialize }) {
         context.world.reserved = Some(reserved);
         context.decide("runs", message);
+        if let Some((id, by, accepted)) = by_hand(context) {
+            context.world.requests.tried.insert(id);
+            let lost = match election::bytes_behind(&view, end) {
+                Some(bytes) => format!("{bytes} bytes of WAL that the last leader had published are not here"),
+                None => "the last leader published no position".to_owned(),
+            };
+            let acknowledged =
+                if view.sync_revision.0 == 0 { "" } else { ", and commits that were acknowledged may be among what is lost" };
+            context
+                .decide("failover_by_hand", format!("{lost}{acknowledged}: {by} asked for it and accepted the loss of {accepted} bytes"));
+        }
     }
 }
 

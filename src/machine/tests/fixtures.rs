@@ -279,6 +279,7 @@ pub(crate) fn failed(operation: &Operation, why: String) -> Finished {
         Operation::ClaimInitialize => Finished::InitializeClaimed(Err(why)),
         Operation::GiveUpInitialize => Finished::InitializeGivenUp(Err(why)),
         Operation::AnswerRequest { .. } => Finished::RequestAnswered(Err(why)),
+        Operation::Survey => Finished::Surveyed(Err(why)),
         Operation::AskPeers { vacancy, peers } => {
             // Nobody answered: whoever may be writable is not known to be.
             let _ = peers;

@@ -9,6 +9,7 @@ mod adoption;
 mod cluster;
 mod found;
 mod gate;
+mod handover;
 mod lapses;
 mod reactions;
 mod receiving;

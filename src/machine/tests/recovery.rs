@@ -165,7 +165,7 @@ fn row_36_a_lock_that_was_taken_over_from_the_guard_is_waited_for_however_long_e
 fn stopping_in_good_order() -> (Checked, crate::policy::deadlines::Deadlines) {
     let mut world = leads();
     world.guard = Some(guard(1, PostmasterFacts::Ending { start: StartId(1), rung: Rung::FastStop, word: Word::Writable }));
-    let hand_over = HandOver { lock: ours(), to: None, request: Some("1".to_owned()), since: T0, stage: HandOverStage::Stop };
+    let hand_over = HandOver { stage: HandOverStage::Stop, ..HandOver::new(ours(), None, Some("1".to_owned()), T0) };
     let mut checked = Checked::resume(world, State::HandingOver { hand_over });
     let until = T0 + times().validity();
     checked.handle(T0 + ms(1), Event::Lease(LeaseEvent::Proved { lock: ours(), sent: T0, until }));

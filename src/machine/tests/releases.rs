@@ -29,7 +29,7 @@ fn gives_up_after(failed_releases: u32) -> (Checked, BootTime) {
     (0..failed_releases).for_each(|_| world.retry_later(T0, OperationKind::Release));
     world.sure_of = world.sure_of.filter(|_| failed_releases == 0);
     let (to, request) = (Some(name("c")), Some("1".to_owned()));
-    let hand_over = HandOver { lock: ours(), to, request, since: T0, stage: HandOverStage::Wait { since: T0 } };
+    let hand_over = HandOver { stage: HandOverStage::Wait { since: T0 }, ..HandOver::new(ours(), to, request, T0) };
     let mut checked = Checked::resume(world, State::HandingOver { hand_over });
     checked.handle(T0 + s(1), Event::Tick);
     assert_eq!(checked.state().name(), "handing_over", "it has patience");
@@ -85,7 +85,7 @@ fn guard_dies_while_releasing() -> (Checked, BootTime) {
     world.in_flight.insert(OperationKind::Release);
     (world.asked.releasing, world.sure_of) = (Some(ours().epoch), None);
     let (to, request) = (Some(name("b")), Some("1".to_owned()));
-    let hand_over = HandOver { lock: ours(), to, request, since: T0, stage: HandOverStage::Release };
+    let hand_over = HandOver { stage: HandOverStage::Release, ..HandOver::new(ours(), to, request, T0) };
     let mut checked = Checked::resume(world, State::HandingOver { hand_over });
     checked.handle(T0 + ms(1), Event::GuardGone);
     checked.handle(T0 + ms(20), Event::Finished(Finished::FencedByScan(Ok(()))));
@@ -161,7 +161,7 @@ fn i1_the_answer_to_a_key_that_was_written_again_before_a_release_began_rules_th
     view.members.insert(name("c"), key(record(MemberRole::Replica, 2, 1_100), 9));
     world.view = Some(Arc::new(view.clone()));
     let (to, request) = (Some(name("c")), Some("1".to_owned()));
-    let hand_over = HandOver { lock: ours(), to, request, since: T0, stage: HandOverStage::Wait { since: T0 } };
+    let hand_over = HandOver { stage: HandOverStage::Wait { since: T0 }, ..HandOver::new(ours(), to, request, T0) };
     let mut checked = Checked::resume(world, State::HandingOver { hand_over });
     let released = checked.handle(T0 + ms(1), Event::Tick);
     assert!(operations(&released).contains(&OperationKind::Release), "{released:?}");

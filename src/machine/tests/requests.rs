@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use crate::facts::cluster::{Ask, RequestKey, RequestProgress, RequestRecord};
-use crate::facts::postgres::{ReplicaFacts, SqlFacts};
+use crate::facts::postgres::{ReplicaFacts, SqlFacts, Survey};
 use crate::machine::action::{Action, Operation};
-use crate::machine::event::Event;
+use crate::machine::event::{Event, Finished};
 use crate::machine::state::State;
 use crate::types::{Lsn, Revision};
 
@@ -46,7 +46,8 @@ fn row_69_a_standby_that_says_that_it_streams_is_not_refused_before_the_primary_
         actions.into_iter().find_map(answer)
     };
     for primary in [&mut checked, &mut blind] {
-        let actions = primary.handle(T0, Event::View(Arc::new(view.clone()), T0));
+        primary.handle(T0, Event::View(Arc::new(view.clone()), T0));
+        let actions = primary.handle(T0, Event::Finished(Finished::Surveyed(Ok(Survey::default()))));
         assert_eq!(answers(actions), None, "its last look at PostgreSQL may be a second old");
     }
     let sees = ReplicaFacts {

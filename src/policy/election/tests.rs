@@ -9,6 +9,7 @@ use crate::facts::cluster::{FailsafeRecord, MemberRole, ReleaseRecord, StatusRec
 use crate::machine::tests::fixtures::{SYSTEM, T0, empty_record, entry, key, ms, name, record, recorded, spec, view};
 use crate::types::{Epoch, Revision};
 
+mod by_hand;
 mod synchronous;
 
 /// The ladder of a ttl of 10 s.
@@ -27,6 +28,7 @@ struct Vacant {
     system_id: SystemId,
     promise: Option<Promise>,
     promoted: Option<(TimelineId, Epoch)>,
+    accept_loss: Option<u64>,
 }
 
 fn vote(timeline: u32, lsn: u64) -> Vote {
@@ -54,6 +56,7 @@ impl Vacant {
             system_id: SYSTEM,
             promise: None,
             promoted: None,
+            accept_loss: None,
         };
         vacant.voted("b", vote(1, LSN)).voted("c", vote(1, LSN))
     }
@@ -125,6 +128,7 @@ impl Vacant {
             promise: self.promise.as_ref(),
             started: T0.before(ms(1_000)),
             promoted: self.promoted,
+            accept_loss: self.accept_loss,
         })
     }
 

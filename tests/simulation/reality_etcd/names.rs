@@ -119,7 +119,7 @@ impl Names {
         let members = view.members.values().filter(|key| key.lease == lease).count();
         let leader = view.leader.as_ref().is_some_and(|leader| leader.lease == lease);
         let claim = matches!(&view.initialize, Some(Initialize::Claimed { lease: on, .. }) if *on == lease);
-        let request = view.requests.contains_key(&format!("{:x}", lease.0));
+        let request = view.requests.get(&format!("{:x}", lease.0)).is_some_and(|key| key.record.progress == RequestProgress::Created);
         members + [leader, claim, request].into_iter().filter(|there| *there).count()
     }
 
@@ -191,5 +191,5 @@ pub fn failsafe(members: &[&str]) -> Option<FailsafeRecord> {
 }
 
 pub fn progress(word: &str) -> RequestProgress {
-    RequestProgress::Claimed { by: name("a"), stage: word.to_owned() }
+    RequestProgress::Claimed { by: name("a"), stage: word.to_owned(), stages: Vec::new() }
 }

@@ -8,7 +8,7 @@ use crate::facts::cluster::{Ask, ClusterView, Initialize, MemberRole, RequestKey
 use crate::facts::failsafe::PromiseAsk;
 use crate::facts::guard::{GuardFacts, LastEnd, PostmasterFacts, Rung, StartId, Word};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
-use crate::facts::postgres::{DataDirectory, DatabaseState, Probe, ProbeOutcome};
+use crate::facts::postgres::{DataDirectory, DatabaseState, Probe, ProbeOutcome, Survey};
 use crate::machine::action::OperationKind;
 use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, ForeignKey, Kept, PeersAnswer, PutOutcome};
 use crate::machine::tests::fixtures::*;
@@ -34,6 +34,7 @@ pub(super) fn happenings(world: &World) -> Vec<(World, Event)> {
     all.extend(probes());
     let mut all: Vec<_> = all.into_iter().map(|event| (world.clone(), event)).collect();
     all.extend(calls(world));
+    all.extend([world.clone(), with_a_schedule(world)].map(|world| (world, Event::WallClock(2_000))));
     all.extend(answers().into_iter().filter_map(|finished| Some((asked(world, &finished)?, Event::Finished(finished)))));
     all
 }
@@ -66,6 +67,15 @@ fn views(world: &World) -> Vec<ClusterView> {
     // Older than our lock, which it does not know of.
     views.push(ClusterView { revision: Revision(299), ..vacant() });
     views
+}
+
+/// A switchover is scheduled for the second 2,000.
+fn with_a_schedule(world: &World) -> World {
+    let mut view = world.view.as_deref().cloned().unwrap_or_default();
+    let ask = Ask::ScheduledSwitchover { to: name("c"), at_s: 2_000 };
+    let record = RequestRecord { ask, by: why(), at: String::new(), progress: RequestProgress::Created };
+    view.requests.insert("8".to_owned(), RequestKey { record, mod_revision: Revision(450) });
+    World { view: world.view.as_ref().map(|_| Arc::new(view)), ..world.clone() }
 }
 
 fn of_the_lease(world: &World) -> Vec<LeaseEvent> {
@@ -172,6 +182,8 @@ fn answers() -> Vec<Finished> {
         Finished::Acquired(AcquireOutcome::Beaten),
         Finished::Acquired(AcquireOutcome::SpecMoved),
         Finished::Acquired(AcquireOutcome::Failed(why())),
+        Finished::Surveyed(Ok(Survey::default())),
+        Finished::Surveyed(Err(why())),
         Finished::PeersAsked(PeersAnswer { vacancy: Revision(350), sent: T0, writable: Vec::new() }),
         Finished::PeersAsked(PeersAnswer { vacancy: Revision(350), sent: T0, writable: vec![name("b")] }),
         Finished::RejoinPlanned(Ok(Rejoin::Clone { why: why(), lost: None })),

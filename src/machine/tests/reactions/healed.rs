@@ -8,7 +8,7 @@ use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, Initialize};
 use crate::facts::guard::{GuardFacts, LastEnd, PostmasterFacts, Rung, StartId, Word};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
-use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState, Probe, ProbeOutcome};
+use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState, Probe, ProbeOutcome, Survey};
 use crate::machine::action::{Action, LeaseOrder, Operation, StartAs};
 use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, PeersAnswer, PutOutcome};
 use crate::machine::state::{State, StateKind};
@@ -253,6 +253,7 @@ impl Healed {
             Operation::ClaimInitialize => Finished::InitializeClaimed(Ok(false)),
             Operation::GiveUpInitialize => Finished::InitializeGivenUp(Ok(())),
             Operation::AnswerRequest { .. } => Finished::RequestAnswered(Ok(true)),
+            Operation::Survey => Finished::Surveyed(Ok(Survey::default())),
             Operation::AskPeers { vacancy, .. } => Finished::PeersAsked(PeersAnswer { vacancy, sent: self.now, writable: Vec::new() }),
             Operation::ReachLeader(_) => Finished::LeaderReached(Ok(())),
             Operation::FenceByScan => {

@@ -313,7 +313,7 @@ fn primary() -> Vec<Case> {
 fn handing_over() -> Vec<Case> {
     let state = |stage| {
         let (to, request) = (Some(name("c")), Some("1".to_owned()));
-        State::HandingOver { hand_over: HandOver { lock: ours(), to, request, since: T0, stage } }
+        State::HandingOver { hand_over: HandOver { stage, ..HandOver::new(ours(), to, request, T0) } }
     };
     let taken_for_a_standby = World { guard: Some(guard(1, running(1, Word::Standby))), probe: None, ..leads() };
     let mut waits = locked(full(DatabaseState::ShutDown), proved());

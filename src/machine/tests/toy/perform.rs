@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::clock::BootTime;
 use crate::facts::guard::Word;
 use crate::facts::lease::LeaseEvent;
-use crate::facts::postgres::{DataDirectory, DatabaseState};
+use crate::facts::postgres::{DataDirectory, DatabaseState, Survey};
 use crate::machine::action::{Action, LeaseOrder, Operation, StartAs, Upstream};
 use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, ForeignKey, PeersAnswer, PutOutcome};
 use crate::machine::tests::fixtures::{SYSTEM, failed, lease as some_lease, ms, name, times};
@@ -179,6 +179,7 @@ impl Toy {
                 Finished::RolesEnsured(Ok(()))
             }
             Operation::Checkpoint => Finished::Checkpointed(Ok(())),
+            Operation::Survey => Finished::Surveyed(Ok(Survey::default())),
             Operation::AskPeers { vacancy, peers } => {
                 let writes = |name: &MemberName| {
                     let host = &self.hosts[name];
@@ -301,7 +302,7 @@ impl Toy {
 }
 
 fn needs_etcd(operation: &Operation) -> bool {
-    !matches!(operation, Operation::AskPeers { .. } | Operation::ReachLeader(_) | Operation::FenceByScan)
+    !matches!(operation, Operation::Survey | Operation::AskPeers { .. } | Operation::ReachLeader(_) | Operation::FenceByScan)
 }
 
 fn duration(operation: &Operation) -> Duration {

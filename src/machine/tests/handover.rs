@@ -1,0 +1,336 @@
+//! A planned end of leadership: what it does not wait for, and its ways back (SAFETY rows 51, 59, 70, 71).
+
+use std::sync::Arc;
+
+use super::checked::Checked;
+use super::cluster::s;
+use super::fixtures::*;
+use super::reactions::worlds::{full, leads, led_by_us, ours};
+use super::toy::Toy;
+use crate::clock::BootTime;
+use crate::facts::cluster::{Ask, ClusterView, MemberRole, RequestKey, RequestProgress, RequestRecord};
+use crate::facts::guard::{PostmasterFacts, Rung, StartId, Word};
+use crate::facts::lease::LeaseEvent;
+use crate::facts::postgres::{DataDirectory, DatabaseState, ReplicaFacts, SqlFacts, Survey};
+use crate::machine::action::{Action, Operation, StopMode};
+use crate::machine::event::{Event, Finished};
+use crate::machine::state::{HandOver, HandOverStage, State};
+use crate::machine::world::World;
+use crate::types::{Lsn, Revision};
+
+fn asked(progress: RequestProgress, to: &str, by: &str, mod_revision: i64) -> RequestKey {
+    let record = RequestRecord { ask: Ask::Switchover { to: name(to) }, by: by.to_owned(), at: String::new(), progress };
+    RequestKey { record, mod_revision: Revision(mod_revision) }
+}
+
+fn claimed(by: &str) -> RequestProgress {
+    RequestProgress::Claimed { by: name(by), stage: "checkpoint".to_owned(), stages: Vec::new() }
+}
+
+/// `a` leads, and this was asked for.
+fn view_with(requests: &[(&str, RequestKey)]) -> ClusterView {
+    let mut view = led_by_us();
+    view.revision = Revision(500);
+    view.members.get_mut(&name("c")).unwrap().record.state = "streaming".to_owned();
+    view.requests.extend(requests.iter().map(|(id, key)| ((*id).to_owned(), key.clone())));
+    view
+}
+
+fn streams() -> SqlFacts {
+    let replica = ReplicaFacts {
+        application_name: "c".to_owned(),
+        state: "streaming".to_owned(),
+        client_addr: None,
+        flush_lsn: Some(Lsn(1_000)),
+        replay_lsn: None,
+        sync_state: "async".to_owned(),
+        sync_priority: 0,
+    };
+    SqlFacts { replicas: vec![replica], ..sql(false, 2, 1_000) }
+}
+
+/// `a` leads, sees `c` stream, and this was asked for.
+fn primary(requests: &[(&str, RequestKey)]) -> Checked {
+    Checked::resume(leads_with(requests), State::Primary)
+}
+
+fn leads_with(requests: &[(&str, RequestKey)]) -> World {
+    let mut world = World { view: Some(Arc::new(view_with(requests))), probe: Some(probe(T0, streams())), ..leads() };
+    world.requests.survey = Some((T0, Survey::default()));
+    world
+}
+
+fn renewed(now: BootTime) -> Event {
+    Event::Lease(LeaseEvent::Proved { lock: ours(), sent: now, until: now + times().validity() })
+}
+
+fn answers(actions: &[Action]) -> Vec<(&str, &RequestProgress)> {
+    let of = |action| match action {
+        &Action::Do(Operation::AnswerRequest { ref id, ref progress, .. }) => Some((id.as_str(), progress)),
+        _ => None,
+    };
+    actions.iter().filter_map(of).collect()
+}
+
+fn stops(actions: &[Action]) -> Vec<StopMode> {
+    actions.iter().filter_map(|action| if let Action::Stop(mode) = action { Some(*mode) } else { None }).collect()
+}
+
+/// `a` hands over to `c`, its checkpoint under way.
+fn makes_checkpoint() -> Checked {
+    let mut world = leads_with(&[("1", asked(claimed("a"), "c", "anna", 450))]);
+    world.requests.claimed.insert("1".to_owned());
+    let mut checked = Checked::resume(world, State::Primary);
+    checked.handle(T0, Event::Tick);
+    assert_eq!(checked.state().name(), "handing_over");
+    checked
+}
+
+#[test]
+fn row_70_a_checkpoint_that_fails_or_a_target_that_is_gone_by_then_costs_no_outage() {
+    let gone = || {
+        let mut view = view_with(&[("1", asked(claimed("a"), "c", "anna", 450))]);
+        view.members.remove(&name("c"));
+        Event::View(Arc::new(view), T0 + s(1))
+    };
+    for (target_is_gone, checkpoint, because) in
+        [(false, Err("no space".to_owned()), "the checkpoint before the stop failed"), (true, Ok(()), "the daemon of `c` is not there")]
+    {
+        let mut checked = makes_checkpoint();
+        let mut actions = if target_is_gone { checked.handle(T0 + s(1), gone()) } else { Vec::new() };
+        actions.extend(checked.handle(T0 + s(1), Event::Finished(Finished::Checkpointed(checkpoint))));
+        assert_eq!((checked.state(), stops(&actions)), (&State::Primary, Vec::new()), "{actions:?}");
+        let answered = answers(&actions);
+        let [("1", RequestProgress::Refused { reason })] = answered.as_slice() else { panic!("{answered:?}") };
+        assert!(reason.contains(because) && reason.contains("was not stopped"), "{reason}");
+    }
+}
+
+#[test]
+fn row_70_a_checkpoint_that_does_not_end_is_given_up_and_postgresql_is_not_stopped() {
+    let mut checked = makes_checkpoint();
+    let mut actions = Vec::new();
+    for second in 1..=101 {
+        actions.extend(checked.handle(T0 + s(second), renewed(T0 + s(second))));
+        if checked.state() == &State::Primary {
+            break;
+        }
+        assert!(second < 101, "it has been going on for {second} s");
+    }
+    assert_eq!(stops(&actions), Vec::new());
+    assert!(actions.iter().any(|action| matches!(action, Action::CancelJob)), "{actions:?}");
+}
+
+/// PostgreSQL of `a` is stopping since T0; `c` has received up to there.
+fn stops_since_t0(received: u64) -> Checked {
+    let ending = PostmasterFacts::Ending { start: StartId(1), rung: Rung::FastStop, word: Word::Writable };
+    let mut view = view_with(&[("1", asked(claimed("a"), "c", "anna", 450))]);
+    view.members.insert(name("c"), key(record(MemberRole::Replica, 2, received), 9));
+    let world = World { guard: Some(guard(1, ending)), probe: None, view: Some(Arc::new(view)), ..leads() };
+    let hand_over = HandOver { stage: HandOverStage::Stop, ..HandOver::new(ours(), Some(name("c")), Some("1".to_owned()), T0) };
+    Checked::resume(world, State::HandingOver { hand_over })
+}
+
+fn looked(state: DatabaseState) -> Event {
+    Event::Finished(Finished::Looked(full(state).data))
+}
+
+#[test]
+fn a_slow_archiver_holds_the_switchover_no_longer_than_a_second_and_one_whose_successor_is_gone_no_longer_than_its_patience() {
+    let [shut_down, shutting_down] = [DatabaseState::ShutDown, DatabaseState::ShuttingDown];
+    for (state, received, ends_after_ms) in [(shut_down, 1_100, Some(1_200)), (shut_down, 1_000, Some(4_200)), (shutting_down, 1_100, None)]
+    {
+        let mut checked = stops_since_t0(received);
+        let early = checked.handle(T0 + ms(100), Event::Tick);
+        assert!(!early.iter().any(|action| matches!(action, Action::Do(Operation::Look))), "a stop that is quick is not looked at");
+        let mut actions = checked.handle(T0 + ms(400), Event::Tick);
+        assert!(actions.iter().any(|action| matches!(action, Action::Do(Operation::Look))), "{actions:?}");
+        actions.extend(checked.handle(T0 + ms(410), looked(state)));
+        for now in [1_000, 1_200, 4_000, 4_200].map(ms) {
+            actions.extend(checked.handle(T0 + now, renewed(T0 + now)));
+            let due = ends_after_ms.is_some_and(|after| now >= ms(after));
+            assert_eq!(stops(&actions).contains(&StopMode::Kill), due, "{state:?}, received {received}, after {now:?}");
+        }
+        assert!(!actions.iter().any(|action| matches!(action, Action::Do(Operation::Release { .. }))), "a process is still there");
+        assert_eq!(checked.state().name(), "handing_over");
+    }
+}
+
+#[test]
+fn a_look_that_began_before_postgresql_ended_is_not_taken_for_how_it_ended() {
+    let mut checked = stops_since_t0(1_100);
+    checked.handle(T0 + ms(400), Event::Tick);
+    checked.handle(T0 + ms(500), Event::Guard(guard(2, nothing_runs())));
+    let actions = checked.handle(T0 + ms(510), looked(DatabaseState::ShuttingDown));
+    assert_eq!(checked.world().data, DataDirectory::Unknown);
+    assert!(actions.iter().any(|action| matches!(action, Action::Do(Operation::Look))), "{actions:?}");
+    let actions = checked.handle(T0 + ms(520), looked(DatabaseState::ShutDown));
+    assert!(actions.iter().any(|action| matches!(action, Action::Do(Operation::Release { .. }))), "{actions:?}");
+}
+
+#[test]
+fn row_71_while_one_switchover_is_under_way_another_is_refused_at_once_and_says_whose() {
+    let mut checked = makes_checkpoint();
+    let second = asked(RequestProgress::Created, "b", "bert", 460);
+    let view = view_with(&[("1", asked(claimed("a"), "c", "anna", 450)), ("2", second)]);
+    let actions = checked.handle(T0 + s(1), Event::View(Arc::new(view), T0 + s(1)));
+    let answered = answers(&actions);
+    let [("2", RequestProgress::Refused { reason })] = answered.as_slice() else { panic!("{answered:?}") };
+    assert!(reason.contains("another switchover is under way: to `c`, asked for by anna"), "{reason}");
+}
+
+#[test]
+fn of_two_that_nobody_has_looked_at_the_one_that_was_written_first_is_taken_up() {
+    let created = |to, by, at| asked(RequestProgress::Created, to, by, at);
+    let mut checked = primary(&[("1", created("c", "bert", 460)), ("2", created("c", "anna", 450))]);
+    let actions = checked.handle(T0, Event::Tick);
+    let answered = answers(&actions);
+    assert!(matches!(answered.as_slice(), [("2", RequestProgress::Claimed { .. })]), "{answered:?}");
+}
+
+#[test]
+fn row_70_what_a_run_before_this_one_took_up_is_answered_and_not_carried_out_again() {
+    let mut checked = primary(&[("1", asked(claimed("a"), "c", "anna", 450))]);
+    let actions = checked.handle(T0, Event::Tick);
+    assert_eq!(checked.state(), &State::Primary);
+    let answered = answers(&actions);
+    let [("1", RequestProgress::Refused { reason })] = answered.as_slice() else { panic!("{answered:?}") };
+    assert!(reason.contains("was started again"), "{reason}");
+}
+
+#[test]
+fn row_70_what_a_leader_took_up_that_is_gone_is_answered_by_the_next_one() {
+    for (to, done) in [("a", true), ("c", false)] {
+        let mut checked = primary(&[("1", asked(claimed("b"), to, "anna", 450))]);
+        assert!(answers(&checked.handle(T0, Event::Tick)).is_empty(), "who took it up knows better");
+        let actions = checked.handle(T0 + s(6), renewed(T0 + s(6)));
+        let answered = answers(&actions);
+        let [("1", progress)] = answered.as_slice() else { panic!("{answered:?}") };
+        assert_eq!(matches!(progress, RequestProgress::Done { .. }), done, "{progress:?}");
+    }
+}
+
+#[test]
+fn each_stage_and_how_long_it_took_stands_in_the_request() {
+    let mut checked = makes_checkpoint();
+    let actions = checked.handle(T0 + ms(40), Event::Finished(Finished::Checkpointed(Ok(()))));
+    let answered = answers(&actions);
+    let [("1", RequestProgress::Claimed { stage, stages, .. })] = answered.as_slice() else { panic!("{answered:?}") };
+    let stages: Vec<_> = stages.iter().map(|over| (over.stage.as_str(), over.ms)).collect();
+    assert_eq!((stage.as_str(), stages.as_slice()), ("stop", [("checkpoint", 40)].as_slice()));
+}
+
+fn at(seconds: u64) -> Event {
+    Event::WallClock(seconds)
+}
+
+fn scheduled(progress: RequestProgress, at_s: u64) -> RequestKey {
+    let key = asked(progress, "c", "anna", 450);
+    RequestKey { record: RequestRecord { ask: Ask::ScheduledSwitchover { to: name("c"), at_s }, ..key.record }, ..key }
+}
+
+#[test]
+fn a_scheduled_switchover_waits_for_its_time_by_the_wall_clock_and_one_that_is_late_expires_with_an_event() {
+    for (now_s, taken_up, expired) in [(999, false, false), (1_000, true, false), (1_060, true, false), (1_061, false, true)] {
+        let mut checked = primary(&[("1", scheduled(RequestProgress::Created, 1_000))]);
+        assert!(checked.machine.waits_for_a_time());
+        assert!(answers(&checked.handle(T0, Event::Tick)).is_empty(), "the time is not known");
+        let actions = checked.handle(T0, at(now_s));
+        let answered = answers(&actions);
+        assert_eq!(matches!(answered.as_slice(), [("1", RequestProgress::Claimed { .. })]), taken_up, "{now_s}: {answered:?}");
+        assert_eq!(matches!(answered.as_slice(), [("1", RequestProgress::Refused { .. })]), expired, "{now_s}: {answered:?}");
+        let said = actions.iter().any(|action| matches!(action, Action::Record(decision) if decision.kind == "schedule_expired"));
+        assert_eq!(said, expired);
+    }
+}
+
+#[test]
+fn row_23_a_wall_clock_that_was_set_back_does_not_begin_a_switchover_a_second_time() {
+    let mut world = leads_with(&[("1", scheduled(claimed("a"), 1_000))]);
+    world.requests.claimed.insert("1".to_owned());
+    world.requests.tried.insert("1".to_owned());
+    let mut checked = Checked::resume(world, State::Primary);
+    checked.handle(T0, at(1_100));
+    checked.handle(T0 + ms(500), Event::Finished(Finished::RequestAnswered(Ok(true))));
+    checked.handle(T0 + s(1), at(900));
+    checked.handle(T0 + s(2), at(1_000));
+    assert_eq!(checked.state(), &State::Primary);
+}
+
+#[test]
+fn what_a_switchover_would_meet_is_said_and_nothing_is_touched() {
+    let check = |to: Option<&str>| {
+        let key = asked(RequestProgress::Created, "c", "anna", 450);
+        RequestKey { record: RequestRecord { ask: Ask::CheckSwitchover { to: to.map(name) }, ..key.record }, ..key }
+    };
+    for (to, names) in [(None, vec!["c", "b"]), (Some("b"), vec!["b"]), (Some("x"), vec!["x"])] {
+        let mut checked = primary(&[("1", check(to))]);
+        let actions = checked.handle(T0, Event::Tick);
+        let answered = answers(&actions);
+        let [("1", RequestProgress::Judged { candidates, .. })] = answered.as_slice() else { panic!("{answered:?}") };
+        assert_eq!(candidates.iter().map(|one| one.name.as_str()).collect::<Vec<_>>(), names);
+        assert_eq!(
+            candidates.iter().map(|one| one.obstacles.is_empty()).collect::<Vec<_>>(),
+            names.iter().map(|one| *one == "c").collect::<Vec<_>>()
+        );
+        assert_eq!((checked.state(), stops(&actions)), (&State::Primary, Vec::new()));
+    }
+}
+
+#[test]
+fn row_69_a_failover_by_hand_leads_with_the_loss_that_was_accepted_and_no_more_and_says_what_it_is() {
+    const LOST: u64 = 64 << 20;
+    let mut toy = Toy::working(&["a", "b", "c"]);
+    let former = toy.leader().unwrap().to_owned();
+    let mut others = ["a", "b", "c"].into_iter().filter(|member| *member != former);
+    let (to, gone) = (others.next().unwrap(), others.next().unwrap());
+    toy.power_off(&former);
+    toy.power_off(gone);
+    toy.until("the lock is gone", s(30), |toy| toy.leader().is_none());
+    toy.etcd.by_hand(|keys| {
+        let status = keys.status.as_mut().unwrap();
+        status.lsn = Lsn(status.lsn.0 + LOST);
+    });
+    toy.run(s(8));
+    assert_eq!(toy.leader(), None, "the rules hold it back");
+    let answered = |toy: &Toy, id: &str| !toy.progress(id).is_open();
+    for (id, accept_loss) in [("1", None), ("2", Some(LOST / 2))] {
+        toy.ask(id, Ask::Failover { to: name(to), accept_loss });
+        toy.until("an answer", s(6), |toy| answered(toy, id));
+        let RequestProgress::Refused { reason } = toy.progress(id) else { panic!("{:?}", toy.progress(id)) };
+        assert!(reason.contains("bytes behind the last leader's"), "{reason}");
+        assert_eq!(toy.leader(), None);
+    }
+    toy.ask("3", Ask::Failover { to: name(to), accept_loss: Some(2 * LOST) });
+    toy.until("it leads", s(10), |toy| toy.primary() == Some(to));
+    toy.until("an answer", s(6), |toy| answered(toy, "3"));
+    assert!(matches!(toy.progress("3"), RequestProgress::Done { .. }), "{:?}", toy.progress("3"));
+    let why = toy.etcd.keys.history.last().unwrap().why.clone();
+    assert!(why.contains("accepting the loss of"), "{why}");
+    toy.ask("4", Ask::Failover { to: name(gone), accept_loss: Some(u64::MAX) });
+    toy.until("an answer", s(6), |toy| answered(toy, "4"));
+    let RequestProgress::Refused { reason } = toy.progress("4") else { panic!("{:?}", toy.progress("4")) };
+    assert!(reason.contains("leads, and nothing was lost for this"), "{reason}");
+}
+
+/// Found live: the watch was faster than the answer to the release.
+#[test]
+fn the_stages_are_told_also_when_the_view_shows_the_release_before_its_answer_comes() {
+    let mut world = stops_since_t0(1_100).world().clone();
+    world.guard = Some(guard(2, nothing_runs()));
+    world.data = full(DatabaseState::ShutDown).data;
+    world.requests.tried.insert("1".to_owned());
+    let hand_over = HandOver::new(ours(), Some(name("c")), Some("1".to_owned()), T0);
+    let hand_over = HandOver { stage: HandOverStage::Wait { since: T0 }, ..hand_over };
+    let mut checked = Checked::resume(world, State::HandingOver { hand_over });
+    checked.handle(T0 + ms(10), Event::Tick);
+    checked.handle(T0 + ms(20), Event::Finished(Finished::RequestAnswered(Ok(true))));
+    let mut view = view_with(&[("1", asked(claimed("a"), "c", "anna", 450))]);
+    view.leader = Some(leader("c", 9, 490));
+    view.members.insert(name("c"), key(record(MemberRole::Primary, 3, 1_200), 9));
+    let actions = checked.handle(T0 + ms(300), Event::View(Arc::new(view), T0 + ms(300)));
+    let answered = answers(&actions);
+    let [("1", RequestProgress::Done { stages, .. })] = answered.as_slice() else { panic!("{answered:?}") };
+    let stages: Vec<_> = stages.iter().map(|over| (over.stage.as_str(), over.ms)).collect();
+    assert_eq!(stages, [("successor", 10), ("release", 290), ("promotion", 0)]);
+}

@@ -1,0 +1,139 @@
+//! What operators ask for, what may come of it, and what it excuses: switchovers with what may be in their way, at once and at a time, and
+//! failovers by hand with a loss that is accepted.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use pgherd::clock::BootTime;
+use pgherd::facts::cluster::{Ask, RequestProgress, RequestRecord};
+use pgherd::machine::action::Action;
+use pgherd::machine::state::State;
+use pgherd::policy::election;
+use pgherd::types::{Lsn, MemberName};
+
+use super::check::Checks;
+use super::clock::{ms, secs};
+use super::host::{Daemon, Host};
+use super::plan::{Fault, Kind};
+use super::world::{Sim, member};
+
+/// What `pgherd switchover` gives its request when nobody says otherwise.
+const REQUEST_TTL_S: u64 = 120;
+/// Where a choice says what kind of request it is.
+const KIND_SHIFT: u32 = 40;
+/// A failover by hand, as the choice of a fault that follows another.
+const BY_HAND: u64 = 7;
+/// By then the guards have ended what they kept, and the lock is gone.
+const LOCK_IS_GONE_S: u64 = 16;
+
+/// What operators asked for, as the checks need it.
+#[derive(Debug, Default)]
+pub struct Asked {
+    /// Requests that a leader began to carry out: who, and when by its clock.
+    carried_out: BTreeMap<String, (MemberName, BootTime)>,
+    /// Hosts that are to lead by hand, and how many bytes may be lost.
+    accepted: BTreeMap<usize, u64>,
+    /// Those that have said that they go by it.
+    decided: BTreeSet<usize>,
+}
+
+impl Asked {
+    /// How many bytes this promotion may lose, if it is one by hand.
+    pub fn accepts(&self, host: usize) -> Option<u64> {
+        self.accepted.get(&host).copied().filter(|_| self.decided.contains(&host))
+    }
+
+    pub fn decided(&mut self, host: usize, actions: &[Action]) {
+        let by_hand = |action: &Action| matches!(action, Action::Record(decision) if decision.kind == "failover_by_hand");
+        if actions.iter().any(by_hand) {
+            self.decided.insert(host);
+        }
+    }
+
+    /// Whatever was accepted was for this one, whoever it was.
+    pub fn led(&mut self) {
+        self.accepted.clear();
+        self.decided.clear();
+    }
+}
+
+impl Checks {
+    /// Whom a release names has all that was written (row 70): it asks nobody, and nobody else runs for a while.
+    pub fn released_for(&mut self, this: &Host, successor: &Host, checkpoint: Lsn) {
+        let of = |host: &Host| host.server.data.as_ref().map(|data| (data.wal.token(), data.wal.end));
+        let has_it = of(successor).is_some_and(|(token, end)| of(this).is_some_and(|own| own.0 == token) && end > checkpoint);
+        if !has_it && !self.data_was_lost && !self.restored && self.by_hand.is_empty() && !self.mixed_by_hand {
+            self.fail("I5", format!("{} gives the lock to {}, which lacks the checkpoint at {checkpoint}", this.name, successor.name));
+        }
+    }
+
+    /// What an operator asked for is carried out once (rows 70 and 71).
+    pub fn carries_out(&mut self, daemon: &Daemon) {
+        let State::HandingOver { hand_over } = daemon.machine.state() else { return };
+        let Some(request) = &hand_over.request else { return };
+        let now = (daemon.machine.world().me.name.clone(), hand_over.since);
+        let first = self.asked.carried_out.entry(request.clone()).or_insert_with(|| now.clone());
+        if *first != now && !self.restored {
+            let what = format!("request {request} is carried out a second time");
+            self.fail("L4", what);
+        }
+    }
+}
+
+impl Sim {
+    fn request(&mut self, ask: Ask) {
+        let record = RequestRecord { ask, by: "operator".to_owned(), at: String::new(), progress: RequestProgress::Created };
+        self.etcd.create_request(self.now, secs(REQUEST_TTL_S), record);
+        self.etcd_changed();
+    }
+
+    pub fn request_switchover(&mut self, to: usize) {
+        self.request(Ask::Switchover { to: member(to) });
+    }
+
+    /// One switchover, perhaps with an archiver in its way that does not end; two at once; one for later; or nobody is left to hand over,
+    /// and a member that the rules hold back is to lead by hand.
+    pub fn switch_over(&mut self, fault: &Fault) {
+        let to = ((fault.choice >> 8) % self.hosts.len() as u64) as usize;
+        match (fault.choice >> KIND_SHIFT) % 8 {
+            0 => {
+                self.request_switchover(to);
+                self.request_switchover((to + 1) % self.hosts.len());
+            }
+            1 => {
+                self.hosts.iter_mut().for_each(|host| host.server.ail.archives_for_ever = true);
+                self.request_switchover(to);
+            }
+            2 => {
+                let at_s = self.now.wall_s() + (fault.choice >> 50) % 6;
+                self.request(Ask::ScheduledSwitchover { to: member(to), at_s });
+            }
+            3 => {
+                let lasts = secs(LOCK_IS_GONE_S + 14);
+                for other in (0..self.hosts.len()).filter(|other| *other != to) {
+                    self.follows(ms(fault.choice >> 50 & 0xff), (Kind::PowerOff, 0), other, lasts);
+                }
+                let by_hand = (to as u64) << 8 | BY_HAND << KIND_SHIFT | fault.choice >> 50 << 50;
+                self.follows(secs(LOCK_IS_GONE_S), (Kind::Switchover, by_hand), to, ms(0));
+            }
+            BY_HAND => self.fail_over_by_hand(to, fault.choice >> 50),
+            _ => self.request_switchover(to),
+        }
+    }
+
+    /// As the command does it: refused while somebody leads; what is accepted is what it names. Or less, or nothing.
+    fn fail_over_by_hand(&mut self, to: usize, how: u64) {
+        let view = &self.etcd.view;
+        let Some(key) = view.members.get(&member(to)).filter(|_| view.leader.is_none()) else { return };
+        let Some(own) = key.record.receive_lsn.max(key.record.replay_lsn) else { return };
+        let named = election::bytes_behind(view, own).unwrap_or(0);
+        let accept_loss = match how % 4 {
+            0 => None,
+            1 => Some(named / 2),
+            _ => Some(named),
+        };
+        if let Some(bytes) = accept_loss {
+            self.checks.asked.accepted.insert(to, bytes);
+        }
+        self.request(Ask::Failover { to: member(to), accept_loss });
+    }
+}
