@@ -11,7 +11,8 @@ use crate::cli::events::one_line;
 use crate::cli::exit::Outcome;
 use crate::cli::output::{print, print_json};
 use crate::cli::{Connection, OutputFormat};
-use crate::facts::cluster::{ClusterView, LostWrites};
+use crate::facts::cluster::ClusterView;
+use crate::facts::lost::LostWrites;
 use crate::types::MemberName;
 
 const HEADER: [&str; 9] = ["Member", "When", "TL", "From", "To", "Bytes", "Transactions", "Committed", "Kept"];

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
-use crate::facts::cluster::{HistoryEntry, LostWrites};
+use crate::facts::cluster::HistoryEntry;
+use crate::facts::lost::LostWrites;
 use crate::facts::postgres::DataDirectory;
 use crate::machine::action::Upstream;
 use crate::policy::rejoin::rewind::{BrokenOff, Rewinding, go_on};

@@ -7,6 +7,7 @@ pub mod cluster;
 pub mod failsafe;
 pub mod guard;
 pub mod lease;
+pub mod lost;
 pub mod postgres;
 pub mod routing;
 pub mod synchrony;

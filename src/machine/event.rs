@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::{ClusterView, LostWrites};
+use crate::facts::cluster::ClusterView;
 use crate::facts::failsafe::PromiseAsk;
 use crate::facts::guard::{GuardFacts, StartId};
 use crate::facts::lease::LeaseEvent;
+use crate::facts::lost::LostWrites;
 use crate::facts::postgres::{DataDirectory, Probe, Survey};
 use crate::policy::rejoin::Rejoin;
 use crate::spec::cluster::ClusterSpec;

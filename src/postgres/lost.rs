@@ -13,7 +13,7 @@ use super::installation::Installation;
 use super::layout::Layout;
 use super::{files, wal};
 use crate::clock::wall_clock;
-use crate::facts::cluster::LostWrites;
+use crate::facts::lost::LostWrites;
 use crate::facts::postgres::LostRange;
 use crate::policy::rejoin::{LastRecord, LocalWal};
 use crate::types::{Lsn, TimelineId};

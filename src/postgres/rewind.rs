@@ -18,7 +18,7 @@ use super::layout::{INSIDE_NAME, Layout};
 use super::leader::LeaderFacts;
 use super::program::{Program, is_executable};
 use super::{configure, data_directory, files, history_files, lost, postmaster, wal};
-use crate::facts::cluster::LostWrites;
+use crate::facts::lost::LostWrites;
 use crate::facts::postgres::{ControlFacts, DatabaseState, LostRange, RewindAttempt};
 use crate::types::Epoch;
 

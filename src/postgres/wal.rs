@@ -109,6 +109,9 @@ async fn dump(installation: &Installation, pg_wal: &Path, piece: Piece, mut each
     if let Some(to) = piece.to {
         program = program.arg("-e").arg(to.to_string());
     }
+    if let Some((first, last)) = files_of(pg_wal, piece)? {
+        program = program.arg(first).arg(last);
+    }
     let mut running = program.spawn()?;
     let stdout = running.child.stdout.take().context("standard output was not piped")?;
     // It says one line at the end; closing the pipe instead of reading it would end it early.
@@ -129,6 +132,25 @@ async fn dump(installation: &Installation, pg_wal: &Path, piece: Piece, mut each
     }
     drop(stderr);
     Ok(last)
+}
+
+/// The files that a piece begins and ends in. Without them pg_waldump takes the size of a segment from the header of whichever file the directory
+/// names first; that may be one which PostgreSQL has made ahead, and then it is all zeros and an error. None = the first one is not there.
+fn files_of(pg_wal: &Path, piece: Piece) -> Result<Option<(String, String)>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(pg_wal).with_context(|| format!("reading {}", pg_wal.display()))? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some(segment) = segment_of(&name).filter(|segment| segment.timeline == piece.timeline && !name.ends_with(".partial")) else {
+            continue;
+        };
+        let (begins, ends) = segment.range(entry.metadata()?.len());
+        files.push((begins, ends, name));
+    }
+    files.sort();
+    let first = files.iter().position(|(begins, ends, _)| (*begins..*ends).contains(&piece.from));
+    let last = files.iter().rposition(|(begins, ..)| piece.to.is_none_or(|to| *begins < to));
+    Ok(first.zip(last).filter(|(first, last)| first <= last).map(|(first, last)| (files[first].2.clone(), files[last].2.clone())))
 }
 
 /// Committed transactions in a stretch of WAL.
@@ -238,5 +260,26 @@ mod tests {
         for other in ["00000002.history", "0000000200000001000000F", "archive_status", "0000000200000001000000FG"] {
             assert_eq!(segment_of(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn pg_waldump_is_told_the_files_so_that_it_looks_into_none_that_was_made_ahead() {
+        let place = tempfile::tempdir().unwrap();
+        for name in [
+            "000000010000000000000003",
+            "000000020000000000000003",
+            "000000020000000000000004",
+            "000000020000000000000005",
+            "00000002.history",
+        ] {
+            std::fs::File::create(place.path().join(name)).unwrap().set_len(16 << 20).unwrap();
+        }
+        let files = |from, to| files_of(place.path(), Piece { timeline: TimelineId(2), from: Lsn(from), to }).unwrap();
+        let named = |first: &str, last: &str| Some((format!("0000000200000000000000{first}"), format!("0000000200000000000000{last}")));
+        assert_eq!(files(0x300_0028, None), named("03", "05"));
+        assert_eq!(files(0x400_0000, None), named("04", "05"));
+        assert_eq!(files(0x300_0028, Some(Lsn(0x400_0000))), named("03", "03"));
+        assert_eq!(files(0x300_0028, Some(Lsn(0x400_0028))), named("03", "04"));
+        assert_eq!(files(0x200_0028, None), None, "its first file is not there");
     }
 }

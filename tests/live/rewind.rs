@@ -121,7 +121,7 @@ fn a_former_primary_with_100_mb_of_diverged_wal_is_back_by_a_rewind() {
     // In async nobody leads who lacks more than so much.
     let document = |document: &mut ClusterDocument| document.ha.push("maximum_lag_on_failover: 1GB".to_owned());
     let world = World::up(&Setup { document, ..setup(false) });
-    let former = diverges(&world, "create table lost as select i, repeat('x', 500) as text from generate_series(1, 190000) i");
+    let former = diverges(&world, "create table lost as select i, repeat('x', 500) as text from generate_series(1, 200000) i");
     let begun = BootTime::now();
     world.cluster.start_node(former).unwrap();
     world.wait_whole("after the diverged member came back");

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use pgherd::facts::cluster::LostWrites;
+use pgherd::facts::lost::LostWrites;
 use pgherd::facts::postgres::{DataDirectory, DatabaseState, LostRange, RewindAttempt};
 use pgherd::policy::rejoin::rewind::Rewinding;
 use pgherd::policy::rejoin::{Inputs, OwnPromotion, Rejoin, decide};

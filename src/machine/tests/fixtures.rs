@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::{
-    ClusterView, DataDirectoryReport, HistoryEntry, Initialize, LeaderKey, LostWrites, MemberKey, MemberRecord, MemberRole, SpecRecord,
-    Versions,
+    ClusterView, DataDirectoryReport, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, MemberRole, SpecRecord, Versions,
 };
 use crate::facts::failsafe::FEATURE;
 use crate::facts::guard::{GuardFacts, LockFacts, PostmasterFacts, StartId, Word};
+use crate::facts::lost::LostWrites;
 use crate::facts::postgres::{
     ControlFacts, DataDirectory, DatabaseState, LostRange, Probe, ProbeOutcome, RewindAttempt, SqlFacts, StandbyFloor, WalReceiverFacts,
 };
