@@ -18,7 +18,7 @@ use crate::mutants::{Mutant, mutant};
 use crate::policy::rejoin::{LostRange, Rejoin};
 
 /// So long after the leader began to write a rewind waits for `sync` to name others in this member's place.
-const COUNTED_ON_S: u64 = 20;
+const COUNTED_ON_S: u64 = 8;
 /// A way back that was refused needs a person; it is judged again after so long.
 const REFUSED_PAUSE_MS: u64 = 10_000;
 
