@@ -114,12 +114,15 @@ impl Untold {
     }
 }
 
-/// It was ahead: its WAL is kept beside, and a copy of the leader took its place, not more than once.
+/// It was ahead: it was rewound, or a copy of the leader took its place, once; and what it had alone is kept beside.
 #[track_caller]
-fn was_copied_anew(world: &World, index: usize) {
-    let copies = world.decided(index, "reclone");
-    assert!(copies.len() == 1 && copies[0].contains("past"), "{}: {copies:?}", world.name(index));
-    assert!(world.cluster.node_dir(index).join("data.pgherd/kept").exists(), "what {} had alone is kept", world.name(index));
+fn was_brought_behind(world: &World, index: usize) {
+    let ways = ["rewind", "reclone"].map(|kind| (kind, world.decided(index, kind)));
+    let taken: Vec<&(&str, Vec<String>)> = ways.iter().filter(|(_, said)| !said.is_empty()).collect();
+    let [(kind, said)] = &taken[..] else { panic!("{}: {ways:?}", world.name(index)) };
+    assert!(said.len() == 1 && said[0].contains("past"), "{}: {said:?}", world.name(index));
+    let kept = world.cluster.node_dir(index).join("data.pgherd").join(if *kind == "rewind" { "lost/1" } else { "kept" });
+    assert!(kept.exists(), "what {} had alone is kept in {}", world.name(index), kept.display());
 }
 
 /// Applies the document, and waits until the leader has taken it up.
@@ -133,7 +136,7 @@ fn apply(world: &World) {
 }
 
 #[test]
-fn row_49_with_two_copies_each_change_of_leader_keeps_every_row_and_one_that_comes_back_ahead_is_copied_anew() {
+fn row_49_with_two_copies_each_change_of_leader_keeps_every_row_and_one_that_comes_back_ahead_is_brought_behind() {
     let mut world = World::up(&Setup { proxied: true, document: with_two_copies, ..Setup::default() });
     let first = world.leader();
     world.cluster.pgherd(&["switchover", "--to", world.name(world.replica()), "--yes"]).unwrap().must_succeed("pgherd switchover");
@@ -162,13 +165,13 @@ fn row_49_with_two_copies_each_change_of_leader_keeps_every_row_and_one_that_com
     world.wait_whole("after those ahead of it came back");
     assert_eq!(world.leader(), next);
     untold.ends_nowhere(&world);
-    was_copied_anew(&world, ahead);
-    was_copied_anew(&world, former);
+    was_brought_behind(&world, ahead);
+    was_brought_behind(&world, former);
     world.finish();
 }
 
 #[test]
-fn row_10_row_49_in_sync_on_17_another_replaces_a_deaf_standby_and_one_ahead_of_the_next_primary_is_copied_anew() {
+fn row_10_row_49_in_sync_on_17_another_replaces_a_deaf_standby_and_one_ahead_of_the_next_primary_is_brought_behind() {
     let mut world = World::up(&Setup { proxied: true, postgres_17: true, document: sync, ..Setup::default() });
     let former = world.leader();
     let ahead = world.with_role("sync_standby").unwrap();
@@ -195,8 +198,8 @@ fn row_10_row_49_in_sync_on_17_another_replaces_a_deaf_standby_and_one_ahead_of_
     world.wait_whole("after the former primary came back");
     assert_eq!(world.leader(), next);
     untold.ends_nowhere(&world);
-    was_copied_anew(&world, ahead);
-    was_copied_anew(&world, former);
+    was_brought_behind(&world, ahead);
+    was_brought_behind(&world, former);
     world.wait_writes(next);
     world.finish();
 }
