@@ -258,16 +258,23 @@ impl Book {
     }
 
     /// Gets a new lease. One that is kept up stays, with its lock, and is said again: the order and the news of it have crossed, and a second
-    /// one would be taken for a change of the ttl, while the first is renewed no more. One that was adopted and never renewed is dropped.
+    /// one would be taken for a change of the ttl, while the first is renewed no more. One that was adopted and never renewed is dropped; for
+    /// the one that was got beside it, of another ttl, and was told already, it makes room.
     pub fn grant(&mut self, now: BootTime) -> Option<LeaseEvent> {
         if let Some(Held { identity, times, until, .. }) = self.held
             && until > BootTime(0)
         {
             return Some(LeaseEvent::Granted { identity, ttl: times.ttl, sent: until.before(times.validity()) });
         }
+        let told = self.candidate.take().filter(|candidate| now < candidate.until);
         self.forget();
-        self.want(now);
-        None
+        let Some(Candidate { identity, times, until }) = told else {
+            self.want(now);
+            return None;
+        };
+        let sent = until.before(times.validity());
+        self.held = Some(Held { identity, lock: None, times, until, next_at: now, proved: sent });
+        Some(LeaseEvent::Granted { identity, ttl: times.ttl, sent })
     }
 
     /// Keeps nothing up any more. Answers with the lease that was.

@@ -192,6 +192,7 @@ impl Sim {
             self.hosts[host].old_etcd_leader = None;
             self.hosts[host].server.ail = super::postgres::Ailments::default();
             self.hosts[host].server.orphans.retain(|orphan| !orphan.stuck);
+            self.data_comes_back(host);
             self.power_on(host);
             self.goes_on(host);
             self.thaw_guard(host);
