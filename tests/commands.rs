@@ -13,7 +13,8 @@ use pgherd::cli::demo::process::wait_for;
 use pgherd::cli::demo::programs::Programs;
 use pgherd::cli::demo::runtime::block_on;
 use pgherd::etcd::{Etcd, Settings};
-use pgherd::facts::cluster::{DecisionRecord, RequestKey, RequestProgress, StageTime};
+use pgherd::facts::cluster::DecisionRecord;
+use pgherd::facts::requests::{RequestKey, RequestProgress, StageTime};
 use serde_json::{Value, json};
 
 /// No test waits longer than this for anything.

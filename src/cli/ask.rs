@@ -12,7 +12,8 @@ use crate::cli::output::{confirm, print, tell, who};
 use crate::cli::{Asking, Connection};
 use crate::clock::BootTime;
 use crate::etcd::{Etcd, EtcdError};
-use crate::facts::cluster::{Ask, Candidate, ClusterView, Initialize, RequestProgress, StageTime};
+use crate::facts::cluster::{ClusterView, Initialize};
+use crate::facts::requests::{Ask, Candidate, RequestProgress, StageTime};
 use crate::types::MemberName;
 
 /// Between two looks at the request.
@@ -34,7 +35,7 @@ fn check_bootstrap(view: &ClusterView, on: &MemberName) -> Result<String, String
         Some(Initialize::Unreadable(_)) | None => {}
     }
     if !view.members.contains_key(on) {
-        return Err(format!("{on} has no key in etcd: its daemon is not running or cannot reach etcd"));
+        return Err(no_key(on));
     }
     let with_data: Vec<&str> = view.members.iter().filter(|(_, key)| key.has_data()).map(|(name, _)| name.as_str()).collect();
     if !with_data.is_empty() {
@@ -45,6 +46,11 @@ fn check_bootstrap(view: &ClusterView, on: &MemberName) -> Result<String, String
         ));
     }
     Ok(format!("Initialize an EMPTY cluster on {on}, although not every member has reported an empty data directory?"))
+}
+
+/// Why nothing can be asked of this member.
+pub(crate) fn no_key(member: &MemberName) -> String {
+    format!("{member} has no key in etcd: its daemon is not running or cannot reach etcd")
 }
 
 fn request(connection: &Connection, how: Asking, ask: Ask, check: impl Fn(&ClusterView) -> Result<String, String>) -> Outcome {

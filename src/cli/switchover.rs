@@ -15,7 +15,8 @@ use crate::cli::output::{self, confirm, print, tell, who};
 use crate::cli::{Asking, Connection, status};
 use crate::clock::rfc3339;
 use crate::etcd::Etcd;
-use crate::facts::cluster::{Ask, Candidate, ClusterView, RequestKey, RequestProgress};
+use crate::facts::cluster::ClusterView;
+use crate::facts::requests::{Ask, Candidate, RequestKey, RequestProgress};
 use crate::policy::election;
 use crate::types::MemberName;
 
@@ -96,7 +97,7 @@ fn leads(view: &ClusterView, to: Option<&MemberName>) -> Result<String, String> 
             return Err(format!("{to} leads already"));
         }
         if !view.members.contains_key(to) {
-            return Err(format!("{to} has no key in etcd: its daemon is not running or cannot reach etcd"));
+            return Err(ask::no_key(to));
         }
     }
     Ok(one_line(&leader.holder))
@@ -229,7 +230,7 @@ fn check_failover(view: &ClusterView, to: &MemberName) -> Result<(u64, String), 
         return Err(format!("{} leads: `pgherd switchover --to {to}` loses nothing", one_line(&leader.holder)));
     }
     let Some(key) = view.members.get(to) else {
-        return Err(format!("{to} has no key in etcd: its daemon is not running or cannot reach etcd"));
+        return Err(ask::no_key(to));
     };
     let Some(own) = key.record.receive_lsn.max(key.record.replay_lsn) else {
         return Err(format!("how far the WAL of {to} reaches is not known: its PostgreSQL does not answer"));

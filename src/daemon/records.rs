@@ -2,9 +2,8 @@
 
 use crate::clock;
 use crate::etcd::{AcquireRequest, Acquisition, Beaten, Etcd, EtcdError, Fenced, PutMember, Released};
-use crate::facts::cluster::{
-    ClusterView, DecisionRecord, FailsafeRecord, HistoryEntry, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord,
-};
+use crate::facts::cluster::{ClusterView, DecisionRecord, FailsafeRecord, HistoryEntry, MemberRecord, ReleaseRecord, StatusRecord};
+use crate::facts::requests::RequestProgress;
 use crate::facts::synchrony::SyncRecord;
 use crate::machine::action::Decision;
 use crate::machine::event::{AcquireOutcome, Event, Failure, Finished, ForeignKey, PutOutcome};

@@ -66,10 +66,9 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
         incarnation: host.incarnation.clone(),
         versions: Versions { pgherd: env!("CARGO_PKG_VERSION").to_owned(), postgres: None, guard_protocol: PROTOCOL_VERSION },
     });
-    let (calls, told) = (Arc::clone(&sink), Arc::clone(&sink));
+    let (calls, routed) = (Arc::clone(&sink), Arc::clone(&sink));
     let promises = Promises::new(Box::new(move |id, ask, received| calls(Event::PromiseAsked { id, ask, received })));
     let mut executor = Executor::new(Arc::clone(&host), etcd, guard, sink, Arc::clone(&promises));
-    let routed = Arc::clone(&told);
     routing::start(&host.node.routing.haproxy_sockets, &answers, &(Arc::new(move |trouble| routed(Event::Routed(trouble))) as _));
     let mut serving = Serving { host: Arc::clone(&host), answers, promises, server: None };
     serving.begin(None)?;

@@ -15,7 +15,8 @@ use super::leader::json;
 use super::pool::Kind;
 use super::view::Kv;
 use crate::clock::wall_clock;
-use crate::facts::cluster::{Ask, DecisionRecord, RequestKey, RequestProgress, RequestRecord, SpecRecord};
+use crate::facts::cluster::{DecisionRecord, SpecRecord};
+use crate::facts::requests::{Ask, RequestKey, RequestProgress, RequestRecord};
 use crate::types::Revision;
 
 /// Specs that `spec-history/` keeps.

@@ -6,7 +6,8 @@
 use serde::de::DeserializeOwned;
 
 use super::keys::{Key, Keys, relative};
-use crate::facts::cluster::{ClusterView, Initialize, LeaderKey, MaintenanceRecord, MemberKey, RequestKey};
+use crate::facts::cluster::{ClusterView, Initialize, LeaderKey, MaintenanceRecord, MemberKey};
+use crate::facts::requests::RequestKey;
 use crate::types::{Epoch, EtcdClusterId, LeaseId, Revision};
 
 /// Most of a foreign value that is repeated in a message.

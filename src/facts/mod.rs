@@ -9,5 +9,6 @@ pub mod guard;
 pub mod lease;
 pub mod lost;
 pub mod postgres;
+pub mod requests;
 pub mod routing;
 pub mod synchrony;

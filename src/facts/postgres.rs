@@ -144,6 +144,9 @@ pub enum ProbeOutcome {
     Unknown(String),
 }
 
+/// PostgreSQL's word, in pg_stat_wal_receiver and pg_stat_replication, for a stream that goes on; Patroni's for a standby that has one.
+pub const STREAMING: &str = "streaming";
+
 /// What the server said over SQL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SqlFacts {
@@ -191,6 +194,11 @@ impl SqlFacts {
     /// How far this server's WAL reaches.
     pub fn end_of_wal(&self) -> Lsn {
         self.receive_lsn.max(self.replay_lsn)
+    }
+
+    /// Its walreceiver streams.
+    pub fn streams(&self) -> bool {
+        self.walreceiver.as_ref().is_some_and(|receiver| receiver.status == STREAMING)
     }
 }
 
@@ -251,6 +259,13 @@ pub struct ReplicaFacts {
     /// What the walsender itself made of synchronous_standby_names when it read them last. 0 = it releases nobody.
     #[serde(default)]
     pub sync_priority: u32,
+}
+
+impl ReplicaFacts {
+    /// It streams: it has caught up, and is no copy in the making.
+    pub fn streams(&self) -> bool {
+        self.state == STREAMING
+    }
 }
 
 /// What is under way on a primary, for whoever wants to stop it.

@@ -7,6 +7,7 @@
 use crate::clock::BootTime;
 use crate::facts::cluster::MemberRole;
 use crate::facts::guard::{PostmasterFacts, Word};
+use crate::facts::postgres::STREAMING;
 use crate::facts::routing::{Serves, ServesAnswer};
 use crate::http::peer::Writable;
 use crate::http::query::{self, Parameters};
@@ -92,10 +93,7 @@ fn latest_end(snapshot: &Snapshot, now: BootTime) -> Option<u64> {
 pub fn replication_state(snapshot: &Snapshot, now: BootTime) -> Option<&'static str> {
     let sql = snapshot.fresh_sql(now)?;
     sql.in_recovery.then_some(())?;
-    match sql.walreceiver.as_ref().map(|receiver| receiver.status.as_str()) {
-        Some("streaming") => Some("streaming"),
-        _ => Some("in archive recovery"),
-    }
+    Some(if sql.streams() { STREAMING } else { "in archive recovery" })
 }
 
 /// `/liveness`: whether the daemon's loop turns. A restart by whoever asks costs nothing while it does not.
@@ -111,7 +109,7 @@ pub fn is_ready(snapshot: &Snapshot, now: BootTime, parameters: &Parameters) -> 
         return true;
     }
     let Some(sql) = snapshot.fresh_sql(now) else { return false };
-    if !sql.in_recovery || replication_state(snapshot, now) != Some("streaming") {
+    if !sql.in_recovery || replication_state(snapshot, now) != Some(STREAMING) {
         return false;
     }
     if snapshot.current_view().is_none() && latest_end(snapshot, now).is_none() {

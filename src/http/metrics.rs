@@ -12,6 +12,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
 use crate::facts::cluster::Severity;
+use crate::facts::postgres::STREAMING;
 use crate::http::answer::Moment;
 use crate::http::snapshot::Snapshot;
 use crate::http::{bodies, health};
@@ -94,7 +95,7 @@ impl Scrape {
     fn patroni_server(&self, to: &mut Writer<'_, '_>) -> fmt::Result {
         let (snapshot, now) = (&*self.snapshot, self.moment.boot);
         let sql = snapshot.fresh_sql(now);
-        let streaming = health::replication_state(snapshot, now) == Some("streaming");
+        let streaming = health::replication_state(snapshot, now) == Some(STREAMING);
         let from_archive = health::replication_state(snapshot, now) == Some("in archive recovery");
         let started = sql.and_then(|sql| unix_seconds(&sql.postmaster_start_time)).unwrap_or(0.0);
         to.gauge("patroni_version", "Version of the Patroni API that is spoken here", api_version())?;

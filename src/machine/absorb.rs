@@ -285,7 +285,7 @@ impl World {
             self.clear("start_failed");
         }
         let streaming = match &probe.outcome {
-            ProbeOutcome::Accepting(sql) => sql.walreceiver.as_ref().is_some_and(|receiver| receiver.status == "streaming"),
+            ProbeOutcome::Accepting(sql) => sql.streams(),
             ProbeOutcome::NotYet(_) | ProbeOutcome::Unknown(_) => false,
         };
         self.receiving.not_streaming_since = if streaming { None } else { self.receiving.not_streaming_since.or(Some(now)) };

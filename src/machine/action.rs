@@ -7,9 +7,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::facts::cluster::{ClusterView, FailsafeRecord, HistoryEntry, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord};
+use crate::facts::cluster::{ClusterView, FailsafeRecord, HistoryEntry, MemberRecord, ReleaseRecord, StatusRecord};
 use crate::facts::failsafe::Armed;
 use crate::facts::guard::StartId;
+use crate::facts::requests::RequestProgress;
 use crate::facts::synchrony::{Names, SyncRecord};
 use crate::policy::rejoin::LostRange;
 use crate::policy::slots;

@@ -30,8 +30,9 @@ use std::time::Duration;
 use statig::prelude::*;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::{Ask, ClusterView, MemberRole};
+use crate::facts::cluster::{ClusterView, MemberRole};
 use crate::facts::guard::Word;
+use crate::facts::requests::Ask;
 use crate::mutants::{Mutant, mutant};
 
 use self::action::{Action, LeaseOrder, Operation, OperationKind};

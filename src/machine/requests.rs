@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::clock::BootTime;
-use crate::facts::cluster::StageTime;
 use crate::facts::postgres::Survey;
+use crate::facts::requests::StageTime;
 
 /// All of it.
 #[derive(Debug, Clone, Default)]

@@ -1,7 +1,7 @@
 //! The states. A state names what the member works towards; a state asks for its idempotent action again until the result is seen.
 
 use crate::clock::BootTime;
-use crate::facts::cluster::StageTime;
+use crate::facts::requests::StageTime;
 use crate::types::{LockIdentity, MemberName, TimelineId};
 
 /// Where a member is. Superstates (bootstrapping, running, standby, leading) are in [`super::node`].

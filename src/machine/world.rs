@@ -463,9 +463,7 @@ impl World {
 
     /// The leader's member key, if another member leads.
     pub fn other_leader(&self) -> Option<(&MemberName, &MemberKey)> {
-        let view = self.view.as_ref()?;
-        let holder = view.leader.as_ref()?.holder.as_str();
-        view.members.iter().find(|(name, _)| name.as_str() == holder && **name != self.me.name)
+        self.view.as_ref()?.leader_member().filter(|(name, _)| **name != self.me.name)
     }
 
     /// The timeline id that our lock was taken with: the only one this leadership may write on (I9). None = not known yet.

@@ -71,6 +71,13 @@ pub struct LeaderLineage {
     pub full_page_writes: bool,
 }
 
+impl LeaderLineage {
+    /// Of one in recovery nothing can be judged.
+    fn history_not_known(&self) -> Rejoin {
+        Rejoin::Wait { why: format!("the leader is still in recovery on timeline {}: its history is not known yet", self.timeline) }
+    }
+}
+
 impl OwnPromotion {
     /// One that no leadership ordered. What it left is not known; its number says that it was not before this.
     pub fn by_hand(timeline: TimelineId) -> Self {
@@ -148,9 +155,7 @@ pub fn decide(inputs: Inputs<'_>) -> Rejoin {
         };
     }
     if leader.in_recovery {
-        return Rejoin::Wait {
-            why: format!("the leader is still in recovery on timeline {}: its history is not known yet", leader.timeline),
-        };
+        return leader.history_not_known();
     }
     match divergence(inputs) {
         _ if mutant(Mutant::DivergenceIgnored) => Rejoin::Follow,

@@ -3,8 +3,9 @@
 //! Judged by the leader before anything is touched (SAFETY row 69). An obstacle is a reason to refuse; a warning is what the switchover
 //! would cost, for a person to agree to. What is not known is said to be unknown, which is not the same as nothing.
 
-use crate::facts::cluster::{Candidate, ClusterView, Severity};
-use crate::facts::postgres::{SqlFacts, Survey};
+use crate::facts::cluster::{ClusterView, Severity};
+use crate::facts::postgres::{STREAMING, SqlFacts, Survey};
+use crate::facts::requests::Candidate;
 use crate::spec::cluster::ClusterSpec;
 use crate::types::MemberName;
 
@@ -78,11 +79,11 @@ pub const REPLAY_PAUSED: &str = "replay_paused";
 fn of_the_stream(inputs: &Inputs<'_>, to: &MemberName, own: &str) -> Option<Obstacle> {
     // A walsender of a connection that is half gone can stand beside the one at work.
     let of_it = || inputs.sql.replicas.iter().filter(|replica| replica.application_name == to.as_str());
-    let replica = of_it().find(|replica| replica.state == "streaming").or_else(|| of_it().next());
-    let Some(flushed) = replica.filter(|replica| replica.state == "streaming").and_then(|replica| replica.flush_lsn) else {
+    let replica = of_it().find(|replica| replica.streams()).or_else(|| of_it().next());
+    let Some(flushed) = replica.filter(|replica| replica.streams()).and_then(|replica| replica.flush_lsn) else {
         let seen = replica.map_or("the leader does not see it", |replica| replica.state.as_str());
         let reason = format!("`{to}` does not stream from the leader (its own state: {own}; in pg_stat_replication: {seen})");
-        return Some(if own == "streaming" { Obstacle::Passing(reason) } else { Obstacle::Lasting(reason) });
+        return Some(if own == STREAMING { Obstacle::Passing(reason) } else { Obstacle::Lasting(reason) });
     };
     let (lag, limit) = (inputs.sql.receive_lsn.bytes_since(flushed), inputs.spec.ha.maximum_lag_on_failover);
     let reason = || format!("`{to}` is {lag} bytes behind, more than maximum_lag_on_failover of {limit} bytes");
@@ -129,15 +130,16 @@ fn costs_of(inputs: &Inputs<'_>, to: &MemberName) -> Vec<String> {
 /// Every other member that is declared, the best one first: without obstacles, in the key `sync`, by priority, by position, by the
 /// spec's order.
 pub fn candidates(inputs: &Inputs<'_>) -> Vec<Candidate> {
-    let mut all: Vec<_> = inputs.spec.members.iter().filter(|member| member.name != *inputs.me).collect();
-    all.sort_by_key(|member| {
+    let others = inputs.spec.members.iter().filter(|member| member.name != *inputs.me);
+    let mut all: Vec<_> = others.map(|member| (member, obstacles(inputs, &member.name))).collect();
+    all.sort_by_key(|(member, obstacles)| {
         let synchronous = inputs.view.sync.as_ref().is_some_and(|record| record.members.contains(&member.name));
         let received = inputs.view.members.get(&member.name).and_then(|key| key.record.receive_lsn);
-        (!obstacles(inputs, &member.name).is_empty(), std::cmp::Reverse((synchronous, member.failover_priority, received)))
+        (!obstacles.is_empty(), std::cmp::Reverse((synchronous, member.failover_priority, received)))
     });
-    let judged = all.into_iter().map(|member| Candidate {
+    let judged = all.into_iter().map(|(member, obstacles)| Candidate {
         name: member.name.clone(),
-        obstacles: obstacles(inputs, &member.name).iter().map(|obstacle| obstacle.reason().to_owned()).collect(),
+        obstacles: obstacles.iter().map(|obstacle| obstacle.reason().to_owned()).collect(),
         warnings: costs_of(inputs, &member.name),
     });
     judged.collect()

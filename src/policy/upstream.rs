@@ -8,14 +8,13 @@
 use std::time::Duration;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::{ClusterView, MemberKey, MemberRecord, MemberRole};
+use crate::facts::cluster::{ClusterView, MemberRecord, MemberRole};
+use crate::facts::postgres::STREAMING;
 use crate::mutants::{Mutant, mutant};
 use crate::policy::rejoin::LeaderLineage;
 use crate::spec::cluster::{ClusterSpec, Member};
 use crate::types::{Lsn, MemberName};
 
-/// Patroni's word for a standby whose walreceiver streams ([`MemberRecord::state`]).
-const STREAMING: &str = "streaming";
 /// A member that is away, or streams from nobody, or gives nothing, is left after so long. A change of leaders takes less.
 pub const LEFT_AFTER_MS: u64 = 5_000;
 /// One that was left has to be well for so long before it is returned to.
@@ -58,15 +57,9 @@ pub enum Source {
     Member(MemberName),
 }
 
-/// The leader's key.
-pub fn leader_of(view: &ClusterView) -> Option<(&MemberName, &MemberKey)> {
-    let holder = view.leader.as_ref()?.holder.as_str();
-    view.members.iter().find(|(name, _)| name.as_str() == holder)
-}
-
 /// A standby that streams on the leader's timeline.
 pub fn is_well(view: &ClusterView, name: &MemberName) -> bool {
-    let Some((_, leader)) = leader_of(view) else { return false };
+    let Some((_, leader)) = view.leader_member() else { return false };
     let streams = |record: &MemberRecord| record.role == MemberRole::Replica && record.state == STREAMING;
     view.members.get(name).is_some_and(|key| streams(&key.record) && key.record.timeline == leader.record.timeline)
 }
@@ -78,7 +71,7 @@ pub fn choose(remembered: &mut Remembered, inputs: &Inputs<'_>) -> Source {
         return Source::Leader;
     };
     // Whoever holds the lock itself follows nobody else for it.
-    let leader = leader_of(inputs.view).filter(|(name, _)| **name != inputs.me.name);
+    let leader = inputs.view.leader_member().filter(|(name, _)| **name != inputs.me.name);
     if leader.is_some_and(|(name, _)| name == wanted) {
         *remembered = Remembered::default();
         return Source::Leader;

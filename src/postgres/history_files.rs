@@ -81,11 +81,31 @@ pub fn bring(data_dir: &Path, leaders: &BTreeMap<TimelineId, String>) -> Result<
 pub fn all(data_dir: &Path) -> Result<BTreeMap<TimelineId, String>> {
     let pg_wal = data_dir.join("pg_wal");
     let mut found = BTreeMap::new();
-    for entry in std::fs::read_dir(&pg_wal).with_context(|| format!("reading {}", pg_wal.display()))? {
+    for (id, name) in named(&pg_wal)? {
+        if let Some(content) = files::read_if_there(&pg_wal.join(&name))? {
+            found.insert(id, content);
+        }
+    }
+    Ok(found)
+}
+
+/// The name of every history file in a directory, with its size.
+pub fn sizes(pg_wal: &Path) -> Result<Vec<(String, u64)>> {
+    let size = |name: String| {
+        let path = pg_wal.join(&name);
+        let bytes = path.symlink_metadata().with_context(|| format!("looking at {}", path.display()))?.len();
+        Ok((name, bytes))
+    };
+    named(pg_wal)?.into_values().map(size).collect()
+}
+
+fn named(pg_wal: &Path) -> Result<BTreeMap<TimelineId, String>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(pg_wal).with_context(|| format!("reading {}", pg_wal.display()))? {
         let name = entry?.file_name().to_string_lossy().into_owned();
-        let Some(digits) = name.strip_suffix(".history").filter(|digits| digits.len() == 8) else { continue };
-        if let (Ok(id), Some(content)) = (u32::from_str_radix(digits, 16), files::read_if_there(&pg_wal.join(&name))?) {
-            found.insert(TimelineId(id), content);
+        let digits = name.strip_suffix(".history").filter(|digits| digits.len() == 8);
+        if let Some(id) = digits.and_then(|digits| u32::from_str_radix(digits, 16).ok()) {
+            found.insert(TimelineId(id), name);
         }
     }
     Ok(found)

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::installation::Installation;
 use super::layout::Layout;
-use super::{files, wal};
+use super::{files, history_files, wal};
 use crate::clock::wall_clock;
 use crate::facts::lost::LostWrites;
 use crate::facts::postgres::LostRange;
@@ -166,20 +166,8 @@ pub(super) fn copy_file(from: &Path, to: &Path) -> Result<()> {
 
 /// Segments and history files that hold some of it, with their sizes.
 fn segments(pg_wal: &Path, pieces: &[Piece], to: Lsn) -> Result<Vec<(String, u64)>> {
-    let mut found = Vec::new();
-    let mut size = None;
-    for entry in fs::read_dir(pg_wal).with_context(|| format!("reading {}", pg_wal.display()))? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let bytes = entry.metadata().with_context(|| format!("looking at {}", entry.path().display()))?.len();
-        if name.strip_suffix(".history").and_then(|id| u32::from_str_radix(id, 16).ok()).is_some() {
-            found.push((name, None, bytes));
-        } else if let Some(segment) = wal::segment_of(&name) {
-            size = size.or((!name.ends_with(".partial")).then_some(bytes));
-            found.push((name, Some(segment), bytes));
-        }
-    }
-    let size = size.context("there is no WAL segment in pg_wal")?;
+    let found = wal::segments_in(pg_wal)?;
+    let size = found.iter().find(|file| !file.is_partial()).map(|file| file.bytes).context("there is no WAL segment in pg_wal")?;
     ensure!(
         (SEGMENT_BYTES_MIN..=SEGMENT_BYTES_MAX).contains(&size) && size.is_power_of_two(),
         "WAL segments in {} are of {size} bytes, which PostgreSQL does not have",
@@ -189,11 +177,11 @@ fn segments(pg_wal: &Path, pieces: &[Piece], to: Lsn) -> Result<Vec<(String, u64
         let (begins, ends) = segment.range(size);
         pieces.iter().any(|piece| piece.timeline == segment.timeline && ends > piece.from && begins <= piece.to.unwrap_or(to))
     };
-    let kept: Vec<_> = found.into_iter().filter(|(_, segment, _)| segment.as_ref().is_none_or(in_it)).collect();
+    let kept: Vec<_> = found.into_iter().filter(|file| in_it(&file.segment)).collect();
     for piece in pieces {
         let last = piece.to.map_or(to, |end| Lsn(end.0.saturating_sub(1)));
         let holds = |at: Lsn| {
-            kept.iter().filter_map(|(_, segment, _)| segment.as_ref()).any(|segment| {
+            kept.iter().any(|wal::SegmentFile { segment, .. }| {
                 let (begins, ends) = segment.range(size);
                 segment.timeline == piece.timeline && (begins..ends).contains(&at)
             })
@@ -205,7 +193,8 @@ fn segments(pg_wal: &Path, pieces: &[Piece], to: Lsn) -> Result<Vec<(String, u64
             piece.from
         );
     }
-    Ok(kept.into_iter().map(|(name, _, bytes)| (name, bytes)).collect())
+    let histories = history_files::sizes(pg_wal)?;
+    Ok(kept.into_iter().map(|file| (file.name, file.bytes)).chain(histories).collect())
 }
 
 fn has_room(layout: &Layout, bytes: u64) -> Result<()> {

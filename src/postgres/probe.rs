@@ -14,7 +14,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use tokio_postgres::SimpleQueryRow;
 
-use super::sql::{Connection, Sql, SqlError, maybe, text};
+use super::sql::{Connection, Sql, SqlError, from_json, maybe, text};
 use crate::clock::BootTime;
 use crate::facts::postgres::{Probe, ProbeOutcome, ReplicaFacts, SlotFacts, SqlFacts, WalReceiverFacts};
 use crate::types::{Lsn, TimelineId};
@@ -209,10 +209,6 @@ fn parsed<T: FromStr>(row: &SimpleQueryRow, column: &str) -> Result<Option<T>, S
 
 fn required<T: FromStr>(row: &SimpleQueryRow, column: &str) -> Result<T, SqlError> {
     parsed(row, column)?.ok_or_else(|| SqlError::Nonsense(format!("`{column}` is null")))
-}
-
-fn from_json<'a, T: Deserialize<'a>>(json: &'a str) -> Result<T, SqlError> {
-    serde_json::from_str(json).map_err(|error| SqlError::Nonsense(error.to_string()))
 }
 
 #[cfg(test)]

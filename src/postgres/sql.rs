@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use serde::Deserialize;
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 use tokio_postgres::error::SqlState;
@@ -167,6 +168,11 @@ pub(super) fn text<'a>(row: &'a SimpleQueryRow, column: &str) -> Result<&'a str,
 /// Text value of a column by name, or null.
 pub(super) fn maybe<'a>(row: &'a SimpleQueryRow, column: &str) -> Result<Option<&'a str>, SqlError> {
     row.try_get(column).map_err(|error| SqlError::Nonsense(chain(&error)))
+}
+
+/// What a column holds as JSON.
+pub(super) fn from_json<'a, T: Deserialize<'a>>(json: &'a str) -> Result<T, SqlError> {
+    serde_json::from_str(json).map_err(|error| SqlError::Nonsense(error.to_string()))
 }
 
 /// A server and how to reach it. Cheap to clone; clones share the probe's connection.

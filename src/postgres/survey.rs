@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use serde::de::DeserializeOwned;
-
-use super::sql::{Sql, SqlError, maybe, text};
+use super::sql::{Sql, SqlError, from_json, maybe, text};
 use crate::facts::postgres::{Archiver, Survey};
 
 /// Transactions that are open for less are not worth a word: most end by themselves before the stop.
@@ -41,8 +39,4 @@ impl Sql {
             archiver,
         })
     }
-}
-
-fn from_json<T: DeserializeOwned>(json: &str) -> Result<T, SqlError> {
-    serde_json::from_str(json).map_err(|error| SqlError::Nonsense(error.to_string()))
 }

@@ -42,16 +42,8 @@ pub async fn end_of_wal(installation: &Installation, data_dir: &Path, control: &
 
 /// The newest timeline that a segment in pg_wal belongs to: a segment is made with the first byte that is received or written.
 fn newest_segment_timeline(data_dir: &Path) -> Result<TimelineId> {
-    let pg_wal = data_dir.join("pg_wal");
-    let mut newest = TimelineId(0);
-    for entry in std::fs::read_dir(&pg_wal).with_context(|| format!("reading {}", pg_wal.display()))? {
-        let name = entry?.file_name();
-        let name = name.to_string_lossy();
-        if let Some(segment) = segment_of(&name).filter(|_| !name.ends_with(".partial")) {
-            newest = newest.max(segment.timeline);
-        }
-    }
-    Ok(newest)
+    let whole = segments_in(&data_dir.join("pg_wal"))?.into_iter().filter(|file| !file.is_partial());
+    Ok(whole.map(|file| file.segment.timeline).max().unwrap_or_default())
 }
 
 /// Reads on from the checkpoint; where the WAL goes over to a newer timeline, from the switch point on in that one.
@@ -137,16 +129,13 @@ async fn dump(installation: &Installation, pg_wal: &Path, piece: Piece, mut each
 /// The files that a piece begins and ends in. Without them pg_waldump takes the size of a segment from the header of whichever file the directory
 /// names first; that may be one which PostgreSQL has made ahead, and then it is all zeros and an error. None = the first one is not there.
 fn files_of(pg_wal: &Path, piece: Piece) -> Result<Option<(String, String)>> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(pg_wal).with_context(|| format!("reading {}", pg_wal.display()))? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let Some(segment) = segment_of(&name).filter(|segment| segment.timeline == piece.timeline && !name.ends_with(".partial")) else {
-            continue;
-        };
-        let (begins, ends) = segment.range(entry.metadata()?.len());
-        files.push((begins, ends, name));
-    }
+    let whole = segments_in(pg_wal)?.into_iter().filter(|file| file.segment.timeline == piece.timeline && !file.is_partial());
+    let mut files: Vec<_> = whole
+        .map(|file| {
+            let (begins, ends) = file.segment.range(file.bytes);
+            (begins, ends, file.name)
+        })
+        .collect();
     files.sort();
     let first = files.iter().position(|(begins, ends, _)| (*begins..*ends).contains(&piece.from));
     let last = files.iter().rposition(|(begins, ..)| piece.to.is_none_or(|to| *begins < to));
@@ -210,6 +199,38 @@ impl Segment {
         let begins = (self.high << 32) + self.low * segment_bytes;
         (Lsn(begins), Lsn(begins + segment_bytes))
     }
+}
+
+/// A file of pg_wal that is a segment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SegmentFile {
+    /// Its name.
+    pub name: String,
+    /// Which segment, also as `.partial`.
+    pub segment: Segment,
+    /// Its size.
+    pub bytes: u64,
+}
+
+impl SegmentFile {
+    /// It was ended by a promotion.
+    pub fn is_partial(&self) -> bool {
+        self.name.ends_with(".partial")
+    }
+}
+
+/// The segments that are in a directory, in no order.
+pub fn segments_in(pg_wal: &Path) -> Result<Vec<SegmentFile>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(pg_wal).with_context(|| format!("reading {}", pg_wal.display()))? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if let Some(segment) = segment_of(&name) {
+            let bytes = entry.metadata().with_context(|| format!("looking at {}", entry.path().display()))?.len();
+            found.push(SegmentFile { name, segment, bytes });
+        }
+    }
+    Ok(found)
 }
 
 /// The segment that a file of pg_wal is, also as `.partial`.

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use pgherd::etcd::{Applied, EtcdError};
-use pgherd::facts::cluster::{Ask, DecisionRecord, RequestProgress};
+use pgherd::facts::cluster::DecisionRecord;
+use pgherd::facts::requests::{Ask, RequestProgress};
 
 use crate::support::etcd_server::EtcdServer;
 use crate::support::{lease_is_gone, name};

@@ -43,9 +43,7 @@ fn tag(world: &mut World, index: usize, name: &str, value: &str) {
 }
 
 fn said(world: &World, index: usize, word: &str) -> bool {
-    let events = world.cluster.pgherd(&["events", "-o", "json", "--limit", "500"]).unwrap();
-    let events: Vec<serde_json::Value> = serde_json::from_str(&events.out).unwrap();
-    events.iter().any(|event| event["member"] == *world.name(index) && event["message"].as_str().is_some_and(|said| said.contains(word)))
+    world.decided(index, "receives_nothing").iter().any(|said| said.contains(word))
 }
 
 /// `standby` has a table that is made on the leader now.

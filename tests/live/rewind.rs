@@ -46,13 +46,6 @@ fn lost_writes(world: &World, member: usize) -> Vec<serde_json::Value> {
     all.into_iter().filter(|one| one["member"] == world.name(member)).collect()
 }
 
-fn was_decided(world: &World, what: &str) -> bool {
-    let said = world.cluster.pgherd(&["events", "-o", "json", "-n", "1000"]).unwrap();
-    said.must_succeed("pgherd events");
-    let all: Vec<serde_json::Value> = serde_json::from_str(&said.out).unwrap();
-    all.iter().any(|event| event["kind"] == what)
-}
-
 fn a_former_primary_is_rewound(postgres_17: bool) {
     let world = World::up(&setup(postgres_17));
     let inode = |world: &World, index: usize| fs::metadata(world.cluster.data_dir(index)).unwrap().ino();
@@ -69,7 +62,7 @@ fn a_former_primary_is_rewound(postgres_17: bool) {
     );
     let kept = std::path::PathBuf::from(lost["kept"].as_str().unwrap()).join("pg_wal");
     assert!(fs::read_dir(&kept).unwrap().count() > 0, "{} holds it", kept.display());
-    assert!(was_decided(&world, "rewind") && was_decided(&world, "lost_writes"));
+    assert!(!world.decided_by_anybody("rewind").is_empty() && !world.decided_by_anybody("lost_writes").is_empty());
     assert!(world.has_condition(former, "get lost-writes"), "a person is told where it is");
     world.finish();
 }

@@ -8,7 +8,7 @@ use pgherd::cli::demo::process::ProcessId;
 use pgherd::cli::demo::runtime::in_own_thread;
 use pgherd::clock::BootTime;
 
-use super::world::World;
+use super::world::{MustSucceed, World};
 
 /// A healthy member answers at once.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -37,24 +37,25 @@ impl World {
 
     /// What a node said on entering this state, each time, oldest first.
     pub fn entered(&self, index: usize, state: &str) -> Vec<String> {
-        let of = |event: &&serde_json::Value| event["member"] == *self.name(index) && event["facts"]["to"] == *state;
-        self.events().iter().filter(of).map(|event| event["message"].as_str().unwrap_or_default().to_owned()).collect()
+        self.events(|event| event["member"] == *self.name(index) && event["facts"]["to"] == *state)
     }
 
     /// What a node decided of this kind, each time, oldest first.
     pub fn decided(&self, index: usize, kind: &str) -> Vec<String> {
-        let of = |event: &&serde_json::Value| event["member"] == *self.name(index) && event["kind"] == *kind;
-        self.events().iter().filter(of).map(|event| event["message"].as_str().unwrap_or_default().to_owned()).collect()
+        self.events(|event| event["member"] == *self.name(index) && event["kind"] == *kind)
     }
 
     /// What was decided of this kind, whoever did, oldest first.
     pub fn decided_by_anybody(&self, kind: &str) -> Vec<String> {
-        let of = |event: &&serde_json::Value| event["kind"] == *kind;
-        self.events().iter().filter(of).map(|event| event["message"].as_str().unwrap_or_default().to_owned()).collect()
+        self.events(|event| event["kind"] == *kind)
     }
 
-    fn events(&self) -> Vec<serde_json::Value> {
-        serde_json::from_str(&self.cluster.pgherd(&["events", "-o", "json", "--limit", "500"]).unwrap().out).unwrap()
+    /// What such events say, oldest first.
+    fn events(&self, of: impl Fn(&serde_json::Value) -> bool) -> Vec<String> {
+        let said = self.cluster.pgherd(&["events", "-o", "json", "--limit", "1000"]).unwrap();
+        said.must_succeed("pgherd events");
+        let events: Vec<serde_json::Value> = serde_json::from_str(&said.out).unwrap();
+        events.iter().filter(|event| of(event)).map(|event| event["message"].as_str().unwrap_or_default().to_owned()).collect()
     }
 
     /// What a member says over HTTP is in its way: etcd may take no writes.

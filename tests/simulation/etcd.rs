@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use pgherd::etcd::AcquireRequest;
 use pgherd::facts::cluster::{
-    Ask, ClusterView, FailsafeRecord, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, RequestKey,
-    RequestProgress, RequestRecord, StatusRecord,
+    ClusterView, FailsafeRecord, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, StatusRecord,
 };
+use pgherd::facts::requests::{Ask, RequestKey, RequestProgress, RequestRecord};
 use pgherd::facts::synchrony::SyncRecord;
 use pgherd::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision};
 

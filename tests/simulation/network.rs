@@ -5,8 +5,9 @@
 use std::time::Duration;
 
 use pgherd::etcd::AcquireRequest;
-use pgherd::facts::cluster::{FailsafeRecord, HistoryEntry, LeaderKey, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord};
+use pgherd::facts::cluster::{FailsafeRecord, HistoryEntry, LeaderKey, MemberRecord, ReleaseRecord, StatusRecord};
 use pgherd::facts::failsafe::PromiseAsk;
+use pgherd::facts::requests::RequestProgress;
 use pgherd::facts::synchrony::SyncRecord;
 use pgherd::machine::event::Event;
 use pgherd::types::{Epoch, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision};

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use pgherd::clock::BootTime;
-use pgherd::facts::cluster::{Ask, RequestProgress, RequestRecord};
+use pgherd::facts::requests::{Ask, RequestProgress, RequestRecord};
 use pgherd::machine::action::Action;
 use pgherd::machine::state::State;
 use pgherd::policy::election;

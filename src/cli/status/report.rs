@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::facts::cluster::{Ask, ClusterView, Condition, Initialize, MemberKey, MemberRecord, MemberRole, RequestProgress, Severity};
+use crate::facts::cluster::{ClusterView, Condition, Initialize, MemberKey, MemberRecord, MemberRole, Severity};
+use crate::facts::requests::{Ask, RequestProgress};
 use crate::spec::cluster::ReplicationMode;
 use crate::types::{ClusterName, Lsn, MemberName, SystemId, TimelineId};
 

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use statig::prelude::*;
 
-use crate::facts::cluster::{Ask, ClusterView, DataDirectoryReport, Initialize, MemberKey, MemberRole, RequestProgress};
+use crate::facts::cluster::{ClusterView, DataDirectoryReport, Initialize, MemberKey, MemberRole};
 use crate::facts::postgres::DataDirectory;
+use crate::facts::requests::{Ask, RequestProgress};
 use crate::machine::action::{Operation, OperationKind, Upstream};
 use crate::machine::node::Context;
 use crate::machine::rules::{receiving, standby};

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::facts::cluster::{DataDirectoryReport, MemberRecord, MemberRole, Vote};
 use crate::facts::failsafe;
 use crate::facts::guard::{PostmasterFacts, Word};
-use crate::facts::postgres::{DataDirectory, ProbeOutcome};
+use crate::facts::postgres::{DataDirectory, ProbeOutcome, STREAMING};
 use crate::facts::synchrony;
 use crate::machine::action::{Operation, OperationKind};
 use crate::machine::bookkeeping::MEMBER_KEY_FAILED;
@@ -153,10 +153,8 @@ pub(crate) fn patroni_state(world: &World, state: &State) -> &'static str {
             Some(_) | None => "stopped",
         },
         Some(PostmasterFacts::Running { .. }) => match world.probe.as_ref().map(|probe| &probe.outcome) {
-            Some(ProbeOutcome::Accepting(sql)) => match &sql.walreceiver {
-                Some(receiver) if sql.in_recovery && receiver.status == "streaming" => "streaming",
-                Some(_) | None => "running",
-            },
+            Some(ProbeOutcome::Accepting(sql)) if sql.in_recovery && sql.streams() => STREAMING,
+            Some(ProbeOutcome::Accepting(_)) => "running",
             Some(ProbeOutcome::NotYet(_)) | None => "starting",
             Some(ProbeOutcome::Unknown(_)) => "unknown",
         },

@@ -48,7 +48,7 @@ pub(crate) fn source(context: &mut Context<'_>) -> Option<Upstream> {
 fn gets_nothing_since(world: &World) -> Option<BootTime> {
     let sql = world.sql().filter(|sql| asks(world, sql))?;
     let told = told_at(world);
-    if !streams(sql) {
+    if !sql.streams() {
         return world.receiving.not_streaming_since.map(|since| since.max(told));
     }
     let stands = world.receiving.progress.stands_still(world.probe.as_ref()?.begun, told, patience(world, sql));
@@ -60,10 +60,6 @@ fn told_at(world: &World) -> BootTime {
     world.configured_at.max(world.postmaster_since)
 }
 
-fn streams(sql: &SqlFacts) -> bool {
-    sql.walreceiver.as_ref().is_some_and(|receiver| receiver.status == "streaming")
-}
-
 /// It has gone through all that it found, and nobody holds it up.
 fn asks(world: &World, sql: &SqlFacts) -> bool {
     sql.in_recovery && !sql.replay_paused && world.replayed_by.as_ref() == Some(&sql.startup)
@@ -72,7 +68,7 @@ fn asks(world: &World, sql: &SqlFacts) -> bool {
 fn patience(world: &World, sql: &SqlFacts) -> Duration {
     let parameters = world.spec().map(|spec| spec.postgres.parameters_of(&world.me.name)).unwrap_or_default();
     let timeout = parameters.get("wal_receiver_timeout").map(|value| value.as_deref().unwrap_or(WAL_RECEIVER_TIMEOUT));
-    given(streams(sql), timeout)
+    given(sql.streams(), timeout)
 }
 
 /// Of a standby at work: what is done when it receives nothing. True = PostgreSQL is to be stopped, judged and started again.
@@ -82,13 +78,13 @@ pub(crate) fn is_stuck(context: &mut Context<'_>) -> bool {
     let streams_at_all = world.declared().is_some_and(|member| !member.tags.nostream);
     let Some(sql) = world.sql().filter(|sql| sql.in_recovery && streams_at_all).cloned() else { return false };
     let leader = world.fresh_view().and_then(|view| view.leader_position());
-    let seen = Seen { reached: sql.end_of_wal(), leader, streams: streams(&sql), asks: asks(world, &sql) };
+    let seen = Seen { reached: sql.end_of_wal(), leader, streams: sql.streams(), asks: asks(world, &sql) };
     world.receiving.progress.seen(now, seen);
     let Some((_, writes_since)) = world.leader_writes_since.filter(|_| world.etcd == Etcd::Reachable) else { return false };
     if world.receiving.progress.tries() == 0 {
         world.clear("receives_nothing");
     }
-    if streams(&sql) {
+    if sql.streams() {
         world.clear("leader_unreachable");
     }
     if mutant(Mutant::StandstillIgnored) {

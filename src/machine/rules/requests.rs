@@ -8,7 +8,8 @@ use std::time::Duration;
 use statig::prelude::*;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::{Ask, Candidate, ClusterView, RequestKey, RequestProgress, StageTime};
+use crate::facts::cluster::ClusterView;
+use crate::facts::requests::{Ask, Candidate, RequestKey, RequestProgress, StageTime};
 use crate::machine::action::{Operation, OperationKind};
 use crate::machine::node::Context;
 use crate::machine::requests::HandedOver;

@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use statig::prelude::*;
 
-use crate::facts::cluster::{Ask, ClusterView, HistoryEntry, Initialize, MemberRole, RequestProgress, Vote};
+use crate::facts::cluster::{ClusterView, HistoryEntry, Initialize, MemberRole, Vote};
 use crate::facts::guard::Word;
 use crate::facts::postgres::{DataDirectory, DatabaseState};
+use crate::facts::requests::{Ask, RequestProgress};
 use crate::machine::action::{Action, Operation, OperationKind, StartAs, StopMode, Upstream};
 use crate::machine::node::Context;
 use crate::machine::rules::{receiving, slots, synchrony};

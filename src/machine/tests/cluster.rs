@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use crate::facts::cluster::{Ask, Initialize, RequestProgress};
+use crate::facts::cluster::Initialize;
+use crate::facts::requests::{Ask, RequestProgress};
 use crate::machine::action::OperationKind;
 use crate::machine::tests::fixtures::{name, spec, spec_with};
 use crate::types::TimelineId;

@@ -12,7 +12,8 @@ use crate::facts::failsafe::FEATURE;
 use crate::facts::guard::{GuardFacts, LockFacts, PostmasterFacts, StartId, Word};
 use crate::facts::lost::LostWrites;
 use crate::facts::postgres::{
-    ControlFacts, DataDirectory, DatabaseState, LostRange, Probe, ProbeOutcome, RewindAttempt, SqlFacts, StandbyFloor, WalReceiverFacts,
+    ControlFacts, DataDirectory, DatabaseState, LostRange, Probe, ProbeOutcome, ReplicaFacts, RewindAttempt, SqlFacts, StandbyFloor,
+    WalReceiverFacts,
 };
 use crate::machine::action::Operation;
 use crate::machine::event::{AcquireOutcome, Finished, PeersAnswer, PutOutcome};
@@ -287,5 +288,18 @@ pub(crate) fn failed(operation: &Operation, why: String) -> Finished {
         }
         Operation::ReachLeader(_) => Finished::LeaderReached(Err(why)),
         Operation::FenceByScan => Finished::FencedByScan(Err(why)),
+    }
+}
+
+/// A standby that streams, and has flushed so much.
+pub(crate) fn streaming(member: &str, flushed: u64) -> ReplicaFacts {
+    ReplicaFacts {
+        application_name: member.to_owned(),
+        state: "streaming".to_owned(),
+        client_addr: None,
+        flush_lsn: Some(Lsn(flushed)),
+        replay_lsn: None,
+        sync_state: String::new(),
+        sync_priority: 0,
     }
 }

@@ -15,7 +15,7 @@ use crate::machine::action::{Action, OperationKind};
 use crate::machine::event::{Event, Finished};
 use crate::machine::state::State;
 use crate::machine::world::{Lock, World};
-use crate::types::{Lsn, Revision};
+use crate::types::Revision;
 
 /// Each commit is on two of the three.
 fn recorded_for_two() -> ClusterView {
@@ -34,15 +34,7 @@ fn found_running() -> Checked {
 
 /// A probe that shows what `b` has flushed of 1,000 bytes, when whatever was asked for before has come to nothing.
 fn shows(checked: &mut Checked, now: BootTime, flushed: u64) -> Vec<Action> {
-    let standby = ReplicaFacts {
-        application_name: "b".to_owned(),
-        state: "streaming".to_owned(),
-        client_addr: None,
-        flush_lsn: Some(Lsn(flushed)),
-        replay_lsn: None,
-        sync_state: String::new(),
-        sync_priority: 1,
-    };
+    let standby = ReplicaFacts { sync_priority: 1, ..streaming("b", flushed) };
     let deadlines = times().deadlines(now);
     let mut world = checked.world().clone();
     world.lock = Lock::Proved { identity: ours(), until: deadlines.valid_until, announce_at: deadlines.announce_at };

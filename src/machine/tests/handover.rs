@@ -8,10 +8,11 @@ use super::fixtures::*;
 use super::reactions::worlds::{full, leads, led_by_us, ours};
 use super::toy::Toy;
 use crate::clock::BootTime;
-use crate::facts::cluster::{Ask, ClusterView, MemberRole, RequestKey, RequestProgress, RequestRecord};
+use crate::facts::cluster::{ClusterView, MemberRole};
 use crate::facts::guard::{PostmasterFacts, Rung, StartId, Word};
 use crate::facts::lease::LeaseEvent;
-use crate::facts::postgres::{DataDirectory, DatabaseState, ReplicaFacts, SqlFacts, Survey};
+use crate::facts::postgres::{DataDirectory, DatabaseState, SqlFacts, Survey};
+use crate::facts::requests::{Ask, RequestKey, RequestProgress, RequestRecord};
 use crate::machine::action::{Action, Operation, StopMode};
 use crate::machine::event::{Event, Finished};
 use crate::machine::state::{HandOver, HandOverStage, State};
@@ -37,16 +38,7 @@ fn view_with(requests: &[(&str, RequestKey)]) -> ClusterView {
 }
 
 fn streams() -> SqlFacts {
-    let replica = ReplicaFacts {
-        application_name: "c".to_owned(),
-        state: "streaming".to_owned(),
-        client_addr: None,
-        flush_lsn: Some(Lsn(1_000)),
-        replay_lsn: None,
-        sync_state: "async".to_owned(),
-        sync_priority: 0,
-    };
-    SqlFacts { replicas: vec![replica], ..sql(false, 2, 1_000) }
+    SqlFacts { replicas: vec![streaming("c", 1_000)], ..sql(false, 2, 1_000) }
 }
 
 /// `a` leads, sees `c` stream, and this was asked for.

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use crate::facts::cluster::{Ask, RequestKey, RequestProgress, RequestRecord};
 use crate::facts::postgres::{ReplicaFacts, SqlFacts, Survey};
+use crate::facts::requests::{Ask, RequestKey, RequestProgress, RequestRecord};
 use crate::machine::action::{Action, Operation};
 use crate::machine::event::{Event, Finished};
 use crate::machine::state::State;
-use crate::types::{Lsn, Revision};
+use crate::types::Revision;
 
 use super::checked::Checked;
 use super::cluster::s;
@@ -50,15 +50,7 @@ fn row_69_a_standby_that_says_that_it_streams_is_not_refused_before_the_primary_
         let actions = primary.handle(T0, Event::Finished(Finished::Surveyed(Ok(Survey::default()))));
         assert_eq!(answers(actions), None, "its last look at PostgreSQL may be a second old");
     }
-    let sees = ReplicaFacts {
-        application_name: "c".to_owned(),
-        state: "streaming".to_owned(),
-        client_addr: None,
-        flush_lsn: Some(Lsn(1_000)),
-        replay_lsn: None,
-        sync_state: "async".to_owned(),
-        sync_priority: 0,
-    };
+    let sees = streaming("c", 1_000);
     let looked = |seconds, replicas| Event::Probed(probe(T0 + s(seconds), SqlFacts { replicas, ..sql(false, 2, 1_000) }));
     let half_gone = ReplicaFacts { state: "catchup".to_owned(), flush_lsn: None, ..sees.clone() };
     let answer = answers(checked.handle(T0 + s(1), looked(1, vec![half_gone, sees])));

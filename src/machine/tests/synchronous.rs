@@ -9,7 +9,7 @@ use super::reactions::worlds::{busy, leads, led_by_us, ours, standby};
 use crate::facts::cluster::ClusterView;
 use crate::facts::guard::StartId;
 use crate::facts::lease::LeaseEvent;
-use crate::facts::postgres::{ReplicaFacts, SqlFacts};
+use crate::facts::postgres::SqlFacts;
 use crate::facts::synchrony::{FEATURE, Names, SyncRecord};
 use crate::machine::action::{Action, OperationKind};
 use crate::machine::event::{Event, Finished};
@@ -17,20 +17,7 @@ use crate::machine::state::State;
 use crate::machine::synchrony::OfServer;
 use crate::machine::world::World;
 use crate::policy::synchrony::InForce;
-use crate::types::{Epoch, Lsn, Revision};
-
-/// `b` has all.
-fn streams() -> ReplicaFacts {
-    ReplicaFacts {
-        application_name: "b".to_owned(),
-        state: "streaming".to_owned(),
-        client_addr: None,
-        flush_lsn: Some(Lsn(1_000)),
-        replay_lsn: None,
-        sync_state: String::new(),
-        sync_priority: 0,
-    }
-}
+use crate::types::{Epoch, Revision};
 
 /// `a` leads, `b` streams from it, and no commit waits yet.
 fn waits_for_nobody() -> World {
@@ -39,7 +26,7 @@ fn waits_for_nobody() -> World {
     view.members.values_mut().for_each(|key| key.record.features.push(FEATURE.to_owned()));
     world.view = Some(Arc::new(view));
     world.spec = Some((1, spec_with(&["a", "b", "c"], "replication: { mode: quorum }")));
-    world.probe = Some(probe(T0, SqlFacts { replicas: vec![streams()], ..sql(false, 2, 1_000) }));
+    world.probe = Some(probe(T0, SqlFacts { replicas: vec![streaming("b", 1_000)], ..sql(false, 2, 1_000) }));
     world.synchrony.server = Some(OfServer::new(StartId(1), InForce::since_start(Names::Nobody), T0));
     world
 }
@@ -76,7 +63,7 @@ fn row_48_a_daemon_that_finds_a_primary_running_lets_clients_in_when_standbys_ha
         view.sync_revision = Revision(310);
         world.view = Some(Arc::new(view));
         (world.synchrony.server, world.in_force) = (None, None);
-        let shows = SqlFacts { replicas: vec![ReplicaFacts { flush_lsn: Some(Lsn(flushed)), ..streams() }], ..sql(false, 2, 1_000) };
+        let shows = SqlFacts { replicas: vec![streaming("b", flushed)], ..sql(false, 2, 1_000) };
         world.probe = Some(probe(T0, shows.clone()));
         let mut member = Checked::resume(world, State::Primary);
         let mut actions = member.handle(T0, Event::Tick);

@@ -78,9 +78,7 @@ pub(super) fn or_clone(
 pub fn go_on(broken_off: BrokenOff<'_>) -> Rejoin {
     let BrokenOff { attempt, leader, rewinding, .. } = broken_off;
     if leader.in_recovery {
-        return Rejoin::Wait {
-            why: format!("the leader is still in recovery on timeline {}: its history is not known yet", leader.timeline),
-        };
+        return leader.history_not_known();
     }
     let another = (leader.timeline, broken_off.promoted_under) != (attempt.leader_timeline, attempt.promoted_under);
     let obstacle = if attempt.finished {

@@ -98,7 +98,7 @@ fn may_count(member: &Member) -> bool {
 
 /// Flushed by the standby of that name that streams.
 pub fn flushed_by(replicas: &[ReplicaFacts], name: &MemberName) -> Option<Lsn> {
-    let of_it = replicas.iter().filter(|replica| replica.state == "streaming" && member_of(replica).as_ref() == Some(name));
+    let of_it = replicas.iter().filter(|replica| replica.streams() && member_of(replica).as_ref() == Some(name));
     of_it.filter_map(|replica| replica.flush_lsn).max()
 }
 
@@ -114,7 +114,7 @@ pub fn senders(replicas: &[ReplicaFacts]) -> Vec<Sender> {
             member: member_of(replica)?,
             priority: replica.sync_priority,
             flush: replica.flush_lsn.unwrap_or_default(),
-            streaming: replica.state == "streaming",
+            streaming: replica.streams(),
         })
     };
     replicas.iter().filter(|replica| replica.state != "backup").filter_map(sender).collect()

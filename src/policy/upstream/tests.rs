@@ -43,7 +43,7 @@ impl Sight {
         let me = self.spec.members[2].clone();
         let inputs = Inputs { now: self.now, me: &me, view: &self.view, follows: self.follows.as_ref(), gets_nothing_since };
         let source = choose(&mut self.remembered, &inputs);
-        let leader = leader_of(&self.view).map(|(name, _)| name.clone());
+        let leader = self.view.leader_member().map(|(name, _)| name.clone());
         self.follows = match &source {
             Source::Member(name) => Some(name.clone()),
             Source::Leader => leader.or(self.follows.take()),

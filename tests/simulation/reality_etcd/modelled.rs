@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use pgherd::facts::cluster::{Ask, ClusterView, Initialize, LeaderKey, MaintenanceRecord, RequestProgress, RequestRecord};
+use pgherd::facts::cluster::{ClusterView, Initialize, LeaderKey, MaintenanceRecord};
+use pgherd::facts::requests::{Ask, RequestProgress, RequestRecord};
 use pgherd::types::{Epoch, LeaseId, Revision, SystemId};
 
 use super::super::clock::{Real, ms};

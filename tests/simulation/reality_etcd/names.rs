@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use pgherd::etcd::AcquireRequest;
-use pgherd::facts::cluster::{ClusterView, FailsafeRecord, HistoryEntry, Initialize, ReleaseRecord, RequestProgress, StatusRecord};
+use pgherd::facts::cluster::{ClusterView, FailsafeRecord, HistoryEntry, Initialize, ReleaseRecord, StatusRecord};
+use pgherd::facts::requests::RequestProgress;
 use pgherd::facts::synchrony::SyncRecord;
 use pgherd::types::{Epoch, LeaseId, LeaseIdentity, LockIdentity, Lsn, MemberName, Revision, SystemId, TimelineId};
 

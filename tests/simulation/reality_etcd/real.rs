@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use etcd_client::{Client, Compare, CompareOp, DeleteOptions, PutOptions, Txn, TxnOp, TxnOpResponse};
 use pgherd::etcd::keys::Key;
 use pgherd::etcd::{AcquireRequest, Acquisition, Etcd, EtcdError, Fenced, Moved, PutMember, Released, Settings};
-use pgherd::facts::cluster::{Ask, MemberRecord};
+use pgherd::facts::cluster::MemberRecord;
+use pgherd::facts::requests::Ask;
 use pgherd::types::{LeaseId, MemberName, SystemId};
 
 use super::names::{Names, failsafe, progress, sync_by_hand};

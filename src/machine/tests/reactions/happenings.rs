@@ -4,11 +4,12 @@
 use std::sync::Arc;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::{Ask, ClusterView, Initialize, MemberRole, RequestKey, RequestProgress, RequestRecord};
+use crate::facts::cluster::{ClusterView, Initialize, MemberRole};
 use crate::facts::failsafe::PromiseAsk;
 use crate::facts::guard::{GuardFacts, LastEnd, PostmasterFacts, Rung, StartId, Word};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{DataDirectory, DatabaseState, Probe, ProbeOutcome, Survey};
+use crate::facts::requests::{Ask, RequestKey, RequestProgress, RequestRecord};
 use crate::machine::action::OperationKind;
 use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, ForeignKey, Kept, PeersAnswer, PutOutcome};
 use crate::machine::tests::fixtures::*;

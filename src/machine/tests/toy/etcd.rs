@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::{
-    ClusterView, FailsafeRecord, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, RequestProgress, StatusRecord,
+    ClusterView, FailsafeRecord, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, StatusRecord,
 };
+use crate::facts::requests::RequestProgress;
 use crate::facts::synchrony::SyncRecord;
 use crate::machine::event::AcquireOutcome;
 use crate::machine::tests::fixtures::{ETCD, ms};

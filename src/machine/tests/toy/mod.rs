@@ -13,8 +13,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::{Ask, RequestKey, RequestProgress, RequestRecord, SpecRecord};
+use crate::facts::cluster::SpecRecord;
 use crate::facts::postgres::{Probe, ReplicaFacts};
+use crate::facts::requests::{Ask, RequestKey, RequestProgress, RequestRecord};
 use crate::machine::action::{Action, OperationKind};
 use crate::machine::event::Event;
 use crate::machine::tests::checked::Checked;
