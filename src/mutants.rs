@@ -41,6 +41,14 @@ enumerated! {
         ReleasedBeforeTheCheckpointArrived,
         /// What was carried out is carried out again, as long as it stands there.
         RequestCarriedOutAgain,
+        /// The guard suspends the deadlines by what its daemon saw of maintenance mode, without a note in etcd that compares it.
+        SuspendsByWhatItSaw,
+        /// The guard fences again at the end of maintenance mode although the lock is not proved anew.
+        FencesWithAnOldProof,
+        /// The note in etcd that a guard may suspend is taken back before that guard fences again.
+        NoteTakenBackBeforeTheGuardFences,
+        /// Maintenance mode ends before all who have to have heard of it.
+        EndedBeforeAllHaveHeard,
         /// A release that is carried out late deletes the lock although its holder went on with it.
         LateReleaseObeyed,
         /// A lock is used before its key was written again, although a release of it may be on its way.

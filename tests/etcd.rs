@@ -40,6 +40,8 @@ mod failsafe;
 mod lease;
 #[path = "etcd/lock.rs"]
 mod lock;
+#[path = "etcd/maintenance.rs"]
+mod maintenance;
 #[path = "etcd/operator.rs"]
 mod operator;
 #[path = "etcd/synchrony.rs"]

@@ -75,6 +75,7 @@ const HONEST: Setup = Setup {
     planned_stops: true,
     daemon_dies: true,
     guard_fails: false,
+    pauses: false,
     mutant: None,
 };
 /// The same without the stranger and planned stops, and etcd lies.
@@ -83,6 +84,8 @@ const LYING_ETCD: Setup = Setup { etcd_lies: true, stranger: false, late_message
 const GUARD_FAILS: Setup = Setup { daemon_dies: false, guard_fails: true, stranger: false, late_messages: false, ..HONEST };
 /// Guard and daemon both fail; the watchdog is armed.
 const BOTH_FAIL: Setup = Setup { ttl: 9, watchdog: true, daemon_dies: true, planned_stops: false, ..GUARD_FAILS };
+/// A person sets maintenance mode and ends it; others lead when nothing forbids it.
+const PAUSED: Setup = Setup { pauses: true, planned_stops: false, late_messages: false, daemon_dies: false, ttl: 4, ..HONEST };
 
 fn holds(setup: &Setup, must_be_seen: &[&str]) {
     let explored = explore(setup);
@@ -186,4 +189,37 @@ fn a_watchdog_disarmed_before_the_stop_is_caught() {
 #[test]
 fn a_feed_rule_that_leaves_out_the_delayed_feed_is_caught() {
     is_caught(Mutant::FeedRuleWithOneTimeout, &BOTH_FAIL, "I12");
+}
+
+#[test]
+fn i1_i2_hold_when_maintenance_mode_is_set_and_ended_at_any_moment() {
+    holds(
+        &PAUSED,
+        &["sets maintenance", "ends maintenance", "daemon asks to suspend", "the guard hears", "all have said so", "stranger takes"],
+    );
+}
+
+#[test]
+fn the_end_of_maintenance_mode_that_is_acknowledged_before_the_guard_fences_again_is_caught() {
+    is_caught(Mutant::AckBeforeTheGuardFencesAgain, &PAUSED, "I2");
+}
+
+#[test]
+fn deadlines_suspended_by_an_old_view_are_caught() {
+    is_caught(Mutant::SuspendedByAnOldView, &PAUSED, "I2");
+}
+
+#[test]
+fn a_lock_taken_beside_maintenance_mode_is_caught() {
+    is_caught(Mutant::LockTakenBesideMaintenance, &PAUSED, "I1");
+}
+
+#[test]
+fn a_late_word_on_maintenance_mode_that_the_guard_takes_is_caught() {
+    is_caught(Mutant::LateWordTakenByTheGuard, &PAUSED, "I2");
+}
+
+#[test]
+fn deadlines_suspended_in_the_middle_of_a_promotion_are_caught() {
+    is_caught(Mutant::SuspendedInTheMiddleOfAPromotion, &PAUSED, "I3");
 }

@@ -10,6 +10,7 @@ pub mod demo;
 mod events;
 mod exit;
 mod lost;
+mod maintenance;
 mod output;
 mod privileges;
 mod read;
@@ -139,6 +140,21 @@ enum Command {
         #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
         timeout: u64,
     },
+    /// Set maintenance mode: nobody is elected, and nothing is started, stopped or copied until `resume`
+    Pause {
+        #[command(flatten)]
+        wanted: maintenance::Wanted,
+        #[command(flatten)]
+        how: Asking,
+    },
+    /// End maintenance mode, and wait until all who have to have heard of it
+    Resume {
+        /// Do not wait for members that are lost: name what is risked, and ask
+        #[arg(long)]
+        insist: bool,
+        #[command(flatten)]
+        how: Asking,
+    },
     /// List the last decisions, oldest first
     Events {
         #[command(flatten)]
@@ -230,6 +246,8 @@ fn dispatch(cli: Cli) -> Outcome {
         Command::Status { format, check, watch } => status::status(&connection, format.output, check, watch.map(Duration::from_secs)),
         Command::Switchover { wanted, how } => switchover::switchover(&connection, wanted, how),
         Command::Failover { to, accept_loss, timeout } => switchover::failover(&connection, &to, Asking { yes: accept_loss, timeout }),
+        Command::Pause { wanted, how } => maintenance::pause(&connection, &wanted, how),
+        Command::Resume { insist, how } => maintenance::resume(&connection, insist, how),
         Command::Events { format, limit } => events::events(&connection, format.output, limit),
         Command::Demo(args) => Ok(if demo::run(&args)? { DONE } else { exit::FAILED }),
         Command::Version => output::print(&format!("pgherd {}\n", env!("CARGO_PKG_VERSION"))),

@@ -40,7 +40,7 @@ pub struct Wanted {
 /// `pgherd switchover`.
 pub fn switchover(connection: &Connection, wanted: Wanted, how: Asking) -> Outcome {
     let mut at =
-        wanted.at.as_deref().map(|typed| time(typed, &ZonedDateTime::now())).transpose().map_err(|why| Failure::new(WRONG, why))?;
+        wanted.at.as_deref().map(|typed| time("--at", typed, &ZonedDateTime::now())).transpose().map_err(|why| Failure::new(WRONG, why))?;
     let etcd = connect::etcd(connection, None)?;
     block_on(async {
         let view = etcd.read_view().await?;
@@ -63,7 +63,7 @@ pub fn switchover(connection: &Connection, wanted: Wanted, how: Asking) -> Outco
                 if told_nothing {
                     let typed = output::ask("When (now, HH:MM, or a time with its zone) [now]:")?;
                     let typed = if typed.is_empty() { "now" } else { typed.as_str() };
-                    at = Some(time(typed, &ZonedDateTime::now()).map_err(|why| Failure::new(WRONG, why))?);
+                    at = Some(time("--at", typed, &ZonedDateTime::now()).map_err(|why| Failure::new(WRONG, why))?);
                 }
                 let when = at.flatten().map_or_else(String::new, |at_s| format!(" at {}", shown(at_s)));
                 confirm(&format!("Switch over from {leader} to {to}{when}?"), how.yes)?;
@@ -90,7 +90,7 @@ fn leads(view: &ClusterView, to: Option<&MemberName>) -> Result<String, String> 
         return Err("nobody leads, so that there is nothing to hand over: look at `pgherd status`, or `pgherd failover`".to_owned());
     };
     if view.maintenance.is_some() {
-        return Err("the key maintenance is set: whoever set it has to delete it first".to_owned());
+        return Err("maintenance mode is on: end it first (`pgherd resume`)".to_owned());
     }
     if let Some(to) = to {
         if leader.holder == to.as_str() {
@@ -165,8 +165,9 @@ fn pick(candidates: &[Candidate], best: &Candidate, typed: &str) -> Result<Membe
 }
 
 /// What was typed as a time: None = now, or seconds since 1970.
-fn time(typed: &str, now: &ZonedDateTime) -> Result<Option<u64>, String> {
-    let expected = || format!("--at: `{}` is no time; expected `now`, HH:MM, or 2026-11-22T14:30:00+01:00 with its zone", one_line(typed));
+pub(super) fn time(option: &str, typed: &str, now: &ZonedDateTime) -> Result<Option<u64>, String> {
+    let expected =
+        || format!("{option}: `{}` is no time; expected `now`, HH:MM, or 2026-11-22T14:30:00+01:00 with its zone", one_line(typed));
     if typed == "now" {
         return Ok(None);
     }
@@ -181,7 +182,7 @@ fn time(typed: &str, now: &ZonedDateTime) -> Result<Option<u64>, String> {
     let (at, past) = (at.as_second(), at <= now.timestamp());
     match u64::try_from(at) {
         Ok(at_s) if !past => Ok(Some(at_s)),
-        _ => Err(format!("--at: {} is past", one_line(typed))),
+        _ => Err(format!("{option}: {} is past", one_line(typed))),
     }
 }
 
@@ -273,13 +274,13 @@ mod tests {
     fn a_time_is_now_of_the_day_or_whole_and_never_past() {
         let now: ZonedDateTime = "2026-11-22T14:30:00+01:00[+01:00]".parse().unwrap();
         let seconds = |text: &str| Ok(Some(u64::try_from(text.parse::<Timestamp>().unwrap().as_second()).unwrap()));
-        assert_eq!(time("now", &now), Ok(None));
-        assert_eq!(time("14:31", &now), seconds("2026-11-22T13:31:00Z"));
-        assert_eq!(time("14:30", &now), seconds("2026-11-23T13:30:00Z"), "tomorrow");
-        assert_eq!(time("2026-11-22T15:00:00+01:00", &now), seconds("2026-11-22T14:00:00Z"));
-        assert!(time("2026-11-22T14:00:00+01:00", &now).unwrap_err().contains("is past"));
+        assert_eq!(time("--at", "now", &now), Ok(None));
+        assert_eq!(time("--at", "14:31", &now), seconds("2026-11-22T13:31:00Z"));
+        assert_eq!(time("--at", "14:30", &now), seconds("2026-11-23T13:30:00Z"), "tomorrow");
+        assert_eq!(time("--at", "2026-11-22T15:00:00+01:00", &now), seconds("2026-11-22T14:00:00Z"));
+        assert!(time("--at", "2026-11-22T14:00:00+01:00", &now).unwrap_err().contains("is past"));
         for wrong in ["", "25:00", "2026-11-22 15:00", "2026-11-22T15:00:00", "noon\n"] {
-            assert!(time(wrong, &now).unwrap_err().contains("expected `now`, HH:MM"), "{wrong}");
+            assert!(time("--at", wrong, &now).unwrap_err().contains("expected `now`, HH:MM"), "{wrong}");
         }
     }
 

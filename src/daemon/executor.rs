@@ -137,11 +137,12 @@ impl Executor {
             Action::CancelJob => drop(self.cancel.take()),
             Action::Lease(order) => self.order_lease(order),
             Action::Stop(mode) => self.guard.stop(mode),
+            Action::Maintain(word) => self.guard.order(Request::Maintain(word)),
             Action::ForgetLock(epoch) => self.guard.order(Request::NoLock { epoch }),
             Action::Record(decision) => self.record(decision),
             Action::AnswerPromise { id, result } => self.promises.answer(id, result),
-            // The loop leaves; see `good_bye`.
-            Action::Exit(_) => {}
+            // The loop leaves; see `good_bye` and `leave`.
+            Action::Exit(_) | Action::Leave => {}
         }
     }
 
@@ -259,6 +260,8 @@ impl Executor {
             Operation::WriteFailsafe { epoch, judged_on, record } => {
                 self.spawn(records::write_failsafe(etcd, epoch, judged_on, record));
             }
+            Operation::NoteSuspension { revision, suspends } => self.spawn(records::note_suspension(etcd, name, revision, suspends)),
+            Operation::EndMaintenance { revision, leader } => self.spawn(records::end_maintenance(etcd, revision, leader)),
             Operation::ClaimInitialize => {
                 let Some(lease) = lease else { return self.end(Finished::InitializeClaimed(Err("there is no lease".to_owned()))) };
                 self.spawn(records::claim_initialize(etcd, name, lease));

@@ -100,6 +100,16 @@ pub async fn write_failsafe(etcd: Etcd, epoch: Epoch, judged_on: Revision, recor
     done(Finished::FailsafeWritten(written.map_err(|error| failure(&error))))
 }
 
+/// Says in etcd whether our guard may suspend the lock's deadlines.
+pub async fn note_suspension(etcd: Etcd, name: MemberName, revision: Revision, suspends: bool) -> Event {
+    done(Finished::SuspensionNoted(etcd.note_suspension(&name, revision, suspends).await.map_err(|error| failure(&error))))
+}
+
+/// Deletes `maintenance`.
+pub async fn end_maintenance(etcd: Etcd, revision: Revision, leader: Revision) -> Event {
+    done(Finished::MaintenanceEnded(etcd.end_maintenance(revision, leader).await.map_err(|error| failure(&error))))
+}
+
 /// Claims initialization.
 pub async fn claim_initialize(etcd: Etcd, member: MemberName, lease: LeaseId) -> Event {
     done(Finished::InitializeClaimed(etcd.claim_initialize(&member, lease).await.map_err(|error| failure(&error))))

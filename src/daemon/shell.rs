@@ -42,6 +42,14 @@ enum Signalled {
     Reread,
 }
 
+/// How the daemon leaves by the machine's word.
+enum Leaving {
+    /// PostgreSQL has ended; the guard ends too.
+    Ended(u8),
+    /// Guard and PostgreSQL stay.
+    AsItIs,
+}
+
 /// What waits for the machine.
 pub struct Queue {
     /// Facts, which come again.
@@ -114,7 +122,7 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
             }
             step(&mut machine, &mut executor, &mut kept, read, &publish);
         }
-        let code = step(&mut machine, &mut executor, &mut kept, event, &publish);
+        let leaving = step(&mut machine, &mut executor, &mut kept, event, &publish);
         let running = machine.world().running().map(|(start, _)| start);
         if running != served && machine.world().sql().is_some() && !machine.world().is_closed() {
             served = running;
@@ -124,7 +132,11 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
             let wanted = running.map(|_| machine.probe_every(now));
             std::mem::replace(pace, wanted) != wanted
         });
-        if let Some(code) = code {
+        if let Some(Leaving::AsItIs) = leaving {
+            executor.leave().await;
+            return Ok(0);
+        }
+        if let Some(Leaving::Ended(code)) = leaving {
             let good_bye = tokio::time::timeout(Duration::from_millis(GOOD_BYE_TIMEOUT_MS), executor.good_bye()).await;
             if good_bye.is_err() {
                 tracing::warn!("the lease could not be given back in time; it runs out by itself");
@@ -135,30 +147,33 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, mut queue: 
 }
 
 /// One round: the machine judges, the HTTP API is told, the executor carries out. In this order, so that nobody is sent to a primary that
-/// has been ordered to end. Some = leave with this code.
+/// has been ordered to end. Some = leave.
 fn step(
     machine: &mut Machine,
     executor: &mut Executor,
     kept: &mut snapshot::Kept,
     event: Event,
     publish: &impl Fn(&Machine, &snapshot::Kept),
-) -> Option<u8> {
+) -> Option<Leaving> {
     count(kept, &event);
     let event = executor.before_machine(machine, event)?;
     let was = machine.state().name();
     let actions = machine.handle(BootTime::now(), event);
     let is = machine.state().name();
-    if was != is && is == "primary" {
+    // Maintenance mode is neither.
+    let maintained = [was, is].contains(&"paused");
+    if was != is && is == "primary" && !maintained {
         kept.counters.promotions += 1;
     }
-    if was == "primary" && is != "primary" {
+    if was == "primary" && is != "primary" && !maintained {
         *kept.counters.demotions.entry(is.to_owned()).or_default() += 1;
     }
     publish(machine, kept);
     let mut code = None;
     for action in actions {
         match action {
-            Action::Exit(with) => code = Some(with),
+            Action::Exit(with) => code = Some(Leaving::Ended(with)),
+            Action::Leave => code = Some(Leaving::AsItIs),
             other => executor.perform(machine, other),
         }
     }

@@ -3,6 +3,7 @@
 use crate::clock::BootTime;
 use crate::http::snapshot::{Counters, Snapshot};
 use crate::machine::Machine;
+use crate::machine::state::State;
 use crate::machine::world::Etcd;
 use crate::types::ClusterName;
 
@@ -45,6 +46,8 @@ pub fn take(now: BootTime, cluster: &ClusterName, machine: &Machine, kept: &Kept
     snapshot.conditions = world.conditions.values().cloned().collect();
     snapshot.pending_restart = world.sql().map(|sql| sql.pending_restart.clone()).unwrap_or_default();
     snapshot.server_version_num = world.sql().map(|sql| sql.server_version_num).or(world.me.versions.postgres);
+    snapshot.paused = *machine.state() == State::Paused;
+    snapshot.suspends = world.suspends();
     snapshot.system_id = world.sql().map(|sql| sql.system_id).or(record.and_then(|record| record.system_id));
     snapshot.counters = kept.counters.clone();
     snapshot

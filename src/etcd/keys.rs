@@ -30,6 +30,8 @@ pub enum Key {
     Initialize,
     /// Set by pause.
     Maintenance,
+    /// A member whose guard may have suspended the deadlines of the lock.
+    Suspended(MemberName),
     /// Timeline history.
     History,
     /// What an operator asked.
@@ -113,6 +115,7 @@ pub fn relative(key: &Key) -> String {
         Key::Failsafe => "failsafe".into(),
         Key::Initialize => "initialize".into(),
         Key::Maintenance => "maintenance".into(),
+        Key::Suspended(name) => format!("maintenance/{name}"),
         Key::History => "history".into(),
         Key::Request(id) => format!("requests/{id}"),
         Key::Event(id) => format!("events/{id}"),
@@ -134,6 +137,7 @@ fn parse_relative(rest: &str) -> Key {
         "history" => Key::History,
         _ => match rest.split_once('/') {
             Some(("members", name)) => name.parse().map_or_else(|_| other(), Key::Member),
+            Some(("maintenance", name)) => name.parse().map_or_else(|_| other(), Key::Suspended),
             Some(("spec-history", number)) => number.parse().map_or_else(|_| other(), Key::SpecHistory),
             Some(("requests", id)) => Key::Request(id.to_owned()),
             Some(("events", id)) => Key::Event(id.to_owned()),
@@ -173,6 +177,7 @@ mod tests {
             (Key::Failsafe, "/pgherd/main/failsafe"),
             (Key::Initialize, "/pgherd/main/initialize"),
             (Key::Maintenance, "/pgherd/main/maintenance"),
+            (Key::Suspended("node_a".parse().unwrap()), "/pgherd/main/maintenance/node_a"),
             (Key::History, "/pgherd/main/history"),
             (Key::Request("1a".into()), "/pgherd/main/requests/1a"),
             (Key::Event("1-a-1".into()), "/pgherd/main/events/1-a-1"),
@@ -211,6 +216,7 @@ mod tests {
             "initialize",
             "leader",
             "maintenance",
+            "maintenance/a",
             "members/a",
             "release",
             "requests/1",

@@ -58,6 +58,9 @@ pub struct AcquireRequest {
     /// The mod revision of `spec` that eligibility was judged on. What is absent may have been there in between; a spec that was deleted is
     /// another one when it is there again.
     pub spec_revision: Revision,
+    /// The mod revision of `maintenance` that was judged on. Absent, as it is for every election; while it is there, only who has written all
+    /// the while takes the lock anew.
+    pub maintenance_revision: Revision,
     /// The whole new history, with the entry that reserves our timeline id.
     pub history: Vec<HistoryEntry>,
     /// The system identifier, when this is the first lock of the cluster.
@@ -80,6 +83,7 @@ impl AcquireRequest {
             sync_revision: view.sync_revision,
             failsafe_revision: view.failsafe_revision,
             spec_revision: view.spec_revision,
+            maintenance_revision: view.maintenance_revision,
             history,
             initialize,
         }
@@ -114,6 +118,8 @@ pub enum Beaten {
     FailsafeMoved,
     /// The spec has changed, or all keys were deleted and a spec was applied again.
     SpecMoved,
+    /// Maintenance mode was set or ended meanwhile.
+    Maintenance,
     /// Our member key is not there, or not on our lease.
     MemberKeyNotOurs,
     /// The cluster has another identity, or somebody else is initializing it.
@@ -208,6 +214,7 @@ impl Etcd {
     /// after PostgreSQL is proved dead.
     ///
     /// It deletes the key as it was read: carried out late, after somebody has gone on with the lock ([`Etcd::reaffirm`]), it does nothing.
+    /// Nor does it in maintenance mode, in which nobody could take the lock.
     ///
     /// # Errors
     /// When etcd cannot be asked, or it is not known whether the lock is gone.
@@ -221,10 +228,11 @@ impl Etcd {
             writes.push(TxnOp::put(self.keys.path(&Key::Release), json(&Key::Release, record)?, None));
         }
         let as_read = Compare::mod_revision(self.keys.leader(), CompareOp::Equal, held.mod_revision);
-        let txn = Txn::new().when([self.is_epoch(epoch), as_read]).and_then(writes);
+        let nobody_pauses = Compare::create_revision(self.keys.path(&Key::Maintenance), CompareOp::Equal, 0);
+        let txn = Txn::new().when([self.is_epoch(epoch), as_read, nobody_pauses]).and_then(writes);
         let unsure = match self.transact_once(endpoint, txn).await {
             Ok(response) if response.succeeded() => return Ok(Released::Released),
-            Ok(_) => "the lock's key was written meanwhile".to_owned(),
+            Ok(_) => "the lock's key was written meanwhile, or maintenance mode was set".to_owned(),
             Err(EtcdError::Unknown(why)) => why,
             Err(e) => return Err(e),
         };
@@ -283,6 +291,7 @@ impl Etcd {
             Compare::mod_revision(path(&Key::Sync), CompareOp::Equal, request.sync_revision.0),
             Compare::mod_revision(path(&Key::Failsafe), CompareOp::Equal, request.failsafe_revision.0),
             Compare::mod_revision(path(&Key::Spec), CompareOp::Equal, request.spec_revision.0),
+            Compare::mod_revision(path(&Key::Maintenance), CompareOp::Equal, request.maintenance_revision.0),
             Compare::lease(member.clone(), CompareOp::Equal, request.lease.0),
             Compare::create_revision(member.clone(), CompareOp::Greater, 0),
         ];
@@ -297,7 +306,7 @@ impl Etcd {
             writes.push(TxnOp::put(path(&Key::Initialize), system_id.to_string(), None));
         }
         let member_key = Key::Member(request.member.clone());
-        let reasons = [Key::Leader, Key::History, Key::Sync, Key::Failsafe, Key::Spec, member_key, Key::Initialize];
+        let reasons = [Key::Leader, Key::History, Key::Sync, Key::Failsafe, Key::Spec, Key::Maintenance, member_key, Key::Initialize];
         Ok(Txn::new().when(compares).and_then(writes).or_else(reasons.map(|key| TxnOp::get(path(&key), None))))
     }
 
@@ -316,7 +325,8 @@ impl Etcd {
     fn judge_defeat(&self, request: &AcquireRequest, response: &TxnResponse) -> Acquisition {
         let mut seen = found(response).into_iter().map(|kvs| kvs.into_iter().next());
         let mut next = || seen.next().flatten();
-        let (leader, history, sync, failsafe, spec, member, identity) = (next(), next(), next(), next(), next(), next(), next());
+        let (leader, history, sync, failsafe, spec) = (next(), next(), next(), next(), next());
+        let (maintenance, member, identity) = (next(), next(), next());
         let revision = |kv: &Option<Kv>| Revision(kv.as_ref().map_or(0, |kv| kv.mod_revision));
         if let Some(leader) = leader {
             return self.read_back(request, &leader);
@@ -329,6 +339,8 @@ impl Etcd {
             Beaten::FailsafeMoved
         } else if revision(&spec) != request.spec_revision {
             Beaten::SpecMoved
+        } else if revision(&maintenance) != request.maintenance_revision {
+            Beaten::Maintenance
         } else if member.is_none_or(|kv| kv.lease != request.lease.0) {
             Beaten::MemberKeyNotOurs
         } else {
@@ -408,6 +420,7 @@ mod tests {
             sync_revision: Revision(0),
             failsafe_revision: Revision(0),
             spec_revision: Revision(0),
+            maintenance_revision: Revision(0),
             history: Vec::new(),
             initialize: initialize.map(SystemId),
         }

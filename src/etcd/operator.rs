@@ -6,7 +6,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, SortOrder, SortTarget, Txn, TxnOp};
+use etcd_client::{Compare, CompareOp, DeleteOptions, GetOptions, PutOptions, SortOrder, SortTarget, Txn, TxnOp};
 
 use super::client::{Etcd, found_one};
 use super::error::EtcdError;
@@ -16,8 +16,9 @@ use super::pool::Kind;
 use super::view::Kv;
 use crate::clock::wall_clock;
 use crate::facts::cluster::{DecisionRecord, SpecRecord};
+use crate::facts::maintenance::MaintenanceRecord;
 use crate::facts::requests::{Ask, RequestKey, RequestProgress, RequestRecord};
-use crate::types::Revision;
+use crate::types::{MemberName, Revision};
 
 /// Specs that `spec-history/` keeps.
 pub const SPEC_HISTORY_KEPT: u64 = 20;
@@ -192,6 +193,58 @@ impl Etcd {
     pub async fn delete_request(&self, id: &str) -> Result<(), EtcdError> {
         let path = self.keys.path(&Key::Request(id.to_owned()));
         self.transact(Txn::new().and_then([TxnOp::delete(path, None)])).await.map(|_| ())
+    }
+
+    /// Sets maintenance mode, or ends it, over the key as it was read (`over`; 0 = it was absent) and while the lock is as it was read
+    /// (`leader`: its mod revision; 0 = nobody holds it): so a hand-over of the lock is not cut in two. False = something has changed.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or it is not known whether it was written.
+    pub async fn set_maintenance(&self, record: &MaintenanceRecord, over: Revision, leader: Revision) -> Result<bool, EtcdError> {
+        let path = self.keys.path(&Key::Maintenance);
+        let as_read = [
+            Compare::mod_revision(path.clone(), CompareOp::Equal, over.0),
+            Compare::mod_revision(self.keys.leader(), CompareOp::Equal, leader.0),
+        ];
+        let put = TxnOp::put(path, json(&Key::Maintenance, record)?, None);
+        Ok(self.transact(Txn::new().when(as_read).and_then([put])).await?.succeeded())
+    }
+
+    /// Deletes `maintenance` as it was read, and all that members noted beside it, whoever has heard of it. False = it has changed.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or it is not known whether it was deleted.
+    pub async fn insist_on_the_end_of_maintenance(&self, as_read: Revision) -> Result<bool, EtcdError> {
+        let path = self.keys.path(&Key::Maintenance);
+        let (from, to) = self.keys.folder("maintenance");
+        let unchanged = Compare::mod_revision(path.clone(), CompareOp::Equal, as_read.0);
+        let notes = TxnOp::delete(from, Some(DeleteOptions::new().with_range(to)));
+        Ok(self.transact(Txn::new().when([unchanged]).and_then([TxnOp::delete(path, None), notes])).await?.succeeded())
+    }
+
+    /// Notes that a member's guard may suspend the lock's deadlines, or takes that back, while `maintenance` is as it was seen. Not on a
+    /// lease: the guard goes on when its daemon does not. False = `maintenance` has changed.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or did not answer.
+    pub async fn note_suspension(&self, member: &MemberName, seen: Revision, suspends: bool) -> Result<bool, EtcdError> {
+        let path = self.keys.path(&Key::Suspended(member.clone()));
+        let as_seen = Compare::mod_revision(self.keys.path(&Key::Maintenance), CompareOp::Equal, seen.0);
+        let write = if suspends { TxnOp::put(path, seen.to_string(), None) } else { TxnOp::delete(path, None) };
+        Ok(self.transact(Txn::new().when([as_seen]).and_then([write])).await?.succeeded())
+    }
+
+    /// Deletes `maintenance` as it was seen, while the lock is as it was seen (0 = nobody holds it). False = one of them has changed.
+    ///
+    /// # Errors
+    /// When etcd cannot be asked, or did not answer.
+    pub async fn end_maintenance(&self, seen: Revision, leader: Revision) -> Result<bool, EtcdError> {
+        let path = self.keys.path(&Key::Maintenance);
+        let as_seen = [
+            Compare::mod_revision(path.clone(), CompareOp::Equal, seen.0),
+            Compare::mod_revision(self.keys.leader(), CompareOp::Equal, leader.0),
+        ];
+        Ok(self.transact(Txn::new().when(as_seen).and_then([TxnOp::delete(path, None)])).await?.succeeded())
     }
 
     /// Records a decision. Now and then it also deletes the oldest.

@@ -6,7 +6,8 @@
 use serde::de::DeserializeOwned;
 
 use super::keys::{Key, Keys, relative};
-use crate::facts::cluster::{ClusterView, Initialize, LeaderKey, MaintenanceRecord, MemberKey};
+use crate::facts::cluster::{ClusterView, Initialize, LeaderKey, MemberKey};
+use crate::facts::maintenance::{MaintenanceRecord, Phase};
 use crate::facts::requests::RequestKey;
 use crate::types::{Epoch, EtcdClusterId, LeaseId, Revision};
 
@@ -115,8 +116,12 @@ fn store(view: &mut ClusterView, key: &Key, kv: &Kv) -> Result<(), String> {
         Key::Initialize => view.initialize = Some(initialize(kv)),
         Key::Maintenance => {
             let record = json(kv);
+            view.maintenance_revision = Revision(kv.mod_revision);
             view.maintenance = Some(record.clone().unwrap_or_else(|_| raw_maintenance(kv)));
             record?;
+        }
+        Key::Suspended(name) => {
+            view.suspended.insert(name.clone());
         }
         Key::History => {
             view.history_revision = Revision(kv.mod_revision);
@@ -153,7 +158,13 @@ fn delete(view: &mut ClusterView, key: &Key) {
             view.failsafe_revision = Revision(0);
         }
         Key::Initialize => view.initialize = None,
-        Key::Maintenance => view.maintenance = None,
+        Key::Maintenance => {
+            view.maintenance = None;
+            view.maintenance_revision = Revision(0);
+        }
+        Key::Suspended(name) => {
+            view.suspended.remove(name);
+        }
         Key::History => {
             view.history.clear();
             view.history_revision = Revision(0);
@@ -175,7 +186,7 @@ pub(super) fn initialize(kv: &Kv) -> Initialize {
 }
 
 fn raw_maintenance(kv: &Kv) -> MaintenanceRecord {
-    MaintenanceRecord { by: "unknown".into(), why: shorten(&text(kv)), until: None }
+    MaintenanceRecord { by: "unknown".into(), why: shorten(&text(kv)), at: String::new(), until: None, phase: Phase::On }
 }
 
 pub(super) fn json<T: DeserializeOwned>(kv: &Kv) -> Result<T, String> {
@@ -288,8 +299,20 @@ mod tests {
     #[test]
     fn a_maintenance_key_that_cannot_be_read_is_maintenance_all_the_same() {
         let view = view(vec![kv("maintenance", "by hand", 5, 0)]);
-        assert_eq!(view.maintenance.map(|m| m.why), Some("by hand".into()));
+        assert_eq!(view.maintenance.map(|m| (m.why, m.phase)), Some(("by hand".into(), Phase::On)));
         assert!(view.unreadable.contains_key("maintenance"));
+    }
+
+    #[test]
+    fn a_member_whose_guard_may_have_suspended_stands_beside_the_maintenance_key_and_goes_by_itself() {
+        let mut view = view(vec![
+            kv("maintenance", "{\"by\":\"x\",\"why\":\"y\",\"until\":null,\"phase\":\"ending\"}", 5, 0),
+            kv("maintenance/a", "5", 6, 0),
+        ]);
+        assert_eq!(view.maintenance.as_ref().map(|m| m.phase), Some(Phase::Ending));
+        assert_eq!((view.maintenance_revision, view.suspended.len()), (Revision(5), 1));
+        apply(&mut view, &keys(), &[deleted("maintenance/a", 11), deleted("maintenance", 12)]);
+        assert_eq!((view.maintenance.is_none(), view.maintenance_revision, view.suspended.len()), (true, Revision(0), 0));
     }
 
     #[test]

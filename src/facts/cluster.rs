@@ -2,11 +2,13 @@
 //!
 //! Fields are only ever added, and unknown ones are ignored, so that daemons of two versions can share a cluster (SAFETY row 65).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::facts::guard::Maintenance;
 use crate::facts::lost::LostWrites;
+use crate::facts::maintenance::MaintenanceRecord;
 use crate::facts::requests::RequestKey;
 use crate::facts::synchrony::SyncRecord;
 use crate::types::{Epoch, EtcdClusterId, Incarnation, LeaseId, Lsn, MemberName, Revision, SystemId, TimelineId};
@@ -45,8 +47,12 @@ pub struct ClusterView {
     /// Mod revision of `history`; 0 when absent. Every acquisition of the lock writes `history`, and only a leader does, so while the
     /// lock is absent this number names the vacancy for all members alike.
     pub history_revision: Revision,
-    /// Set by pause, removed by resume.
+    /// Set by pause; gone when a resume has been heard of by all who have to.
     pub maintenance: Option<MaintenanceRecord>,
+    /// Mod revision of `maintenance`; 0 when absent.
+    pub maintenance_revision: Revision,
+    /// `maintenance/NAME`: members whose guards may have suspended the deadlines of the lock.
+    pub suspended: BTreeSet<MemberName>,
     /// What operators asked for.
     pub requests: BTreeMap<String, RequestKey>,
     /// Keys that are there and could not be read, without the prefix, and why. They are absent above. Nobody may run while `history` is
@@ -175,6 +181,9 @@ pub struct MemberRecord {
     /// What it had written and the cluster has not, as long as it is kept on its host.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lost_writes: Vec<LostWrites>,
+    /// The newest word on maintenance mode that its guard has. None = there was none, or the guard cannot be asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub maintenance: Option<Maintenance>,
 }
 
 /// What a member's PostgreSQL is.
@@ -351,17 +360,6 @@ impl HistoryEntry {
         };
         taken && self.member == *member
     }
-}
-
-/// `maintenance`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MaintenanceRecord {
-    /// Who paused.
-    pub by: String,
-    /// Why.
-    pub why: String,
-    /// Until when, RFC 3339; None = until resume.
-    pub until: Option<String>,
 }
 
 /// One decision, for `events/`.

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::clock::BootTime;
-use crate::types::{LeaseIdentity, LockIdentity};
+use crate::types::{LeaseIdentity, LockIdentity, Revision};
 
 /// Counts the starts of a postmaster under one guard. The daemon's word that a server is a standby holds for one start only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
@@ -28,9 +28,21 @@ pub struct GuardFacts {
     /// Three daemons crashed within 60 s: a writable PostgreSQL was stopped, and no daemon is accepted until `clear`.
     #[serde(default)]
     pub crash_loop: bool,
+    /// The newest word on maintenance mode.
+    #[serde(default)]
+    pub maintenance: Maintenance,
     /// What is less than it should be (memory not locked, OOM score not reset, a program that could not be executed): one sentence each.
     #[serde(default)]
     pub conditions: Vec<String>,
+}
+
+/// Maintenance mode as the daemon said it: while it is on, no deadline of a lock ends PostgreSQL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Maintenance {
+    /// The revision of etcd's key that the word is of: an earlier one that comes late changes nothing.
+    pub revision: Revision,
+    /// Whether deadlines are suspended.
+    pub suspends: bool,
 }
 
 /// The lock as the guard knows it.

@@ -8,6 +8,7 @@ pub mod failsafe;
 pub mod guard;
 pub mod lease;
 pub mod lost;
+pub mod maintenance;
 pub mod postgres;
 pub mod requests;
 pub mod routing;

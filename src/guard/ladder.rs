@@ -47,8 +47,11 @@ pub(super) fn fence(kept: &Kept, lock: Option<&Deadlines>) -> Option<Deadlines> 
 }
 
 /// When `rung` is due for this postmaster; None = never, as things stand.
-fn due(kept: &Kept, lock: Option<&Deadlines>, rung: Rung) -> Option<BootTime> {
-    let by_lock = fence(kept, lock).map(|deadlines| deadlines.rung_at(rung));
+fn due(kept: &Kept, state: &GuardState, rung: Rung) -> Option<BootTime> {
+    // What has begun before maintenance mode runs to its end.
+    let suspended = state.maintenance.suspends && kept.ladder.is_none();
+    let lock = state.lock.as_ref().map(|lock| &lock.deadlines);
+    let by_lock = fence(kept, lock).filter(|_| !suspended).map(|deadlines| deadlines.rung_at(rung));
     let by_order = match rung {
         Rung::Announce => None,
         Rung::FastStop => kept.order.fast_at,
@@ -65,14 +68,13 @@ fn due(kept: &Kept, lock: Option<&Deadlines>, rung: Rung) -> Option<BootTime> {
 /// What is due at `now`. The loop asks first after each wake-up, before it looks at anything else.
 pub fn decide(now: BootTime, state: &GuardState) -> Decision {
     let Postmaster::Kept(kept) = &state.postmaster else { return Decision { climb: None, wake_at: None } };
-    let lock = state.lock.as_ref().map(|lock| &lock.deadlines);
-    let due_now = |rung: &Rung| due(kept, lock, *rung).is_some_and(|at| at <= now);
+    let due_now = |rung: &Rung| due(kept, state, *rung).is_some_and(|at| at <= now);
     if kept.climbed == Some(Rung::KillAll) || due_now(&Rung::KillAll) {
         return Decision { climb: Some(Rung::KillAll), wake_at: Some(now + Duration::from_millis(KILL_AGAIN_MS)) };
     }
     let climb = PERFORMED.into_iter().rev().find(due_now).filter(|rung| kept.climbed < Some(*rung));
     let climbed = climb.or(kept.climbed);
-    let wake_at = PERFORMED.into_iter().filter(|rung| climbed < Some(*rung)).filter_map(|rung| due(kept, lock, rung)).min();
+    let wake_at = PERFORMED.into_iter().filter(|rung| climbed < Some(*rung)).filter_map(|rung| due(kept, state, rung)).min();
     Decision { climb, wake_at }
 }
 

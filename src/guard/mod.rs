@@ -5,7 +5,7 @@
 //!
 //! | file | kind | what |
 //! |---|---|---|
-//! | state, ladder | PURE | what it knows and grants; which rung is due |
+//! | state, ladder, maintenance | PURE | what it knows and grants; which rung is due; when none is |
 //! | server | EDGE | the loop |
 //! | requests, connection, protocol | EDGE | who may ask what, and how |
 //! | child, scan, sys | EDGE | making a postmaster, finding its processes, system calls |
@@ -20,6 +20,7 @@ pub mod client;
 mod connection;
 pub mod ladder;
 mod log;
+mod maintenance;
 pub mod protocol;
 mod requests;
 pub mod scan;

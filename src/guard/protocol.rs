@@ -12,12 +12,12 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::BootTime;
-use crate::facts::guard::{GuardFacts, StartId, Word};
+use crate::facts::guard::{GuardFacts, Maintenance, StartId, Word};
 use crate::policy::deadlines::LeaseTimes;
 use crate::types::{Epoch, LeaseIdentity, LockIdentity};
 
 /// Version of everything below but the two frozen requests. Daemon and guard work together only if theirs are equal.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 /// Name of the socket in the run directory.
 pub const SOCKET_NAME: &str = "guard.sock";
 /// Longest line in either direction: a start order carries an environment and a command line.
@@ -94,6 +94,9 @@ pub enum Request {
     },
     /// Forget the daemon's crashes.
     Clear,
+    /// Maintenance mode is on, or over: see [`Maintenance`]. Said of every revision of etcd's key, also to a guard that suspends nothing:
+    /// so no earlier word can come after it. Refused with [`Refusal::StaleMaintenance`] when it is the earlier one.
+    Maintain(Maintenance),
     /// Replace the guard's program in place; postmaster, lock and deadlines stay. Frozen shape. Answered by the new program with
     /// [`Response::Hello`]; all other connections are closed.
     Upgrade {
@@ -206,6 +209,10 @@ pub enum Refusal {
     LadderRuns,
     /// A start that was vouched for as writable cannot become a standby.
     OnceWritable,
+    /// Nothing begins to write in maintenance mode.
+    Maintenance,
+    /// A later word on maintenance mode is known.
+    StaleMaintenance,
     /// The request makes no sense: a sentence says why.
     Invalid,
     /// The system refused: a sentence says what.

@@ -116,6 +116,7 @@ impl Guard {
                 self.look();
                 self.state.no_lock(now, epoch).map_err(explain)
             }
+            Request::Maintain(maintenance) => self.state.maintain(now, maintenance).map_err(explain),
             Request::Lease { identity } => {
                 self.state.lease = identity;
                 Ok(())
@@ -200,6 +201,8 @@ fn explain(refusal: Refusal) -> (Refusal, String) {
         Refusal::StaleLock => "a later lock is known, or this one was given up",
         Refusal::LadderRuns => "the fast stop has begun: PostgreSQL ends, and may be started again when it is proved dead",
         Refusal::OnceWritable => "a start that was vouched for as writable stays so until its end",
+        Refusal::Maintenance => "maintenance mode is on: nothing begins to write",
+        Refusal::StaleMaintenance => "a later word on maintenance mode is known",
         Refusal::Invalid => "the request makes no sense",
         Refusal::Failed => "the system refused",
     };

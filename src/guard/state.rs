@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::ladder::fence;
 use super::protocol::{Refusal, StopOrder};
 use crate::clock::BootTime;
-use crate::facts::guard::{GuardFacts, LastEnd, LockFacts, PostmasterFacts, Rung, StartId, Word};
+use crate::facts::guard::{GuardFacts, LastEnd, LockFacts, Maintenance, PostmasterFacts, Rung, StartId, Word};
 use crate::policy::deadlines::{Deadlines, LeaseTimes};
 use crate::types::{Epoch, LeaseIdentity, LockIdentity};
 
@@ -43,6 +43,9 @@ pub struct GuardState {
     pub crashes: Vec<BootTime>,
     /// See [`GuardFacts::crash_loop`].
     pub crash_loop: bool,
+    /// The newest word on maintenance mode. A guard of an earlier version has none.
+    #[serde(default)]
+    pub maintenance: Maintenance,
 }
 
 /// A lock and until when it is proved.
@@ -98,6 +101,7 @@ impl GuardState {
         let lock = self.lock.map(|lock| lock.deadlines);
         if let Postmaster::Kept(kept) = &mut self.postmaster
             && kept.ladder.is_none()
+            && !self.maintenance.suspends
         {
             kept.ladder = fence(kept, lock.as_ref()).filter(|deadlines| deadlines.fast_stop_at <= now);
         }
@@ -155,6 +159,10 @@ impl GuardState {
     }
 
     fn lock_allows_writing(&self, now: BootTime) -> Result<(), Refusal> {
+        // What begins to write is not fenced then, and its lock may have run out before it does.
+        if self.maintenance.suspends {
+            return Err(Refusal::Maintenance);
+        }
         let held = self.lock.is_some_and(|lock| now < lock.deadlines.announce_at);
         if held { Ok(()) } else { Err(Refusal::NoLock) }
     }
@@ -269,7 +277,8 @@ impl GuardState {
             return;
         }
         self.crash_loop = true;
-        if matches!(&self.postmaster, Postmaster::Kept(kept) if kept.word == Word::Writable) {
+        let writes = matches!(&self.postmaster, Postmaster::Kept(kept) if kept.word == Word::Writable);
+        if writes && !self.maintenance.suspends {
             // The rest is the lock's ladder: nobody renews any more.
             self.stop(now, StopOrder { fast_at: Some(now), ..StopOrder::default() });
         }
@@ -323,6 +332,7 @@ impl GuardState {
             }),
             daemon_crashes: u32::try_from(recent).unwrap_or(u32::MAX),
             crash_loop: self.crash_loop,
+            maintenance: self.maintenance,
             conditions: Vec::new(),
         }
     }

@@ -142,6 +142,10 @@ fn a_paused_member_without_etcd_is_no_leader_without_its_lock() {
     let mut snapshot = primary();
     (snapshot.paused, snapshot.etcd_reachable, snapshot.lock) = (true, false, None);
     assert_no_leader_path_answers(&snapshot, moment(), "Patroni would answer from the server's role");
+    snapshot.suspends = true;
+    assert_eq!(status(&snapshot, "/primary"), 200, "its guard ends nothing, and etcd knows: nobody is elected");
+    snapshot.ends_postgres = true;
+    assert_no_leader_path_answers(&snapshot, moment(), "PostgreSQL has been ordered to end");
 }
 
 #[test]

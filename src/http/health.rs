@@ -1,7 +1,7 @@
 //! The rules behind the health paths: whether this member may be called primary, replica, live, ready, at this moment.
 //!
 //! Stricter than Patroni on leader paths: 200 needs our lock, now before A, AND a probe not older than `loop_wait` that saw PostgreSQL
-//! accept connections out of recovery, AND no order to end it. All are checked against the clock of the request, so a daemon that hangs turns to 503 by
+//! accept connections out of recovery, AND no order to end it. In maintenance mode the guard's word stands for the lock: it ends nothing. All are checked against the clock of the request, so a daemon that hangs turns to 503 by
 //! itself, before its PostgreSQL is stopped (I13).
 
 use crate::clock::BootTime;
@@ -16,7 +16,10 @@ use crate::http::snapshot::Snapshot;
 /// Whether leader paths answer 200.
 pub fn is_primary(snapshot: &Snapshot, now: BootTime) -> bool {
     let lock_holds = snapshot.lock.is_some_and(|lock| now < lock.announce_at);
-    lock_holds && !snapshot.ends_postgres && !snapshot.closed && snapshot.fresh_sql(now).is_some_and(|sql| !sql.in_recovery)
+    (lock_holds || snapshot.suspends)
+        && !snapshot.ends_postgres
+        && !snapshot.closed
+        && snapshot.fresh_sql(now).is_some_and(|sql| !sql.in_recovery)
 }
 
 /// Whether this member goes on without etcd, or on an etcd that it does not believe (SAFETY row 17): it leads only as long as its lock or

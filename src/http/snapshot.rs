@@ -71,8 +71,10 @@ pub struct Snapshot {
     pub conditions: Vec<Condition>,
     /// Names of parameters that wait for a restart.
     pub pending_restart: Vec<String>,
-    /// Maintenance mode is on.
+    /// Maintenance mode is on, for this member.
     pub paused: bool,
+    /// Maintenance mode: the guard ends no PostgreSQL whose lock is not proved.
+    pub suspends: bool,
     /// The spec generation taken up; 0 = none.
     pub observed_generation: u64,
     /// PostgreSQL's `server_version_num`, of the running server or of the binaries.
@@ -128,6 +130,7 @@ impl Snapshot {
             conditions: Vec::new(),
             pending_restart: Vec::new(),
             paused: false,
+            suspends: false,
             observed_generation: 0,
             server_version_num: None,
             system_id: None,

@@ -212,6 +212,7 @@ impl World {
                 if self.lease == Some(from) {
                     self.lease = Some(to);
                 }
+                self.asked.moved = true;
                 None
             }
             LeaseEvent::GuardSilent => {
@@ -244,7 +245,11 @@ impl World {
             facts.postmaster,
             PostmasterFacts::Running { word: Word::Writable, .. } | PostmasterFacts::Ending { word: Word::Writable, .. }
         );
-        if let (Lock::None | Lock::Unproved(_), Some(lock), true) = (self.lock, &facts.lock, may_write) {
+        // Suspended, it counts for nothing; and when it counts again, the guard begins with the first rung.
+        let suspends = facts.maintenance.suspends || self.suspends();
+        if suspends {
+            self.ladder_due = None;
+        } else if let (Lock::None | Lock::Unproved(_), Some(lock), true) = (self.lock, &facts.lock, may_write) {
             let half_way = lock.announce_at + lock.valid_until.since(lock.announce_at) / 2;
             let kill_at = half_way + lock.valid_until.since(half_way) / 2;
             self.ladder_due = Some(LadderDue { immediate_at: half_way, kill_at, fenced_by: lock.valid_until });

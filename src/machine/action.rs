@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::facts::cluster::{ClusterView, FailsafeRecord, HistoryEntry, MemberRecord, ReleaseRecord, StatusRecord};
 use crate::facts::failsafe::Armed;
-use crate::facts::guard::StartId;
+use crate::facts::guard::{Maintenance, StartId};
 use crate::facts::requests::RequestProgress;
 use crate::facts::synchrony::{Names, SyncRecord};
 use crate::policy::rejoin::LostRange;
@@ -28,6 +28,8 @@ pub enum Action {
     Lease(LeaseOrder),
     /// Tell the guard to end PostgreSQL.
     Stop(StopMode),
+    /// Tell the guard of maintenance mode. That its deadlines are suspended only after etcd has noted it ([`Operation::NoteSuspension`]).
+    Maintain(Maintenance),
     /// Tell the guard that the lock is not ours any more. Only after the proof of death, or for a standby.
     ForgetLock(Epoch),
     /// Record a decision: log and `events/`.
@@ -41,6 +43,8 @@ pub enum Action {
     },
     /// Leave the process with this exit code. PostgreSQL has ended, the guard is told to end.
     Exit(u8),
+    /// Leave the process; guard and PostgreSQL stay as they are.
+    Leave,
 }
 
 /// What the lease's thread is told.
@@ -269,6 +273,20 @@ pub enum Operation {
         /// What to write; None = delete it.
         record: Option<FailsafeRecord>,
     },
+    /// Say in etcd, in maintenance mode as it was seen, that our guard may suspend the lock's deadlines (true), or that it does not any more.
+    NoteSuspension {
+        /// The mod revision of `maintenance` that was seen.
+        revision: Revision,
+        /// Which of both.
+        suspends: bool,
+    },
+    /// Delete `maintenance` as it was seen: all who have to have heard that it is over.
+    EndMaintenance {
+        /// Its mod revision.
+        revision: Revision,
+        /// That of `leader`; 0 = nobody holds the lock.
+        leader: Revision,
+    },
     /// Claim the right to run initdb.
     ClaimInitialize,
     /// Give it back.
@@ -322,6 +340,8 @@ pub enum OperationKind {
     WriteStatus,
     RecordPromotion,
     WriteFailsafe,
+    NoteSuspension,
+    EndMaintenance,
     ClaimInitialize,
     GiveUpInitialize,
     AnswerRequest,
@@ -356,6 +376,8 @@ impl Operation {
             Operation::WriteStatus(_) => OperationKind::WriteStatus,
             Operation::RecordPromotion { .. } => OperationKind::RecordPromotion,
             Operation::WriteFailsafe { .. } => OperationKind::WriteFailsafe,
+            Operation::NoteSuspension { .. } => OperationKind::NoteSuspension,
+            Operation::EndMaintenance { .. } => OperationKind::EndMaintenance,
             Operation::ClaimInitialize => OperationKind::ClaimInitialize,
             Operation::GiveUpInitialize => OperationKind::GiveUpInitialize,
             Operation::AnswerRequest { .. } => OperationKind::AnswerRequest,
@@ -374,8 +396,8 @@ impl OperationKind {
         match self {
             Look | Start | Open | Configure | Initdb | Clone | Rewind | PlanRejoin | Promote | SetNames | KeepSlots | EnsureRoles
             | Checkpoint => true,
-            PutMember | Acquire | Release | Reaffirm | WriteSync | WriteStatus | RecordPromotion | WriteFailsafe | ClaimInitialize
-            | GiveUpInitialize | AnswerRequest | Survey | AskPeers | ReachLeader | FenceByScan => false,
+            PutMember | Acquire | Release | Reaffirm | WriteSync | WriteStatus | RecordPromotion | WriteFailsafe | NoteSuspension
+            | EndMaintenance | ClaimInitialize | GiveUpInitialize | AnswerRequest | Survey | AskPeers | ReachLeader | FenceByScan => false,
         }
     }
 }

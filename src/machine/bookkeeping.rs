@@ -9,7 +9,7 @@ use crate::facts::cluster::{Condition, HistoryEntry, Severity};
 use crate::facts::guard::{Rung, StartId};
 use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState};
 use crate::policy::rejoin;
-use crate::types::Epoch;
+use crate::types::{Epoch, Revision};
 
 use super::action::{Operation, OperationKind, StopMode};
 use super::event::Kept;
@@ -47,6 +47,12 @@ pub struct Asked {
     pub reaffirming: Option<Epoch>,
     /// The leadership whose promotion is being recorded.
     pub recording: Option<Epoch>,
+    /// The member key was moved to another lease, as it was when that began: what it said since is written again.
+    pub moved: bool,
+    /// The revision of `maintenance` at which it is being noted in etcd that our guard may suspend.
+    pub suspending: Option<Revision>,
+    /// The one at which it was. The guard may be told.
+    pub suspended: Option<Revision>,
     /// `history` as it is written with the lock that was asked for last.
     pub history: Vec<HistoryEntry>,
     /// That lock is a new cluster's first, and it was our claim to initialize that it was asked for on.
@@ -76,6 +82,7 @@ impl World {
                 self.asked.reaffirming = self.asked.reaffirming.filter(|asked| asked != epoch);
             }
             Operation::Reaffirm(epoch) => self.asked.reaffirming = Some(*epoch),
+            Operation::NoteSuspension { revision, suspends } => self.asked.suspending = Some(*revision).filter(|_| *suspends),
             Operation::RecordPromotion { epoch, .. } => self.asked.recording = Some(*epoch),
             Operation::Acquire { history, judged_on, .. } => {
                 self.asked.history.clone_from(history);

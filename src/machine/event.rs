@@ -213,6 +213,10 @@ pub enum Finished {
     SyncWritten(Result<(bool, Revision), Failure>),
     /// `failsafe` was written, or deleted, at this revision; None = our epoch is over, or it was not what was judged on.
     FailsafeWritten(Result<Option<Revision>, Failure>),
+    /// It was noted in etcd (true), or maintenance mode is not what it was (false).
+    SuspensionNoted(Result<bool, Failure>),
+    /// `maintenance` was deleted (true), or was not what it was (false).
+    MaintenanceEnded(Result<bool, Failure>),
     /// `initialize` was claimed (true) or somebody else has it (false).
     InitializeClaimed(Result<bool, Failure>),
     /// The claim was given up.
@@ -256,6 +260,8 @@ impl Finished {
             Finished::PromotionRecorded(_) => Kind::RecordPromotion,
             Finished::Reaffirmed(_) => Kind::Reaffirm,
             Finished::FailsafeWritten(_) => Kind::WriteFailsafe,
+            Finished::SuspensionNoted(_) => Kind::NoteSuspension,
+            Finished::MaintenanceEnded(_) => Kind::EndMaintenance,
             Finished::InitializeClaimed(_) => Kind::ClaimInitialize,
             Finished::InitializeGivenUp(_) => Kind::GiveUpInitialize,
             Finished::RequestAnswered(_) => Kind::AnswerRequest,

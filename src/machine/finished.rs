@@ -137,6 +137,11 @@ impl World {
                     self.pause(now, Kind::WriteFailsafe, ANSWERED_PAUSE_MS);
                 }
             }
+            Finished::SuspensionNoted(result) => self.suspension_noted(now, result),
+            Finished::MaintenanceEnded(result) => {
+                self.ended(now, Kind::EndMaintenance, result.is_ok());
+                self.pause(now, Kind::EndMaintenance, ANSWERED_PAUSE_MS);
+            }
             Finished::InitializeClaimed(result) => {
                 self.ended(now, Kind::ClaimInitialize, matches!(result, Ok(true)));
                 self.pause(now, Kind::ClaimInitialize, ANSWERED_PAUSE_MS);

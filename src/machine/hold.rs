@@ -28,7 +28,7 @@ impl World {
         if self.lock == Lock::None && self.nothing_can_write() {
             self.ladder_due = None;
         }
-        let Some(due) = self.ladder_due else { return };
+        let Some(due) = self.ladder_due.filter(|_| !self.suspends()) else { return };
         let behind = match self.guard.as_ref().map(|guard| &guard.postmaster) {
             Some(PostmasterFacts::Running { word: Word::Writable, .. }) => now >= due.immediate_at,
             Some(PostmasterFacts::Ending { word: Word::Writable, rung, .. }) => {

@@ -14,6 +14,7 @@ pub mod event;
 pub mod failsafe;
 mod finished;
 pub mod hold;
+mod maintenance;
 mod node;
 pub mod reactions;
 pub mod receiving;
@@ -185,7 +186,9 @@ impl Machine {
             (State::Starting, Some((_, Word::Writable))) if !self.world.lease_asked => {
                 self.world.guard.as_ref().is_some_and(|guard| guard.lock.is_some())
             }
-            (_, Some((_, Word::Writable))) => self.world.lock != Lock::None,
+            // What a person promoted there is left to that person.
+            (State::Paused, Some((_, Word::Standby))) => true,
+            (_, Some((_, Word::Writable))) => self.world.lock != Lock::None || self.world.suspends(),
             // The guard's facts may come later than what the promotion that it agreed to led to.
             (state, Some((_, Word::Standby))) => matches!(state, State::Promoting { .. }) && self.world.promotion_asked_lately(now),
         };
@@ -226,7 +229,8 @@ impl Machine {
             State::Promoting { .. } | State::HandingOver { .. } | State::Candidate | State::Demoting { .. } => true,
             State::Primary if self.world.hurries(now) => true,
             State::Following | State::Primary | State::Starting => coming_up || publish::positions_matter_now(&self.world),
-            State::Undeclared | State::AwaitingLeader | State::Initializing | State::Cloning | State::Rejoining | State::Stopping => false,
+            State::Undeclared | State::AwaitingLeader | State::Initializing | State::Cloning | State::Rejoining => false,
+            State::Paused | State::Stopping => false,
         }
     }
 }
@@ -266,9 +270,11 @@ fn keep_lease(context: &mut Context<'_>, state: &State) {
 /// somebody else runs.
 fn replace_guard(context: &mut Context<'_>, state: &State) {
     let elsewhere = state.is_leading() || matches!(state, State::Demoting { .. } | State::Stopping);
+    // In maintenance mode nothing is ended; at its end a guard is needed, but not at the price of what a person started.
+    let left_alone = *state == State::Paused && (!context.world.maintenance_ends() || context.world.unclaimed());
     let absent = context.world.guard.is_none() && *state != State::Starting;
     let unclaimed = context.world.unclaimed() && *state != State::Undeclared;
-    if !elsewhere && (context.world.guard_gone || absent || unclaimed) {
+    if !elsewhere && !left_alone && (context.world.guard_gone || absent || unclaimed) {
         context.start(Operation::FenceByScan);
     }
 }
@@ -291,7 +297,7 @@ fn release_orphan(context: &mut Context<'_>, state: &State) {
     let leads_nobody = match state {
         State::Undeclared | State::AwaitingLeader | State::Cloning | State::Following | State::Candidate | State::Rejoining => true,
         State::Starting | State::Initializing | State::Promoting { .. } | State::Primary | State::HandingOver { .. } => false,
-        State::Demoting { .. } | State::Stopping => false,
+        State::Demoting { .. } | State::Paused | State::Stopping => false,
     };
     let busy = world.in_flight.contains(&OperationKind::Acquire) || world.in_flight.contains(&OperationKind::Release);
     if !leads_nobody || world.lock != Lock::None || busy || !world.cannot_write(context.now) {
@@ -309,7 +315,7 @@ fn release_orphan(context: &mut Context<'_>, state: &State) {
 fn reaffirm(context: &mut Context<'_>, state: &State) {
     let world = &context.world;
     let Lock::Proved { identity, .. } = world.lock else { return };
-    let used = matches!(state, State::Following | State::Promoting { .. } | State::Primary);
+    let used = matches!(state, State::Following | State::Promoting { .. } | State::Primary | State::Paused);
     if used && world.etcd == Etcd::Reachable && world.sure_of != Some(identity.epoch) && !world.gives_back(identity) {
         context.start(Operation::Reaffirm(identity.epoch));
     }

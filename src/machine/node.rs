@@ -6,7 +6,7 @@
 //! Running
 //!   Standby       Following | Candidate | Rejoining
 //!   Leading       Promoting | Primary | HandingOver
-//!   Demoting
+//!   Demoting   Paused
 //! Stopping
 //! ```
 //! Facts are taken in before dispatch, so a state sees one kind of input, "look again", and three that must always win: the lock is
@@ -18,7 +18,7 @@ use crate::clock::BootTime;
 
 use super::action::{Action, Decision, Operation, StopMode};
 use super::edges;
-use super::rules::{bootstrap, demoting, handover, primary, promoting, rejoining, standby, starting};
+use super::rules::{bootstrap, demoting, handover, paused, primary, promoting, rejoining, standby, starting};
 use super::state::{Demotion, HandOver, Promotion, State, Then};
 use super::world::World;
 
@@ -105,7 +105,7 @@ impl Node {
     #[state]
     fn starting(context: &mut Context<'_>, event: &Input) -> Outcome<State> {
         match event {
-            Input::Observe => starting::rule(context),
+            Input::Observe => unless_maintained(context, starting::rule),
             Input::LockGone(_) | Input::Unlawful | Input::Stop => anywhere(context, event),
         }
     }
@@ -120,7 +120,7 @@ impl Node {
 
     #[state(superstate = "bootstrapping")]
     fn awaiting_leader(context: &mut Context<'_>, event: &Input) -> Outcome<State> {
-        observe(context, event, bootstrap::awaiting_leader)
+        observe(context, event, |context| unless_maintained(context, bootstrap::awaiting_leader))
     }
 
     #[state(superstate = "bootstrapping")]
@@ -135,17 +135,17 @@ impl Node {
 
     #[state(superstate = "standby")]
     fn following(context: &mut Context<'_>, event: &Input) -> Outcome<State> {
-        observe(context, event, standby::following)
+        observe(context, event, |context| unless_maintained(context, standby::following))
     }
 
     #[state(superstate = "standby")]
     fn candidate(context: &mut Context<'_>, event: &Input) -> Outcome<State> {
-        observe(context, event, standby::candidate)
+        observe(context, event, |context| unless_maintained(context, standby::candidate))
     }
 
     #[state(superstate = "standby")]
     fn rejoining(context: &mut Context<'_>, event: &Input) -> Outcome<State> {
-        observe(context, event, rejoining::rule)
+        observe(context, event, |context| unless_maintained(context, rejoining::rule))
     }
 
     #[state(superstate = "leading")]
@@ -160,7 +160,7 @@ impl Node {
     #[state(superstate = "leading")]
     fn primary(context: &mut Context<'_>, event: &Input) -> Outcome<State> {
         match event {
-            Input::Observe => primary::rule(context),
+            Input::Observe => unless_maintained(context, primary::rule),
             Input::Stop => primary::hand_over(context, None, None),
             Input::LockGone(_) | Input::Unlawful => Super,
         }
@@ -187,6 +187,18 @@ impl Node {
         }
     }
 
+    #[state(superstate = "running")]
+    fn paused(context: &mut Context<'_>, event: &Input) -> Outcome<State> {
+        match event {
+            Input::Observe => paused::rule(context),
+            // That is what maintenance mode is about; without the guard's word the ladder runs, as ever.
+            Input::LockGone(_) if context.world.suspends() => Handled,
+            // The daemon leaves, and whatever runs goes on.
+            Input::Stop => paused::leave(context),
+            Input::LockGone(_) | Input::Unlawful => Super,
+        }
+    }
+
     #[state]
     fn stopping(context: &mut Context<'_>) -> Outcome<State> {
         demoting::stopping(context)
@@ -198,6 +210,12 @@ fn observe(context: &mut Context<'_>, event: &Input, rule: fn(&mut Context<'_>) 
         Input::Observe => rule(context),
         Input::LockGone(_) | Input::Unlawful | Input::Stop => Super,
     }
+}
+
+/// In maintenance mode a state does nothing more; what is in the middle of something comes to its end first, and does not ask.
+fn unless_maintained(context: &mut Context<'_>, rule: fn(&mut Context<'_>) -> Outcome<State>) -> Outcome<State> {
+    let guarded = context.world.guard.is_some() || context.world.guard_gone;
+    if context.world.is_maintained() && guarded { Transition(State::Paused) } else { rule(context) }
 }
 
 /// What every state does with the three inputs that must always win.

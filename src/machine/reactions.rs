@@ -20,6 +20,8 @@ pub enum Reaction {
     Deferred,
     /// The daemon goes out, at once: what works on PostgreSQL is abandoned and PostgreSQL is ended.
     Leaves,
+    /// The daemon goes out, at once, and what runs goes on as it is.
+    Departs,
     /// A leadership ends in good order: checkpoint, stop, the successor has everything, release.
     HandsOver,
     /// Without a guard nothing can be started and nothing that runs is watched: PostgreSQL is ended by scan and a new guard is started.
@@ -59,43 +61,47 @@ pub fn reaction(state: StateKind, event: EventKind) -> Reaction {
             Rejoining => TakenIn,
             // What is being done was begun under the spec before, and is gone through with.
             Cloning | Demoting | Stopping => Noted,
+            // Taken up when maintenance mode is over.
+            Paused => Noted,
         },
         E::View => match state {
-            Starting | Undeclared | Promoting | Primary | HandingOver => Wins,
+            Starting | Undeclared | Promoting | Primary | HandingOver | Paused => Wins,
             // No server is allowed to write here: one that is has ended these states already.
             AwaitingLeader | Initializing | Cloning | Following | Candidate | Rejoining => TakenIn,
             Demoting | Stopping => UnderWay,
         },
         E::EtcdTrouble => match state {
             Undeclared | AwaitingLeader | Initializing | Cloning | Following | Candidate | Rejoining | Promoting | Primary
-            | HandingOver | Demoting => TakenIn,
+            | HandingOver | Demoting | Paused => TakenIn,
             Starting | Stopping => Noted,
         },
         E::LeaseKept => match state {
             // A claim and a race for the lock hang on it; a standby finds that the lock in etcd hangs on it, and gives that back.
-            Initializing | Following | Candidate => TakenIn,
+            Initializing | Following | Candidate | Paused => TakenIn,
             Starting | Undeclared | AwaitingLeader | Cloning | Rejoining | Promoting | Primary | HandingOver | Demoting | Stopping => Noted,
         },
         E::LockProved | E::LockSustained => match state {
-            Starting | Following | Promoting => TakenIn,
+            Starting | Following | Promoting | Paused => TakenIn,
             // It may be ours and of no use here, or what is done is done under it: it holds for longer.
             Undeclared | AwaitingLeader | Cloning | Rejoining | Primary | HandingOver | Demoting | Stopping => Noted,
             // It is of a lock that was let go.
             Initializing | Candidate => NothingNew,
         },
         E::LeaseLost => match state {
-            Starting | Undeclared | Promoting | Primary | HandingOver => Wins,
+            Starting | Undeclared | Promoting | Primary | HandingOver | Paused => Wins,
             AwaitingLeader | Initializing | Cloning | Following | Candidate | Rejoining => TakenIn,
             Demoting | Stopping => UnderWay,
         },
         E::GuardSilent | E::GuardGone => match state {
             Promoting | Primary | HandingOver => Demotes,
-            Starting | Undeclared | AwaitingLeader | Initializing | Cloning | Following | Candidate | Rejoining | Demoting | Stopping => {
-                Scans
-            }
+            // In maintenance mode when that ends.
+            Starting | Undeclared | AwaitingLeader | Initializing | Cloning | Following | Candidate | Rejoining | Demoting | Paused
+            | Stopping => Scans,
         },
         E::Guard => match state {
             Starting | Undeclared | Primary | HandingOver => Wins,
+            // Suspended, it is left alone; and what a person promoted by hand.
+            Paused => TakenIn,
             // None of these has a server that writes, or it is left or being ended the moment that one is seen.
             AwaitingLeader | Initializing | Cloning | Following | Candidate | Rejoining | Promoting | Demoting | Stopping => TakenIn,
         },
@@ -103,6 +109,8 @@ pub fn reaction(state: StateKind, event: EventKind) -> Reaction {
             Starting | Undeclared | Following | Candidate | Rejoining | Promoting | HandingOver => Wins,
             // The guard's word for its server is that it may write, and the lock is proved.
             Primary => TakenIn,
+            // What was promoted by hand holds up the end of maintenance mode.
+            Paused => TakenIn,
             // There is no server here. What one says does not matter to its end either: the guard's proof does.
             AwaitingLeader | Initializing | Cloning | Demoting | Stopping => Noted,
         },
@@ -110,12 +118,14 @@ pub fn reaction(state: StateKind, event: EventKind) -> Reaction {
         // The answer goes out at once; it holds back who would run for the lock, and nobody else.
         E::PromiseAsked => match state {
             Candidate => TakenIn,
-            Starting | Undeclared | AwaitingLeader | Initializing | Cloning | Following | Rejoining | Stopping => Noted,
+            Starting | Undeclared | AwaitingLeader | Initializing | Cloning | Following | Rejoining | Paused | Stopping => Noted,
             // Whoever leads, or did until a moment ago, promises nothing.
             Promoting | Primary | HandingOver | Demoting => NothingNew,
         },
         E::StopRequested => match state {
             Starting | Undeclared | AwaitingLeader | Initializing | Cloning | Following | Candidate | Rejoining => Leaves,
+            // Guard and PostgreSQL stay.
+            Paused => Departs,
             Primary => HandsOver,
             Promoting | HandingOver | Demoting => Deferred,
             Stopping => NothingNew,

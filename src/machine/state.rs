@@ -40,6 +40,8 @@ pub enum State {
         /// Why, and what then.
         demotion: Demotion,
     },
+    /// Maintenance mode: nothing is started, stopped, copied or elected here.
+    Paused,
     /// On the way out.
     Stopping,
 }
@@ -180,6 +182,8 @@ enumerated! {
         HandingOver,
         /// [`State::Demoting`].
         Demoting,
+        /// [`State::Paused`].
+        Paused,
         /// [`State::Stopping`].
         Stopping,
     }
@@ -201,6 +205,7 @@ impl StateKind {
             StateKind::Primary => "primary",
             StateKind::HandingOver => "handing_over",
             StateKind::Demoting => "demoting",
+            StateKind::Paused => "paused",
             StateKind::Stopping => "stopping",
         }
     }
@@ -221,6 +226,7 @@ impl From<&State> for StateKind {
             State::Primary => StateKind::Primary,
             State::HandingOver { .. } => StateKind::HandingOver,
             State::Demoting { .. } => StateKind::Demoting,
+            State::Paused => StateKind::Paused,
             State::Stopping => StateKind::Stopping,
         }
     }

@@ -83,6 +83,9 @@ fn wait(until: BootTime, why: impl Into<String>) -> Verdict {
 
 /// Judges whether this member runs.
 pub fn judge(inputs: &Inputs<'_>) -> Verdict {
+    if inputs.view.maintenance.is_some() {
+        return Verdict::NotEligible { why: "maintenance mode is on, in which nobody is elected".to_owned() };
+    }
     if let Some(why) = not_eligible(inputs) {
         return Verdict::NotEligible { why };
     }

@@ -4,6 +4,7 @@ pub mod deadlines;
 pub mod election;
 pub mod failsafe;
 pub mod hba;
+pub mod maintenance;
 pub mod parameters;
 pub mod receiving;
 pub mod rejoin;

@@ -4,7 +4,7 @@ use pgherd::clock::BootTime;
 use pgherd::facts::guard::Word;
 use pgherd::guard::state::{GuardState, Postmaster};
 
-use crate::world::{Ask, Message, Mutant, STRANGE_LEASE, Setup, Who, World, at};
+use crate::world::{Ask, Message, Mutant, Pause, STRANGE_LEASE, Setup, Who, World, at};
 
 /// So long the daemon waits for an answer and its proof, in seconds: more than `a`, which bounds both.
 const PATIENCE: u64 = 2;
@@ -17,7 +17,7 @@ impl World {
         for message in &mut self.net {
             let sent = match message.ask {
                 Ask::Acquire { sent, .. } | Ask::Keepalive { sent, .. } | Ask::Proof { sent, .. } => sent,
-                Ask::Release { .. } => self.now,
+                Ask::Release { .. } | Ask::Suspend { .. } | Ask::Acknowledge { .. } => self.now,
             };
             message.awaited &= self.now - sent <= PATIENCE;
         }
@@ -27,6 +27,8 @@ impl World {
         let credited = setup.has(Mutant::OldAnswerCreditedToANewerRenewal);
         // A keepalive that comes late only makes etcd's lease longer; the stranger's renewals cover that.
         self.net.retain(|m| m.awaited || credited || !matches!(m.ask, Ask::Proof { .. } | Ask::Keepalive { .. }));
+        // Its answer is heard by who waits for it, and it changes nothing in etcd.
+        self.net.retain(|m| m.awaited || !matches!(m.ask, Ask::Suspend { .. }));
         if let Some(daemon) = self.daemon.as_mut().filter(|_| !setup.has(Mutant::PromoteWhateverRuns)) {
             daemon.vouched = daemon.vouched.filter(|start| self.pg.as_ref().is_some_and(|pg| pg.start == *start));
         }
@@ -78,6 +80,7 @@ impl World {
                 Ask::Keepalive { lease, .. } => each(&mut 0, lease),
                 Ask::Proof { epoch, lease, .. } => each(epoch, lease),
                 Ask::Release { epoch } => each(epoch, &mut 0),
+                Ask::Suspend { .. } | Ask::Acknowledge { .. } => {}
             }
         }
         self.leases.iter_mut().for_each(|(lease, _)| each(&mut 0, lease));
@@ -94,6 +97,8 @@ impl World {
         }
         key.small(-1);
         key.small(self.newest);
+        key.pause(self.pause);
+        key.small(self.paused);
         for message in &self.net {
             key.message(message);
         }
@@ -107,6 +112,8 @@ impl World {
                 key.small(daemon.vouched.map_or(0, |start| 1 + i64::from(self.pg.as_ref().is_some_and(|pg| pg.start == start))));
                 // Only for those who may meet a silent guard.
                 key.deadline(daemon.fence_at.filter(|_| setup.guard_fails));
+                key.pause(daemon.sees);
+                key.small(daemon.says.map_or(-1, |word| word.revision.0 * 2 + i64::from(word.suspends)));
             }
         }
         key.guard(&self.state);
@@ -130,6 +137,11 @@ struct Key {
 }
 
 impl Key {
+    fn pause(&mut self, pause: Option<Pause>) {
+        self.small(pause.map_or(-1, |pause| pause.revision));
+        self.small(pause.map_or(-1, |pause| i64::from(pause.ending) * 2 + i64::from(pause.acknowledged)));
+    }
+
     fn small(&mut self, number: i64) {
         self.bytes.push(u8::try_from(number + 8).unwrap());
     }
@@ -156,6 +168,8 @@ impl Key {
             Ask::Keepalive { lease, sent } => (2, 0, lease, [Some(sent).filter(|_| message.awaited), None]),
             Ask::Proof { epoch, lease, claimed, sent } => (3, epoch, lease, [Some(claimed), Some(sent)]),
             Ask::Release { epoch } => (4, epoch, 0, [None, None]),
+            Ask::Suspend { revision } => (5, revision, 0, [None, None]),
+            Ask::Acknowledge { revision } => (6, revision, 0, [None, None]),
         };
         for number in [kind, epoch, lease, message.answer.unwrap_or(-1), i64::from(message.awaited)] {
             self.small(number);
@@ -168,6 +182,8 @@ impl Key {
         self.small(state.lock.map_or(0, |lock| lock.identity.lease.lease.0));
         self.deadline(state.lock.map(|lock| lock.deadlines.valid_until));
         self.small(state.given_up.map_or(0, |lock| lock.epoch.0));
+        self.small(state.maintenance.revision.0);
+        self.small(i64::from(state.maintenance.suspends));
         match &state.postmaster {
             Postmaster::Empty(_) => self.small(0),
             Postmaster::Unclaimed(_) => self.small(1),

@@ -1,10 +1,12 @@
 //! What can happen next in a [`World`], whoever does it.
 
-use pgherd::facts::guard::Word;
+use pgherd::facts::guard::{Maintenance, Word};
 use pgherd::guard::protocol::StopOrder;
 use pgherd::guard::state::{GuardState, Postmaster};
 
-use crate::world::{Ask, Daemon, EtcdLock, Message, Mode, Mutant, STRANGE_LEASE, Setup, Who, World, at};
+use pgherd::types::Revision;
+
+use crate::world::{Ask, Daemon, EtcdLock, Message, Mode, Mutant, PAUSES_MAX, Pause, STRANGE_LEASE, Setup, Who, World, at};
 
 /// No lease of the tidied world has this number.
 const NEW_LEASE: i64 = 99;
@@ -22,6 +24,9 @@ pub type What = (&'static str, Option<Ask>);
 impl<'a> Next<'a> {
     pub fn of(from: &'a World, setup: &'a Setup) -> Vec<(What, World)> {
         let mut next = Self { from, setup, found: Vec::new() };
+        if setup.pauses && from.is_as_if_nobody_had_paused() {
+            return next.found;
+        }
         next.step("a second passes", true, |w, setup| {
             w.tick(setup);
             true
@@ -30,6 +35,9 @@ impl<'a> Next<'a> {
         next.stranger();
         for index in 0..from.net.len() {
             next.message(index);
+        }
+        if setup.pauses {
+            next.operator();
         }
         next.postgres();
         next.faults();
@@ -71,8 +79,31 @@ impl<'a> Next<'a> {
         self.step("a person deletes the lock", self.setup.etcd_lies, |w, _| w.lock.take().is_some());
     }
 
+    /// Every transaction that takes the lock compares that there is no key `maintenance`.
+    fn stranger_may_lead(&self) -> bool {
+        let beside = self.setup.mutant == Some(Mutant::LockTakenBesideMaintenance);
+        self.setup.stranger && self.from.lock.is_none() && (self.from.pause.is_none() || beside)
+    }
+
+    fn operator(&mut self) {
+        self.step("a person sets maintenance mode", self.from.pause.is_none() && self.from.paused < PAUSES_MAX, |w, _| {
+            w.paused += 1;
+            w.pause = Some(Pause { revision: w.paused, ending: false, acknowledged: false });
+            true
+        });
+        self.step("a person ends maintenance mode", self.from.pause.is_some_and(|pause| !pause.ending), |w, _| {
+            w.paused += 1;
+            w.pause = Some(Pause { revision: w.paused, ending: true, acknowledged: false });
+            true
+        });
+        self.step("maintenance mode is over, all have said so", self.from.pause.is_some_and(|pause| pause.acknowledged), |w, _| {
+            w.pause = None;
+            true
+        });
+    }
+
     fn stranger(&mut self) {
-        self.step("the stranger takes the lock under our name, and leads", self.setup.stranger && self.from.lock.is_none(), |w, _| {
+        self.step("the stranger takes the lock under our name, and leads", self.stranger_may_lead(), |w, _| {
             w.newest += 1;
             w.lock = Some(EtcdLock { epoch: w.newest, lease: STRANGE_LEASE, by: Who::Stranger });
             true
@@ -145,7 +176,8 @@ impl<'a> Next<'a> {
             let now = at(w.now);
             let handed = w.state.lock.filter(|lock| w.guard == Mode::Running && now < lock.deadlines.valid_until);
             let lock = handed.map(|lock| (lock.identity.epoch.0, lock.identity.lease.lease.0));
-            w.daemon = Some(Daemon { lock, vouched: None, fence_at: handed.map(|lock| lock.deadlines.announce_at) });
+            let fence_at = handed.map(|lock| lock.deadlines.announce_at);
+            w.daemon = Some(Daemon { lock, vouched: None, fence_at, sees: None, says: None });
             w.daemon_duties(setup);
             true
         });
@@ -201,13 +233,58 @@ impl<'a> Next<'a> {
         if self.from.guard != Mode::Running {
             return;
         }
+        if self.setup.pauses {
+            self.maintenance_steps();
+        }
         self.lock_steps();
         self.server_steps();
     }
 
+    fn maintenance_steps(&mut self) {
+        let Some(daemon) = &self.from.daemon else { return };
+        let (sees, says, known) = (daemon.sees, daemon.says, self.from.state.maintenance);
+        self.step("the daemon sees the key `maintenance` as it is", true, |w, _| {
+            let now = w.pause.map(|pause| Pause { acknowledged: false, ..pause });
+            w.daemon.as_mut().is_some_and(|daemon| std::mem::replace(&mut daemon.sees, now) != now)
+        });
+        let asked = self.from.net.iter().any(|m| m.awaited && matches!(m.ask, Ask::Suspend { .. } | Ask::Acknowledge { .. }));
+        let on = sees.filter(|pause| !pause.ending && !asked && pause.revision > known.revision.0);
+        if let Some(Pause { revision, .. }) = on {
+            self.step("the daemon asks to suspend", true, |w, _| w.send(Ask::Suspend { revision }, true));
+            let by_its_view = self.setup.mutant == Some(Mutant::SuspendedByAnOldView) && !self.from.is_being_promoted();
+            self.step("the daemon suspends by what it saw", by_its_view, |w, setup| {
+                w.maintain(setup, Maintenance { revision: Revision(revision), suspends: true });
+                true
+            });
+        }
+        self.step("the guard hears of it", says.is_some(), |w, setup| {
+            let Some(word) = w.daemon.as_mut().and_then(|daemon| daemon.says.take()) else { return false };
+            w.maintain(setup, word);
+            true
+        });
+        let ending = sees.filter(|pause| pause.ending);
+        if let Some(Pause { revision, .. }) = ending.filter(|pause| pause.revision > known.revision.0) {
+            // Overtakes what was on its way.
+            self.step("the daemon tells the guard to fence again", true, |w, setup| {
+                w.maintain(setup, Maintenance { revision: Revision(revision), suspends: false });
+                true
+            });
+        }
+        let without = self.setup.mutant == Some(Mutant::AckBeforeTheGuardFencesAgain);
+        let fences = |revision: i64| without || known.revision.0 == revision && !known.suspends;
+        if let Some(Pause { revision, .. }) = ending.filter(|pause| fences(pause.revision) && !asked) {
+            let state = &self.from.state;
+            let proved = state.lock.is_some_and(|lock| at(self.from.now) < lock.deadlines.announce_at);
+            self.step("the daemon says that its guard fences again", proved || !state.may_write(), |w, _| {
+                w.send(Ask::Acknowledge { revision }, true)
+            });
+        }
+    }
+
     /// One lock request at a time.
     fn lock_steps(&mut self) {
-        let waiting = self.from.net.iter().any(|message| message.awaited);
+        let of_lock = |ask: &Ask| !matches!(ask, Ask::Suspend { .. } | Ask::Acknowledge { .. });
+        let waiting = self.from.net.iter().any(|message| message.awaited && of_lock(&message.ask));
         let held = self.from.daemon.as_ref().and_then(|daemon| daemon.lock);
         match held {
             None if !waiting => {
@@ -237,10 +314,15 @@ impl<'a> Next<'a> {
         }
     }
 
+    /// Orders reach the guard one after the other.
+    fn says_nothing(&self) -> bool {
+        self.from.daemon.as_ref().is_some_and(|daemon| daemon.says.is_none())
+    }
+
     fn server_steps(&mut self) {
         let starts = [("the daemon starts a standby", Word::Standby), ("the daemon starts a primary", Word::Writable)];
         for (what, word) in starts {
-            self.step(what, self.from.pg.is_none(), |w, setup| {
+            self.step(what, self.from.pg.is_none() && self.says_nothing(), |w, setup| {
                 let granted = w.state.may_start(at(w.now), word).is_ok();
                 if granted {
                     if word == Word::Writable {
@@ -253,7 +335,7 @@ impl<'a> Next<'a> {
                 granted
             });
         }
-        self.step("the guard acknowledges the word `writable`", self.from.pg.is_some(), |w, setup| {
+        self.step("the guard acknowledges the word `writable`", self.from.pg.is_some() && self.says_nothing(), |w, setup| {
             let Some(start) = w.pg.as_ref().map(|pg| pg.start) else { return false };
             if w.state.vouch(at(w.now), start, Word::Writable).is_err() {
                 return false;
@@ -264,7 +346,7 @@ impl<'a> Next<'a> {
         });
         self.step("the daemon promotes", self.from.pg.is_some(), |w, setup| {
             let vouched = w.daemon.as_ref().and_then(|daemon| daemon.vouched);
-            let Some(pg) = w.pg.as_mut().filter(|pg| !pg.promoted && !pg.stopping && !pg.killed) else { return false };
+            let Some(pg) = w.pg.as_mut().filter(|pg| pg.recovering && !pg.promoted && !pg.stopping && !pg.killed) else { return false };
             let allowed = match setup.mutant {
                 Some(Mutant::PromoteBeforeTheWordIsAcknowledged) => w.state.lock.is_some(),
                 Some(Mutant::PromoteWhateverRuns) => vouched.is_some(),
@@ -289,6 +371,18 @@ impl<'a> Next<'a> {
 }
 
 impl World {
+    /// The pause is over and has left nothing behind: what can happen from here is explored where nobody pauses.
+    fn is_as_if_nobody_had_paused(&self) -> bool {
+        let asks = |message: &Message| matches!(message.ask, Ask::Suspend { .. } | Ask::Acknowledge { .. });
+        let idle = self.daemon.as_ref().is_none_or(|daemon| daemon.says.is_none() && daemon.sees.is_none());
+        self.paused == PAUSES_MAX && self.pause.is_none() && !self.state.maintenance.suspends && idle && !self.net.iter().any(asks)
+    }
+
+    /// The guard has the word for a server that is in recovery yet.
+    fn is_being_promoted(&self) -> bool {
+        self.state.may_write() && self.pg.as_ref().is_some_and(|pg| pg.recovering)
+    }
+
     fn send(&mut self, ask: Ask, awaited: bool) -> bool {
         self.net.push(Message { ask, answer: None, awaited });
         true
@@ -300,7 +394,9 @@ impl World {
         let answer = match self.net[index].ask {
             Ask::Acquire { lease, sent } => {
                 // The lease was granted when this was sent: the earliest that can be.
-                if self.now < sent + setup.ttl && self.lock.is_none() {
+                // In maintenance mode only who has written all the while takes it, and anew.
+                let writes = self.acks();
+                if self.now < sent + setup.ttl && self.lock.is_none() && (self.pause.is_none() || writes) {
                     self.newest += 1;
                     self.leases.push((lease, sent + setup.ttl));
                     self.lock = Some(EtcdLock { epoch: self.newest, lease, by: Who::Us });
@@ -318,6 +414,11 @@ impl World {
                 i64::from(alive || strange || lie)
             }
             Ask::Proof { epoch, lease, .. } => i64::from(self.lock.is_some_and(|lock| lock.epoch == epoch && lock.lease == lease)),
+            Ask::Suspend { revision } => i64::from(self.pause.is_some_and(|pause| pause.revision == revision && !pause.ending)),
+            Ask::Acknowledge { revision } => {
+                let found = self.pause.as_mut().filter(|pause| pause.revision == revision && pause.ending);
+                i64::from(found.map(|pause| pause.acknowledged = true).is_some())
+            }
             Ask::Release { epoch } => {
                 // A leader's write, and the slowest one can be: nobody waits for it.
                 let accepted = |lock: &EtcdLock| lock.epoch == epoch || setup.mutant == Some(Mutant::EpochNotCompared);
@@ -346,7 +447,8 @@ impl World {
             message.ask
         } else {
             // Only a mutant listens to what it has given up waiting for: it takes it for the answer to its newest renewal.
-            let Some(newest) = self.net.iter().position(|other| other.awaited && matches!(other.ask, Ask::Keepalive { .. })) else {
+            let renews = |ask: &Ask| matches!(ask, Ask::Keepalive { .. });
+            let Some(newest) = self.net.iter().position(|other| other.awaited && renews(&other.ask) && renews(&message.ask)) else {
                 return false;
             };
             self.net.remove(newest).ask
@@ -374,11 +476,20 @@ impl World {
                 self.know(setup, sent);
                 self.tell_lock(setup, lock, claimed);
             }
+            (Ask::Suspend { revision }, _)
+                if answer > 0 && (!self.is_being_promoted() || setup.has(Mutant::SuspendedInTheMiddleOfAPromotion)) =>
+            {
+                if let Some(daemon) = &mut self.daemon {
+                    daemon.says = Some(Maintenance { revision: Revision(revision), suspends: true });
+                }
+            }
             (Ask::Keepalive { .. } | Ask::Proof { .. }, Some(_)) => {
                 if let Some(daemon) = &mut self.daemon {
                     daemon.lock = None;
                 }
-                self.order_stop(setup, StopOrder::at_once(at(self.now)));
+                if !self.state.maintenance.suspends {
+                    self.order_stop(setup, StopOrder::at_once(at(self.now)));
+                }
             }
             _ => {}
         }

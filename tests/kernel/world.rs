@@ -9,12 +9,12 @@
 use std::time::Duration;
 
 use pgherd::clock::BootTime;
-use pgherd::facts::guard::{Rung, StartId, Word};
+use pgherd::facts::guard::{Maintenance, Rung, StartId, Word};
 use pgherd::guard::ladder::decide;
 use pgherd::guard::protocol::StopOrder;
 use pgherd::guard::state::{GuardState, Postmaster};
 use pgherd::policy::deadlines::{Deadlines, FeedRefusal, LeaseTimes, WatchdogState, may_feed, usable_watchdog_timeout};
-use pgherd::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity};
+use pgherd::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity, Revision};
 
 /// A deliberate bug. Each must be found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +32,11 @@ pub enum Mutant {
     FeedWithoutCheck,
     FeedRuleWithOneTimeout,
     DisarmBeforeTheStop,
+    AckBeforeTheGuardFencesAgain,
+    SuspendedByAnOldView,
+    LockTakenBesideMaintenance,
+    LateWordTakenByTheGuard,
+    SuspendedInTheMiddleOfAPromotion,
 }
 
 /// Which faults there are.
@@ -51,6 +56,8 @@ pub struct Setup {
     pub daemon_dies: bool,
     /// The guard is frozen and killed, again and again.
     pub guard_fails: bool,
+    /// A person sets maintenance mode and ends it, once.
+    pub pauses: bool,
     pub mutant: Option<Mutant>,
 }
 
@@ -84,12 +91,46 @@ pub struct EtcdLock {
     pub by: Who,
 }
 
+/// The key `maintenance`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pause {
+    /// Its mod revision.
+    pub revision: i64,
+    /// A person has ended it: it stays until this member has said that its guard fences again.
+    pub ending: bool,
+    pub acknowledged: bool,
+}
+
+/// Revisions of the key that there are at most: set, and ended.
+pub const PAUSES_MAX: i64 = 2;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Ask {
-    Acquire { lease: i64, sent: u64 },
-    Keepalive { lease: i64, sent: u64 },
-    Proof { epoch: i64, lease: i64, claimed: u64, sent: u64 },
-    Release { epoch: i64 },
+    /// Registers that the guard is about to suspend, if the key is still as it was seen.
+    Suspend {
+        revision: i64,
+    },
+    /// Says that the guard fences again, as of that revision of the key.
+    Acknowledge {
+        revision: i64,
+    },
+    Acquire {
+        lease: i64,
+        sent: u64,
+    },
+    Keepalive {
+        lease: i64,
+        sent: u64,
+    },
+    Proof {
+        epoch: i64,
+        lease: i64,
+        claimed: u64,
+        sent: u64,
+    },
+    Release {
+        epoch: i64,
+    },
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -108,6 +149,10 @@ pub struct Daemon {
     pub vouched: Option<StartId>,
     /// A of the last acknowledged proof: when a guard that stays silent is given up.
     pub fence_at: Option<BootTime>,
+    /// The key `maintenance` as it was seen last.
+    pub sees: Option<Pause>,
+    /// A word to the guard that is on its way, and overtaken by none that comes after it; only a mutant's guard minds.
+    pub says: Option<Maintenance>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -136,6 +181,9 @@ pub struct World {
     pub leases: Vec<(i64, u64)>,
     /// The newest epoch there was.
     pub newest: i64,
+    pub pause: Option<Pause>,
+    /// The newest revision of the key `maintenance`.
+    pub paused: i64,
     pub net: Vec<Message>,
     pub daemon: Option<Daemon>,
     pub guard: Mode,
@@ -166,6 +214,8 @@ impl World {
             lock: None,
             leases: Vec::new(),
             newest: 0,
+            pause: None,
+            paused: 0,
             net: Vec::new(),
             daemon: Some(Daemon::default()),
             guard: Mode::Running,
@@ -190,7 +240,8 @@ impl World {
     /// What must hold at every instant.
     pub fn check(&mut self, setup: &Setup) {
         let now = at(self.now);
-        if self.acks() && now >= self.proved {
+        let suspended = self.state.maintenance.suspends && self.pause.is_some();
+        if self.acks() && now >= self.proved && !suspended {
             self.violate("I2: PostgreSQL acknowledges and its lock is proved no longer");
         }
         if self.acks() && !setup.etcd_lies && self.lock.is_some_and(|lock| lock.by == Who::Stranger) {
@@ -333,6 +384,16 @@ impl World {
         if let (Some(daemon), Some(lock)) = (&mut self.daemon, &self.state.lock) {
             daemon.fence_at = Some(lock.deadlines.announce_at);
         }
+    }
+
+    /// The guard hears a word on maintenance mode.
+    pub fn maintain(&mut self, setup: &Setup, word: Maintenance) {
+        if setup.has(Mutant::LateWordTakenByTheGuard) {
+            self.state.maintenance.revision = Revision(0);
+        }
+        // A stale one is refused.
+        let _ = self.state.maintain(at(self.now), word);
+        self.guard_duties(setup);
     }
 
     pub fn start(&mut self, word: Word) {

@@ -18,6 +18,7 @@ mod full;
 mod interrupted;
 mod network;
 mod operator;
+mod paused;
 mod receiving;
 mod rewind;
 mod rig_works;

@@ -120,6 +120,7 @@ impl Checks {
                 self.fail("L5", format!("{kind:?} while {job:?} is under way"));
             }
             self.judge_operation(daemon, now, operation, record);
+            self.judge_maintenance(daemon, operation);
             daemon.under_way.insert(kind);
         }
     }
@@ -418,7 +419,7 @@ impl Sim {
                 continue;
             }
             let local = self.hosts[host].local(now);
-            if local >= self.hosts[host].proved_until {
+            if local >= self.hosts[host].proved_until && !self.is_suspended(host) {
                 let what = format!("{} can acknowledge commits although its lock has run out", self.hosts[host].name);
                 self.checks.fail("I2", what);
             }
@@ -435,6 +436,7 @@ impl Sim {
     pub fn excused(&mut self, host: usize) -> bool {
         let now = self.now;
         let (guard, daemon) = (self.hosts[host].guard_works(), self.hosts[host].daemon_works());
+        let left = self.is_left_to_a_person(host);
         let late = |link: &Link| link.delay.is_some() || link.loss_percent > 0;
         let reaches = self.reaches_etcd(host) && !late(&self.links[host].0) && !late(&self.links[host].1);
         let this = &mut self.hosts[host];
@@ -446,7 +448,7 @@ impl Sim {
         }
         // pg_promote by hand: fenced within one probe while its daemon runs and its server answers.
         if let Some(at) = this.server.postmaster.as_ref().and_then(|postmaster| postmaster.promoted_by_hand) {
-            let blind = !daemon || !guard || this.server.ail.slowness > 0 || this.server.ail.stuck;
+            let blind = !daemon || !guard || left || this.server.ail.slowness > 0 || this.server.ail.stuck;
             let from = if blind { now } else { at };
             // Who asked it while it did not answer waits for that first.
             let asked = if this.server.ail.slowness > 0 { PROBE_TIMEOUT_MS } else { 0 };

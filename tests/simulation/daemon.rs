@@ -332,6 +332,8 @@ impl Sim {
                 self.guard_ask(host, GuardAsk::Stop(order), AskedBy::Order, ms(ORDER_TIMEOUT_MS));
             }
             Action::ForgetLock(epoch) => self.guard_ask(host, GuardAsk::NoLock { epoch }, AskedBy::Order, ms(ORDER_TIMEOUT_MS)),
+            Action::Maintain(word) => self.guard_ask(host, GuardAsk::Maintain(word), AskedBy::Order, ms(ORDER_TIMEOUT_MS)),
+            Action::Leave => self.leaves_as_it_is(host),
             Action::Record(_) => {}
             Action::AnswerPromise { id, result } => self.promise_is_answered(id, result.is_ok()),
             Action::Exit(code) => {
@@ -355,6 +357,14 @@ impl Sim {
             }
         }
         self.daemon_ends(host, Some(code));
+    }
+
+    /// Guard and PostgreSQL stay, and the lease runs out.
+    pub fn leaves_as_it_is(&mut self, host: usize) {
+        if let Some(guard) = &mut self.hosts[host].guard {
+            guard.owner = None;
+        }
+        self.daemon_ends(host, None);
     }
 
     /// A change of pace is a change of role: the prober looks at once.

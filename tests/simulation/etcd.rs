@@ -159,7 +159,7 @@ impl Etcd {
         Arc::make_mut(&mut self.view)
     }
 
-    fn wrote(&mut self) -> Revision {
+    pub fn wrote(&mut self) -> Revision {
         self.writes += 1;
         let keys = self.keys();
         keys.revision.0 += 1;
@@ -306,6 +306,7 @@ impl Etcd {
             && self.view.sync_revision == ask.sync_revision
             && self.view.failsafe_revision == ask.failsafe_revision;
         let same_spec = self.view.spec_revision == ask.spec_revision;
+        let but_for_the_spec = but_for_the_spec && self.view.maintenance_revision == ask.maintenance_revision;
         let fits = (but_for_the_spec && same_spec || mutant(Mutant::AcquireComparesNothing))
             && member_is_ours
             && self.identity_fits(ask)
@@ -341,6 +342,10 @@ impl Etcd {
     pub fn release(&mut self, epoch: Epoch, as_read: Revision, record: Option<&ReleaseRecord>) -> bool {
         if !self.is_epoch(epoch) || (self.leader_revision != as_read && !mutant(Mutant::LateReleaseObeyed)) {
             return self.view.release.as_ref().is_some_and(|release| release.epoch == epoch);
+        }
+        // Nobody could take it.
+        if self.view.maintenance.is_some() {
+            return false;
         }
         self.fenced_writes.push(epoch);
         self.wrote();

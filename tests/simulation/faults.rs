@@ -145,6 +145,7 @@ impl Sim {
                 self.etcd_changed();
             }
             Kind::Switchover => self.switch_over(&fault),
+            Kind::Maintenance => self.person_pauses(&fault, host),
             Kind::FrozenInRenewal => self.hosts[host].freezes_in_renewal = true,
             Kind::LostRelease => {
                 let step = 1 + (fault.choice >> 8) as usize % (self.hosts.len() - 1);
@@ -227,12 +228,7 @@ impl Sim {
                 self.hosts[host].supervised = false;
                 self.fact(host, Event::StopRequested);
             }
-            Kind::LeaveDaemon => {
-                if let Some(guard) = &mut self.hosts[host].guard {
-                    guard.owner = None;
-                }
-                self.daemon_ends(host, None);
-            }
+            Kind::LeaveDaemon => self.leaves_as_it_is(host),
             Kind::KillGuard => self.kill_guard(host),
             Kind::KillGuardAndDaemon => {
                 self.kill_guard(host);
@@ -461,6 +457,10 @@ impl Sim {
 
     fn start_namesake(&mut self, index: usize, fault: &Fault) {
         let Some((leader, _)) = self.lock_runs_until() else { return };
+        // It would answer for a guard that is not its own (limit p).
+        if self.etcd.view.suspended.contains(&member(leader)) {
+            return;
+        }
         let other = (leader + 1 + (fault.choice % (self.hosts.len() as u64 - 1)) as usize) % self.hosts.len();
         self.checks.copies_in_doubt = true;
         self.restart_as(other, member(leader));

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use pgherd::facts::guard::{GuardFacts, Rung, StartId, Word};
+use pgherd::facts::guard::{GuardFacts, Maintenance, Rung, StartId, Word};
 use pgherd::guard::ladder::{KILL_AGAIN_MS, decide};
 use pgherd::guard::protocol::{Refusal, StopOrder};
 use pgherd::guard::state::{GuardState, Postmaster};
@@ -12,6 +12,7 @@ use pgherd::machine::event::{Event, Finished};
 use pgherd::policy::deadlines::LeaseTimes;
 use pgherd::types::{Epoch, LeaseIdentity, LockIdentity};
 
+use super::check::AWAKE_MS;
 use super::clock::{Real, ms, us};
 use super::host::Guard;
 use super::mutants::{Mutant, mutant};
@@ -30,6 +31,7 @@ pub enum GuardAsk {
     Vouch { start: StartId },
     Lock { identity: LockIdentity, sent: pgherd::clock::BootTime, times: LeaseTimes },
     NoLock { epoch: Epoch },
+    Maintain(Maintenance),
     Lease { identity: LeaseIdentity },
     Stop(StopOrder),
 }
@@ -111,6 +113,16 @@ impl Sim {
             GuardAsk::Vouch { start } => guard.state.vouch(local, start, Word::Writable),
             GuardAsk::Lock { identity, sent, times } => guard.state.lock(local, identity, sent, times),
             GuardAsk::NoLock { epoch } => guard.state.no_lock(local, epoch),
+            GuardAsk::Maintain(word) => {
+                let suspended = guard.state.maintenance.suspends;
+                let done = guard.state.maintain(local, word);
+                if suspended && !word.suspends && self.checks.etcd_forgot {
+                    // The end of it was forgotten with the rest: it is ended as if somebody had insisted.
+                    this.excused_until = this.excused_until.max(now.after(ms(AWAKE_MS) + this.server.dies_within()));
+                }
+                self.checks.fences_again(this, local, word, &self.etcd.view);
+                done
+            }
             GuardAsk::Lease { identity } => {
                 guard.state.lease = Some(identity);
                 Ok(())
@@ -250,6 +262,7 @@ impl Sim {
 
     /// The guard's process ends; PostgreSQL's parent death signal is SIGQUIT.
     pub fn kill_guard(&mut self, host: usize) {
+        self.ends_with_its_guard(host);
         let now = self.now;
         let this = &mut self.hosts[host];
         let Some(guard) = this.guard.take() else { return };

@@ -96,6 +96,7 @@ impl Sim {
                 }
             }
             Kind::EtcdWiped => self.apply_again(),
+            Kind::Maintenance => self.person_resumes(),
             Kind::Namesake => self.namesakes_end(),
             _ => {}
         }
@@ -186,6 +187,7 @@ impl Sim {
         self.etcd.no_space = false;
         self.etcd.bugs = super::etcd::Bugs::default();
         self.apply_again();
+        self.person_resumes();
         for host in 0..self.hosts.len() {
             self.hosts[host].supervised = true;
             self.hosts[host].freezes_in_renewal = false;

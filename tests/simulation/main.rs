@@ -17,6 +17,7 @@ mod heal;
 mod host;
 mod jobs;
 mod lease;
+mod maintenance;
 mod mutants;
 mod network;
 mod plan;

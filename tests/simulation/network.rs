@@ -103,6 +103,15 @@ pub enum EtcdAsk {
         judged_on: Revision,
         record: Option<FailsafeRecord>,
     },
+    NoteSuspension {
+        member: MemberName,
+        revision: Revision,
+        suspends: bool,
+    },
+    EndMaintenance {
+        revision: Revision,
+        leader: Revision,
+    },
     RecordPromotion {
         epoch: Epoch,
         history: Vec<HistoryEntry>,
@@ -179,6 +188,8 @@ impl EtcdAsk {
                 | EtcdAsk::WriteFailsafe { .. }
                 | EtcdAsk::RecordPromotion { .. }
                 | EtcdAsk::WriteSync { .. }
+                | EtcdAsk::NoteSuspension { .. }
+                | EtcdAsk::EndMaintenance { .. }
                 | EtcdAsk::Reaffirm { .. }
                 | EtcdAsk::KeepAlive { .. }
                 | EtcdAsk::Prove { .. }
@@ -291,7 +302,11 @@ impl Sim {
             }
             EtcdAsk::ReadLeader => EtcdAnswer::Leader(self.etcd.view.leader.clone(), self.etcd.leader_revision),
             EtcdAsk::Acquire(ask) => {
+                let before = std::sync::Arc::clone(&self.etcd.view);
                 let won = self.etcd.acquire(&ask);
+                if before.leader.is_none() && matches!(won, super::etcd::Acquired::Ours(_)) {
+                    self.checks.elected(&self.hosts[host], &before);
+                }
                 self.lock_was_taken(host, &won);
                 EtcdAnswer::Acquired(won)
             }
@@ -328,6 +343,10 @@ impl Sim {
             }
             EtcdAsk::WriteFailsafe { epoch, judged_on, record } => EtcdAnswer::At(self.etcd.write_failsafe(epoch, judged_on, record)),
             EtcdAsk::RecordPromotion { epoch, history } => EtcdAnswer::Done(self.etcd.record_promotion(epoch, history)),
+            EtcdAsk::NoteSuspension { member, revision, suspends } => {
+                EtcdAnswer::Done(self.etcd.note_suspension(&member, revision, suspends))
+            }
+            EtcdAsk::EndMaintenance { revision, leader } => EtcdAnswer::Done(self.etcd.end_maintenance(revision, leader)),
             EtcdAsk::ClaimInitialize { member, lease } => EtcdAnswer::Done(self.etcd.claim_initialize(&member, lease)),
             EtcdAsk::GiveUpInitialize { lease } => {
                 self.etcd.give_up_initialize(lease);

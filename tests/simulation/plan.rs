@@ -80,6 +80,8 @@ pgherd::enumerated! {
         LeadsByPromises,
         /// A daemon is started under the name of the leader, on a host that is not the leader's.
         Namesake,
+        /// A person sets maintenance mode, things happen meanwhile, and it is ended.
+        Maintenance,
         /// Aimed at the moment before or after an order of the machine.
         Strike,
         /// The leader's daemon stands still, and somebody deletes its lock: its PostgreSQL writes on until the guard's deadline.
@@ -104,8 +106,8 @@ impl Kind {
     }
 
     /// Drawn apart, so that the storms of other seeds stay what they were.
-    fn is_of_receiving(self) -> bool {
-        matches!(self, Kind::ReceiverStuck | Kind::UpstreamRefuses)
+    fn is_drawn_apart(self) -> bool {
+        matches!(self, Kind::ReceiverStuck | Kind::UpstreamRefuses | Kind::Maintenance)
     }
 
     /// How often one kind is drawn beside the others. What changes the leader is drawn more often.
@@ -165,14 +167,14 @@ impl Profile {
 pub fn plan(seed: u64, profile: Profile) -> Vec<Fault> {
     let mut random = Random::new(seed, 3);
     let waits = Replication::of_seed(seed) != Replication::ASYNC;
-    let takes_part = |kind: &Kind| (waits || !kind.is_of_synchrony()) && !kind.is_of_receiving();
+    let takes_part = |kind: &Kind| (waits || !kind.is_of_synchrony()) && !kind.is_drawn_apart();
     let kinds: Vec<Kind> = Kind::ALL.iter().copied().filter(takes_part).filter(|_| random.percent(profile.kinds_percent)).collect();
     let total: u64 = kinds.iter().map(|kind| kind.weight()).sum();
     let mut faults = Vec::new();
     // Some runs begin while the cluster is still coming up.
     let mut at = if random.percent(25) { Real(100_000_000) } else { profile.from };
     if total == 0 {
-        return with_receiving(seed, profile, faults);
+        return with_maintenance(seed, profile, with_receiving(seed, profile, faults));
     }
     loop {
         at = at.after(random.between(ms(150), profile.mean_gap * 2 - ms(150)));
@@ -193,7 +195,7 @@ pub fn plan(seed: u64, profile: Profile) -> Vec<Fault> {
         let lasts = if kind == Kind::Compaction { lasts.min(secs(3)) } else { lasts };
         faults.push(Fault { at, kind, victim: random.number(), lasts, choice: random.number() });
     }
-    with_receiving(seed, profile, faults)
+    with_maintenance(seed, profile, with_receiving(seed, profile, faults))
 }
 
 /// In some runs standbys come to receive nothing, wherever they receive from.
@@ -206,6 +208,20 @@ fn with_receiving(seed: u64, profile: Profile, mut faults: Vec<Fault>) -> Vec<Fa
         let kind = if random.percent(70) { Kind::ReceiverStuck } else { Kind::UpstreamRefuses };
         let at = profile.from.after(random.between(ms(0), profile.until.since(profile.from)));
         faults.push(Fault { at, kind, victim: random.number(), lasts: ms(0), choice: random.number() });
+    }
+    faults
+}
+
+/// In some runs a person works on the cluster once or twice.
+fn with_maintenance(seed: u64, profile: Profile, mut faults: Vec<Fault>) -> Vec<Fault> {
+    let mut random = Random::new(seed, 8);
+    if !random.percent(30) {
+        return faults;
+    }
+    for _ in 0..=random.below(2) {
+        let at = profile.from.after(random.between(ms(0), profile.until.since(profile.from)));
+        let lasts = random.between(secs(1), secs(25));
+        faults.push(Fault { at, kind: Kind::Maintenance, victim: random.number(), lasts, choice: random.number() });
     }
     faults
 }

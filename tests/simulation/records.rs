@@ -113,6 +113,12 @@ impl Sim {
                 let history = self.with_switch_point(host, history);
                 self.record_asks(host, id, Stage::Write, EtcdAsk::RecordPromotion { epoch, history });
             }
+            Operation::NoteSuspension { revision, suspends } => {
+                self.record_asks(host, id, Stage::Write, EtcdAsk::NoteSuspension { member: name, revision, suspends });
+            }
+            Operation::EndMaintenance { revision, leader } => {
+                self.record_asks(host, id, Stage::Write, EtcdAsk::EndMaintenance { revision, leader });
+            }
             Operation::ClaimInitialize => {
                 let lease = lease.unwrap_or(LeaseId(0));
                 self.record_asks(host, id, Stage::Write, EtcdAsk::ClaimInitialize { member: name, lease });
@@ -249,6 +255,8 @@ impl Sim {
             }),
             Operation::WriteStatus(_) => Finished::StatusWritten(done()),
             Operation::RecordPromotion { .. } => Finished::PromotionRecorded(done()),
+            Operation::NoteSuspension { .. } => Finished::SuspensionNoted(done()),
+            Operation::EndMaintenance { .. } => Finished::MaintenanceEnded(done()),
             Operation::ClaimInitialize => Finished::InitializeClaimed(done()),
             Operation::GiveUpInitialize => Finished::InitializeGivenUp(done().map(|_| ())),
             Operation::AnswerRequest { .. } => Finished::RequestAnswered(done()),

@@ -279,7 +279,7 @@ impl Sim {
                 self.wal_flows(host);
             }
         }
-        let says: Vec<usize> = (0..self.hosts.len()).filter(|host| self.says_primary(*host)).collect();
+        let says: Vec<usize> = (0..self.hosts.len()).filter(|host| self.says_primary(*host) && !self.is_suspended(*host)).collect();
         self.checks.leader_paths(now, &says, &self.hosts);
     }
 

@@ -271,6 +271,11 @@ impl Sim {
     pub fn story(&self) -> String {
         use std::fmt::Write as _;
         let mut story = format!("lock {:?}", self.etcd.view.leader.as_ref().map(|leader| &leader.holder));
+        let view = &self.etcd.view;
+        if let Some(maintenance) = &view.maintenance {
+            let heard: Vec<_> = view.members.iter().map(|(name, key)| (name, key.record.maintenance)).collect();
+            let _ = write!(story, "; {maintenance:?} at {}, suspended {:?}, heard {heard:?}", view.maintenance_revision, view.suspended);
+        }
         for host in &self.hosts {
             let machine = host.daemon.as_ref().map(|daemon| {
                 let world = daemon.machine.world();

@@ -27,6 +27,7 @@ pub fn name(text: &str) -> MemberName {
 /// What a member says of itself; `started` tells its runs apart.
 pub fn record(started: u64) -> MemberRecord {
     MemberRecord {
+        maintenance: None,
         incarnation: Incarnation { boot_id: "boot".into(), started_ns: started },
         role: MemberRole::Replica,
         state: "streaming".into(),

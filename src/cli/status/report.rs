@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::facts::cluster::{ClusterView, Condition, Initialize, MemberKey, MemberRecord, MemberRole, Severity};
+use crate::facts::maintenance::{MaintenanceRecord, Phase};
 use crate::facts::requests::{Ask, RequestProgress};
 use crate::spec::cluster::ReplicationMode;
 use crate::types::{ClusterName, Lsn, MemberName, SystemId, TimelineId};
@@ -122,7 +123,7 @@ pub fn report(cluster: &ClusterName, view: &ClusterView, wanted: Option<&Wanted>
     let leader = view.leader.as_ref().map(|key| key.holder.clone());
     let leader_key = leader.as_ref().and_then(|name| view.members.iter().find(|(member, _)| member.as_str() == name)).map(|(_, key)| key);
     let timeline = leader_key.and_then(|key| key.record.timeline).or(view.status.as_ref().map(|status| status.timeline));
-    let world = World { view, wanted, leader: leader.as_deref(), timeline, leader_lsn: view.leader_position() };
+    let world = World { view, wanted, as_of: as_of.clone(), leader: leader.as_deref(), timeline, leader_lsn: view.leader_position() };
     let mut names: Vec<MemberName> = wanted.iter().flat_map(|wanted| &wanted.members).map(|member| member.name.clone()).collect();
     names.extend(view.members.keys().cloned());
     names.sort();
@@ -145,6 +146,7 @@ pub fn report(cluster: &ClusterName, view: &ClusterView, wanted: Option<&Wanted>
 
 struct World<'a> {
     view: &'a ClusterView,
+    as_of: String,
     wanted: Option<&'a Wanted>,
     leader: Option<&'a str>,
     timeline: Option<TimelineId>,
@@ -252,6 +254,23 @@ impl World<'_> {
         found
     }
 
+    /// What maintenance mode means now.
+    fn maintained(&self, record: &MaintenanceRecord) -> String {
+        let ends = |at: &String| if *at < self.as_of { format!(", was to be over at {at}") } else { format!(", until {at}") };
+        let until = record.until.as_ref().map_or_else(String::new, ends);
+        let what = match record.phase {
+            Phase::On => "nobody is elected, and nothing is started, stopped or copied: `pgherd resume` ends it",
+            Phase::Ending => "it ends when those have heard of it who have to: `pgherd resume` names them",
+        };
+        let without_lock: Vec<&str> = self.view.suspended.iter().map(MemberName::as_str).collect();
+        let suspended = if without_lock.is_empty() {
+            String::new()
+        } else {
+            format!("; PostgreSQL on {} is not ended if its lock cannot be proved", without_lock.join(", "))
+        };
+        format!("maintenance mode, set by {}: {}{until}; {what}{suspended}", record.by, record.why)
+    }
+
     fn conditions(&self, leader_key: Option<&MemberKey>) -> Vec<Condition> {
         let mut found: Vec<Condition> = self.view.status.iter().flat_map(|status| status.conditions.clone()).collect();
         let mut add = |kind: &str, severity, message: String| found.push(condition(kind, severity, message));
@@ -283,12 +302,8 @@ impl World<'_> {
             }
             _ => {}
         }
-        if let Some(paused) = &self.view.maintenance {
-            let message = format!(
-                "the key maintenance is set (by {}: {}), and this version has no maintenance mode: members are elected and fenced as ever",
-                paused.by, paused.why
-            );
-            add("maintenance", Severity::Warning, message);
+        if let Some(record) = &self.view.maintenance {
+            add("maintenance", Severity::Warning, self.maintained(record));
         }
         for (id, request) in &self.view.requests {
             if let (Ask::ScheduledSwitchover { to, at_s }, RequestProgress::Created) = (&request.record.ask, &request.record.progress) {
@@ -327,7 +342,6 @@ fn condition(kind: &str, severity: Severity, message: String) -> Condition {
 mod tests {
     use super::*;
     use crate::cli::status::testing::{name, record, report_of, view, wanted};
-    use crate::facts::cluster::MaintenanceRecord;
 
     fn kinds(report: &StatusReport) -> Vec<String> {
         report.conditions.iter().chain(report.members.iter().flat_map(|m| &m.conditions)).map(|c| c.kind.clone()).collect()
@@ -413,7 +427,8 @@ mod tests {
             ("lagging", |view| record(view, "standby").receive_lsn = Some(Lsn(0x0400_0000))),
             ("spec_not_taken_up", |view| record(view, "standby").observed_generation = 3),
             ("maintenance", |view| {
-                view.maintenance = Some(MaintenanceRecord { by: "dba".to_owned(), why: "kernel".to_owned(), until: None });
+                let (by, why) = ("dba".to_owned(), "kernel".to_owned());
+                view.maintenance = Some(MaintenanceRecord { by, why, at: String::new(), until: None, phase: Phase::On });
             }),
         ];
         for (kind, change) in cases {

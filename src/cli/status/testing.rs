@@ -20,6 +20,7 @@ pub fn view() -> ClusterView {
     let member = |(at, (who, host)): (usize, &(&str, &str))| {
         let leads = at == 0;
         let record = MemberRecord {
+            maintenance: None,
             incarnation: Incarnation { boot_id: "b".to_owned(), started_ns: 1 },
             role: if leads { MemberRole::Primary } else { MemberRole::Replica },
             state: if leads { "running" } else { "streaming" }.to_owned(),

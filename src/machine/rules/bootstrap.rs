@@ -195,6 +195,10 @@ pub(crate) fn initializing(context: &mut Context<'_>) -> Outcome<State> {
             if somebody_elses {
                 return Transition(State::Following);
             }
+            // Nobody takes a lock in maintenance mode that was not theirs.
+            if view.maintenance.is_some() {
+                return Handled;
+            }
             let reserved = TimelineId(1);
             context.world.reserved = Some(reserved);
             let history = standby::with_reservation(&view, reserved, &context.world.me.name, lease.lease, "the cluster was initialized");

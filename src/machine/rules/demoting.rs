@@ -67,6 +67,10 @@ fn ended(context: &mut Context<'_>, mode: StopMode) -> bool {
 
 /// Gives the lock back, without a record: nobody is promised anything.
 fn released(context: &mut Context<'_>, lock: LockIdentity) -> Outcome<State> {
+    // Nobody could take it in maintenance mode: it is kept, and judged afresh when that is over.
+    if context.world.is_maintained() && !context.world.stop_requested {
+        return Transition(State::Following);
+    }
     if context.world.released == Some(lock.epoch) {
         context.world.let_go(context.actions);
         context.world.abstains_until = Some(context.now + Duration::from_secs(ABSTAIN_S));

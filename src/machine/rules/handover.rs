@@ -38,6 +38,9 @@ const LOOK_PATIENCE_S: u64 = 10;
 /// A stop that lasts so long is looked at: the shutdown checkpoint may be written, and something else hold it.
 const STOP_LOOK_MS: u64 = 300;
 
+/// Why a hand-over is given up in maintenance mode.
+const MAINTAINED: &str = "maintenance mode was set, in which nobody takes the lock";
+
 /// How long the archiver is given once that is seen: about a second in all. What it has not archived then is archived by nobody.
 const ARCHIVER_PATIENCE_MS: u64 = 700;
 
@@ -62,7 +65,15 @@ pub(crate) fn rule(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outco
     }
 }
 
+/// Nobody could take the lock that would be released.
+fn is_overtaken(context: &Context<'_>) -> bool {
+    context.world.is_maintained() && !context.world.stop_requested
+}
+
 fn checkpoint(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<State> {
+    if is_overtaken(context) {
+        return back_to_work(hand_over, context, MAINTAINED.to_owned());
+    }
     let asked = hand_over.request.is_some() && !context.world.stop_requested;
     let patience = Duration::from_secs(if asked { ASKED_CHECKPOINT_PATIENCE_S } else { CHECKPOINT_PATIENCE_S });
     let late = context.now.since(hand_over.since) > patience;
@@ -132,6 +143,9 @@ fn end_what_is_left(hand_over: &HandOver, context: &mut Context<'_>) {
 }
 
 fn wait(hand_over: &mut HandOver, since: BootTime, context: &mut Context<'_>) -> Outcome<State> {
+    if is_overtaken(context) {
+        return give_up(hand_over, context, MAINTAINED);
+    }
     if context.world.job().is_some_and(|job| job != OperationKind::Look) {
         standby::cancel_job(context);
     }

@@ -4,6 +4,7 @@ pub(crate) mod bootstrap;
 pub(crate) mod demoting;
 pub(crate) mod failsafe;
 pub(crate) mod handover;
+pub(crate) mod paused;
 pub(crate) mod primary;
 pub(crate) mod promoting;
 pub(crate) mod publish;

@@ -80,15 +80,9 @@ fn ended_by_itself(context: &mut Context<'_>, lock: LockIdentity) -> Outcome<Sta
 
 fn upkeep(context: &mut Context<'_>, lock: LockIdentity) {
     let Some(spec) = context.world.spec().cloned() else { return };
-    let Some((timeline, lsn)) = context.world.sql().filter(|sql| !sql.in_recovery).map(|sql| (sql.timeline, sql.receive_lsn)) else {
-        return;
-    };
-    if !matches!(context.world.lock, Lock::Proved { until, .. } if context.now < until) {
+    if !keep_records(context, lock) {
         return;
     }
-    record_promotion(context, lock, timeline);
-    write_status(context, lock, timeline, lsn);
-    synchrony::keep(context, lock);
     let start = context.world.running().map(|(start, _)| start);
     if context.world.roles_for != start {
         let post_init = context.world.initialized_here;
@@ -98,6 +92,20 @@ fn upkeep(context: &mut Context<'_>, lock: LockIdentity) {
         slots::keep(context);
         take_up_configuration(context);
     }
+}
+
+/// What is written under the lock, and whom commits wait for. False: nothing may be written now.
+pub(crate) fn keep_records(context: &mut Context<'_>, lock: LockIdentity) -> bool {
+    let Some((timeline, lsn)) = context.world.sql().filter(|sql| !sql.in_recovery).map(|sql| (sql.timeline, sql.receive_lsn)) else {
+        return false;
+    };
+    if context.world.spec().is_none() || !matches!(context.world.lock, Lock::Proved { until, .. } if context.now < until) {
+        return false;
+    }
+    record_promotion(context, lock, timeline);
+    write_status(context, lock, timeline, lsn);
+    synchrony::keep(context, lock);
+    true
 }
 
 /// Our entry in `history` gets its epoch, once; the executor adds parent and switch point from the history file. At once: what is not

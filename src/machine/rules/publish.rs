@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::facts::cluster::{DataDirectoryReport, MemberRecord, MemberRole, Vote};
 use crate::facts::failsafe;
 use crate::facts::guard::{PostmasterFacts, Word};
+use crate::facts::maintenance;
 use crate::facts::postgres::{DataDirectory, ProbeOutcome, STREAMING};
 use crate::facts::synchrony;
 use crate::machine::action::{Operation, OperationKind};
@@ -31,6 +32,7 @@ pub(crate) fn publish(context: &mut Context<'_>, state: &State) {
     let Some(record) = record(context.world, state) else { return };
     let due = match &context.world.written {
         None => true,
+        Some(_) if context.world.asked.moved => true,
         Some((_, at)) if vanished(context.world) && context.now.since(*at) >= Duration::from_millis(VANISHED_AFTER_MS) => true,
         Some((last, at)) => {
             let positions_only = MemberRecord { receive_lsn: last.receive_lsn, replay_lsn: last.replay_lsn, ..record.clone() } == *last;
@@ -41,6 +43,7 @@ pub(crate) fn publish(context: &mut Context<'_>, state: &State) {
     if due && context.world.may_start(context.now, OperationKind::PutMember) {
         context.world.writing = Some(record.clone());
         context.world.writing_on = context.world.lease;
+        context.world.asked.moved = false;
         context.start(Operation::PutMember(Box::new(record)));
     }
 }
@@ -91,12 +94,13 @@ fn record(world: &World, state: &State) -> Option<MemberRecord> {
             ..world.me.versions.clone()
         },
         observed_generation: world.in_force.as_ref().map_or(0, |files| files.generation),
-        features: vec![failsafe::FEATURE.to_owned(), synchrony::FEATURE.to_owned(), slots::FEATURE.to_owned()],
+        features: [failsafe::FEATURE, synchrony::FEATURE, slots::FEATURE, maintenance::FEATURE].map(str::to_owned).to_vec(),
         pending_restart: sql.map(|sql| sql.pending_restart.clone()).unwrap_or_default(),
         tags: member.tags.set(),
         // Once it is written this one is not true any more.
         conditions: world.conditions.values().filter(|condition| condition.kind != MEMBER_KEY_FAILED).cloned().collect(),
         lost_writes: world.kept.lost.clone(),
+        maintenance: world.guard_maintained(),
     }))
 }
 
@@ -197,10 +201,10 @@ pub(crate) fn standing_conditions(world: &mut World, state: &State) {
         State::Primary if at_work => &UNDER_THE_LOCK,
         State::Following | State::Rejoining | State::Cloning => &["waiting_to_initialize", "waiting_to_lead"],
         State::Candidate | State::Promoting { .. } | State::HandingOver { .. } => &["waiting_to_initialize"],
-        State::Starting | State::Undeclared | State::Primary | State::Demoting { .. } | State::Stopping => &[],
+        State::Starting | State::Undeclared | State::Primary | State::Demoting { .. } | State::Paused | State::Stopping => &[],
     };
     over.iter().for_each(|kind| world.clear(kind));
-    if !state.is_leading() {
+    if !state.is_leading() && *state != State::Paused {
         OF_A_LEADER.iter().for_each(|kind| world.clear(kind));
     }
 }

@@ -33,6 +33,9 @@ const SCHEDULE_LATE_MAX_S: u64 = 60;
 /// Whoever took a request up is given so long to answer it after another leads: it knows better what it came to.
 const ORPHANED_AFTER_MS: u64 = 5_000;
 
+/// Why nothing is carried out in maintenance mode.
+const MAINTAINED: &str = "maintenance mode is on: end it first (`pgherd resume`)";
+
 type Open<'a> = (&'a String, &'a RequestKey, &'a MemberName);
 
 /// Switchovers that nobody has answered and whose time has come, in the order in which they were written.
@@ -228,6 +231,9 @@ pub(crate) fn settle(context: &mut Context<'_>, state: &State) {
     if matches!(state, State::Promoting { .. } | State::Demoting { .. }) {
         return;
     }
+    if *state == State::Paused {
+        return refuse_all(context, &view);
+    }
     for (id, key) in &view.requests {
         let progress = match &key.record.ask {
             Ask::Switchover { to } | Ask::ScheduledSwitchover { to, .. } => outcome(context, state, &view, (id, key, to)),
@@ -243,6 +249,22 @@ pub(crate) fn settle(context: &mut Context<'_>, state: &State) {
             return;
         }
     }
+}
+
+/// In maintenance mode nothing is carried out; what is scheduled waits for its time.
+fn refuse_all(context: &mut Context<'_>, view: &ClusterView) {
+    let me = context.world.me.name.clone();
+    let leads = view.leader.as_ref().is_some_and(|leader| leader.holder == me.as_str());
+    let for_me = |key: &RequestKey| match (&key.record.ask, &key.record.progress) {
+        (_, RequestProgress::Claimed { by, .. }) => *by == me,
+        (Ask::ScheduledSwitchover { .. }, _) => false,
+        (Ask::Switchover { .. } | Ask::CheckSwitchover { .. }, progress) => leads && progress.is_open(),
+        (Ask::Failover { to: on, .. } | Ask::Bootstrap { on }, progress) => *on == me && progress.is_open(),
+    };
+    let Some((id, key)) = view.requests.iter().find(|(_, key)| for_me(key)) else { return };
+    let given_up = context.world.requests.handed_over.as_ref().filter(|end| end.request.as_ref() == Some(id));
+    let reason = given_up.and_then(|end| end.given_up.clone()).unwrap_or_else(|| MAINTAINED.to_owned());
+    answer(context, id, key, RequestProgress::Refused { reason });
 }
 
 /// While the lock is being handed over: how far that is, and to others that they come second.

@@ -30,7 +30,7 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
 }
 
 /// The guard's memory first: a lease of an earlier run of this daemon goes on, and with it the member key and the lock.
-fn adopt_or_ask_for_a_lease(context: &mut Context<'_>) {
+pub(crate) fn adopt_or_ask_for_a_lease(context: &mut Context<'_>) {
     if context.world.lease.is_some() || context.world.lease_asked || context.world.spec().is_none() {
         return;
     }

@@ -129,6 +129,17 @@ impl Checked {
                 assert!(dead, "leaves while PostgreSQL may be alive, {context}");
                 self.exited = true;
             }
+            Action::Maintain(word) => {
+                let view = world.view.as_deref().expect("a word on maintenance mode that nobody read");
+                let noted = world.asked.suspended == Some(word.revision) && view.maintenance_revision == word.revision;
+                assert!(!word.suspends || noted, "I2: suspends without a note of it in etcd, {context}");
+                let fenced = word.suspends || !world.suspends() || proved_now(world, now) || world.cannot_write(now);
+                assert!(fenced || view.maintenance.is_none() || view.leader.is_some(), "P2: ends a primary that could go on, {context}");
+            }
+            Action::Leave => {
+                assert_eq!(*before, State::Paused, "leaves PostgreSQL behind, {context}");
+                self.exited = true;
+            }
             Action::AnswerPromise { result: Ok(()), .. } => {
                 let idle = world.lock == Lock::None && !world.in_flight.contains(&OperationKind::Acquire);
                 assert!(idle && world.cannot_write(now), "I1: promises not to lead while it does or may, {context}");
@@ -144,6 +155,10 @@ impl Checked {
             Action::AnswerPromise { result: Err(_), .. } | Action::CancelJob | Action::Stop(_) | Action::Record(_) => {}
         }
     }
+}
+
+fn proved_now(world: &World, now: BootTime) -> bool {
+    matches!(world.lock, Lock::Proved { announce_at, .. } if now < announce_at)
 }
 
 /// The claims on single operations: I2, I3, I10, I11.
@@ -179,6 +194,8 @@ fn judge_operation(world: &World, releases: &Releases, now: BootTime, operation:
             assert!(world.nothing_can_write() || standby, "I2: releases the lock while PostgreSQL may write, {context}");
         }
         Operation::Acquire { judged_on, .. } => {
+            let wrote_on = judged_on.maintenance.is_none() || world.suspends() || world.failsafe.lapsed;
+            assert!(wrote_on, "I1: takes the lock in maintenance mode, {context}");
             let named = judged_on.failsafe.as_ref().is_none_or(|record| record.members.contains_key(&world.me.name));
             assert!(named, "I1: takes the lock although the failsafe key does not name it, {context}");
             let released = judged_on.release.as_ref().map(|release| release.epoch);

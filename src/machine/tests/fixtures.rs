@@ -9,7 +9,7 @@ use crate::facts::cluster::{
     ClusterView, DataDirectoryReport, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, MemberRole, SpecRecord, Versions,
 };
 use crate::facts::failsafe::FEATURE;
-use crate::facts::guard::{GuardFacts, LockFacts, PostmasterFacts, StartId, Word};
+use crate::facts::guard::{GuardFacts, LockFacts, Maintenance, PostmasterFacts, StartId, Word};
 use crate::facts::lost::LostWrites;
 use crate::facts::postgres::{
     ControlFacts, DataDirectory, DatabaseState, LostRange, Probe, ProbeOutcome, ReplicaFacts, RewindAttempt, SqlFacts, StandbyFloor,
@@ -81,6 +81,7 @@ pub(crate) fn times() -> LeaseTimes {
 
 pub(crate) fn record(role: MemberRole, timeline: u32, lsn: u64) -> MemberRecord {
     MemberRecord {
+        maintenance: None,
         incarnation: incarnation(1),
         role,
         state: "running".to_owned(),
@@ -155,7 +156,17 @@ pub(crate) fn view(revision: i64) -> ClusterView {
 }
 
 pub(crate) fn guard(sequence: u64, postmaster: PostmasterFacts) -> GuardFacts {
-    GuardFacts { sequence, pid: 100, postmaster, lease: None, lock: None, daemon_crashes: 0, crash_loop: false, conditions: Vec::new() }
+    GuardFacts {
+        sequence,
+        pid: 100,
+        postmaster,
+        lease: None,
+        lock: None,
+        daemon_crashes: 0,
+        crash_loop: false,
+        maintenance: Maintenance::default(),
+        conditions: Vec::new(),
+    }
 }
 
 pub(crate) fn running(start: u64, word: Word) -> PostmasterFacts {
@@ -277,6 +288,8 @@ pub(crate) fn failed(operation: &Operation, why: String) -> Finished {
         Operation::WriteStatus(_) => Finished::StatusWritten(Err(why)),
         Operation::RecordPromotion { .. } => Finished::PromotionRecorded(Err(why)),
         Operation::WriteFailsafe { .. } => Finished::FailsafeWritten(Err(why)),
+        Operation::NoteSuspension { .. } => Finished::SuspensionNoted(Err(why)),
+        Operation::EndMaintenance { .. } => Finished::MaintenanceEnded(Err(why)),
         Operation::ClaimInitialize => Finished::InitializeClaimed(Err(why)),
         Operation::GiveUpInitialize => Finished::InitializeGivenUp(Err(why)),
         Operation::AnswerRequest { .. } => Finished::RequestAnswered(Err(why)),

@@ -11,6 +11,7 @@ mod found;
 mod gate;
 mod handover;
 mod lapses;
+mod paused;
 mod reactions;
 mod receiving;
 mod recovery;

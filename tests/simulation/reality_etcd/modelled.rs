@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use pgherd::facts::cluster::{ClusterView, Initialize, LeaderKey, MaintenanceRecord};
+use pgherd::facts::cluster::{ClusterView, Initialize, LeaderKey};
+use pgherd::facts::maintenance::{MaintenanceRecord, Phase};
 use pgherd::facts::requests::{Ask, RequestProgress, RequestRecord};
 use pgherd::types::{Epoch, LeaseId, Revision, SystemId};
 
@@ -234,8 +235,9 @@ impl Modelled {
             Hand::PutSync => self.etcd.by_hand(|keys, revision| (keys.sync, keys.sync_revision) = (Some(sync_by_hand()), revision)),
             Hand::PutInitialize(id) => self.etcd.by_hand(|keys, _| keys.initialize = Some(Initialize::Done(SystemId(id)))),
             Hand::Pause => {
-                let record = MaintenanceRecord { by: "x".to_owned(), why: "y".to_owned(), until: None };
-                self.etcd.by_hand(|keys, _| keys.maintenance = Some(record));
+                let (by, why) = ("x".to_owned(), "y".to_owned());
+                let record = MaintenanceRecord { by, why, at: String::new(), until: None, phase: Phase::On };
+                self.etcd.by_hand(|keys, revision| (keys.maintenance, keys.maintenance_revision) = (Some(record), revision));
             }
         }
     }
@@ -251,6 +253,6 @@ fn delete(keys: &mut ClusterView, thing: Thing) {
         Thing::Failsafe => (keys.failsafe, keys.failsafe_revision) = (None, Revision(0)),
         Thing::Initialize => keys.initialize = None,
         Thing::History => (keys.history, keys.history_revision) = (Vec::new(), Revision(0)),
-        Thing::Maintenance => keys.maintenance = None,
+        Thing::Maintenance => (keys.maintenance, keys.maintenance_revision) = (None, Revision(0)),
     }
 }

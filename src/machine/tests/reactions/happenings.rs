@@ -216,7 +216,9 @@ fn answers() -> Vec<Finished> {
     for done in [Finished::Released, Finished::StatusWritten, Finished::PromotionRecorded, Finished::InitializeClaimed] {
         all.extend([done(Ok(true)), done(Ok(false)), done(Err(why()))]);
     }
-    all.extend([Ok(true), Ok(false), Err(why())].map(Finished::RequestAnswered));
+    for done in [Finished::RequestAnswered, Finished::SuspensionNoted, Finished::MaintenanceEnded] {
+        all.extend([Ok(true), Ok(false), Err(why())].map(done));
+    }
     all.extend([Ok(()), Err(why())].map(Finished::Rewound));
     all.extend([Ok(Some(Revision(30))), Ok(None), Err(why())].map(Finished::Reaffirmed));
     all.extend([Ok((true, Revision(30))), Ok((false, Revision(30))), Err(why())].map(Finished::SyncWritten));

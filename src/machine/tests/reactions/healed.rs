@@ -183,6 +183,8 @@ impl Healed {
             }
             Action::Stop(_) => self.end(),
             Action::ForgetLock(_) => self.guard.lock = None,
+            Action::Maintain(word) => self.guard.maintenance = word,
+            Action::Leave => self.exit = true,
             Action::Exit(code) => {
                 assert_eq!(code, 0);
                 self.exit = true;
@@ -250,6 +252,8 @@ impl Healed {
             Operation::Reaffirm(_) => Finished::Reaffirmed(Ok(Some(self.view.revision))),
             Operation::WriteStatus(_) => Finished::StatusWritten(Ok(true)),
             Operation::RecordPromotion { .. } => Finished::PromotionRecorded(Ok(true)),
+            Operation::NoteSuspension { .. } => Finished::SuspensionNoted(Ok(true)),
+            Operation::EndMaintenance { .. } => Finished::MaintenanceEnded(Ok(true)),
             Operation::ClaimInitialize => Finished::InitializeClaimed(Ok(false)),
             Operation::GiveUpInitialize => Finished::InitializeGivenUp(Ok(())),
             Operation::AnswerRequest { .. } => Finished::RequestAnswered(Ok(true)),

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, Initialize, MemberRole};
-use crate::facts::guard::{PostmasterFacts, Rung, StartId, Word};
+use crate::facts::guard::{Maintenance, PostmasterFacts, Rung, StartId, Word};
+use crate::facts::maintenance::{MaintenanceRecord, Phase};
 use crate::facts::postgres::{DataDirectory, DatabaseState};
 use crate::machine::action::{OperationKind, Upstream};
 use crate::machine::event::PeersAnswer;
@@ -150,6 +151,7 @@ pub(crate) fn cases(kind: StateKind) -> Vec<Case> {
         StateKind::Primary => primary(),
         StateKind::HandingOver => handing_over(),
         StateKind::Demoting => demoting(),
+        StateKind::Paused => paused(),
         StateKind::Stopping => stopping(),
     }
 }
@@ -340,6 +342,41 @@ fn demoting() -> Vec<Case> {
         case("it is being ended", state(Then::StartAgain(ours())), World { guard: Some(guard(1, ending)), ..locked(idle(), proved()) }),
         case("the lock is being given back", state(Then::Release(ours())), releases),
         case("the guard is gone", state(Then::Follow), by_scan),
+    ]
+}
+
+/// Maintenance mode is on, or ending, in this view.
+pub(crate) fn maintained(world: World, phase: Phase) -> World {
+    let mut view = world.view.as_deref().cloned().unwrap_or_default();
+    let (by, why) = ("dba".to_owned(), "a test".to_owned());
+    view.maintenance = Some(MaintenanceRecord { by, why, at: String::new(), until: None, phase });
+    view.maintenance_revision = Revision(390);
+    World { view: Some(Arc::new(view)), ..world }
+}
+
+/// The guard has heard of it, and suspends.
+pub(crate) fn suspended(mut world: World) -> World {
+    world.asked.suspended = Some(Revision(390));
+    if let Some(guard) = &mut world.guard {
+        guard.maintenance = Maintenance { revision: Revision(390), suspends: true };
+        guard.lock = Some(lock_facts(ours(), T0));
+    }
+    world
+}
+
+fn paused() -> Vec<Case> {
+    let mut lapsed = suspended(maintained(leads(), Phase::On));
+    (lapsed.lock, lapsed.holding, lapsed.lease) = (Lock::None, None, None);
+    let ending = suspended(maintained(World { lock: Lock::Unproved(ours()), ..leads() }, Phase::Ending));
+    let vacant = World { view: Some(Arc::new(vacant())), ..standby() };
+    vec![
+        case("it writes under the lock", State::Paused, suspended(maintained(leads(), Phase::On))),
+        case("it writes without the lock", State::Paused, lapsed),
+        case("the guard has not heard of it yet", State::Paused, maintained(World { recorded: Some(ours().epoch), ..leads() }, Phase::On)),
+        case("a standby runs", State::Paused, maintained(standby(), Phase::On)),
+        case("nothing runs", State::Paused, maintained(full(DatabaseState::ShutDown), Phase::On)),
+        case("it ends, and the lock is not proved", State::Paused, ending),
+        case("nobody leads, and it ends", State::Paused, maintained(vacant, Phase::Ending)),
     ]
 }
 

@@ -7,6 +7,7 @@ use crate::clock::BootTime;
 use crate::facts::cluster::{
     ClusterView, FailsafeRecord, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, StatusRecord,
 };
+use crate::facts::maintenance::{MaintenanceRecord, Phase};
 use crate::facts::requests::RequestProgress;
 use crate::facts::synchrony::SyncRecord;
 use crate::machine::event::AcquireOutcome;
@@ -150,6 +151,7 @@ impl ToyEtcd {
             && self.keys.sync_revision == judged_on.sync_revision
             && self.keys.failsafe_revision == judged_on.failsafe_revision
             && self.keys.spec_revision == judged_on.spec_revision
+            && self.keys.maintenance_revision == judged_on.maintenance_revision
             && ours
             && identity_fits;
         if !fits {
@@ -172,7 +174,7 @@ impl ToyEtcd {
     }
 
     pub(crate) fn release(&mut self, epoch: Epoch, record: Option<ReleaseRecord>) -> bool {
-        if !self.is_epoch(epoch) {
+        if !self.is_epoch(epoch) || self.keys.maintenance.is_some() {
             return self.keys.release.as_ref().is_some_and(|release| release.epoch == epoch);
         }
         self.wrote("release");
@@ -230,6 +232,38 @@ impl ToyEtcd {
         self.keys.failsafe_revision = if record.is_some() { revision } else { Revision(0) };
         self.keys.failsafe = record;
         Some(revision)
+    }
+
+    pub(crate) fn note_suspension(&mut self, member: &MemberName, seen: Revision, suspends: bool) -> bool {
+        let fits = self.keys.maintenance_revision == seen;
+        if fits {
+            self.wrote("suspension");
+            if suspends {
+                self.keys.suspended.insert(member.clone());
+            } else {
+                self.keys.suspended.remove(member);
+            }
+        }
+        fits
+    }
+
+    pub(crate) fn end_maintenance(&mut self, seen: Revision, leader: Revision) -> bool {
+        let found = self.keys.leader.as_ref().map_or(Revision(0), |leader| leader.mod_revision);
+        let fits = self.keys.maintenance_revision == seen && found == leader;
+        if fits {
+            self.wrote("maintenance");
+            (self.keys.maintenance, self.keys.maintenance_revision) = (None, Revision(0));
+        }
+        fits
+    }
+
+    /// A person sets maintenance mode, or ends it.
+    pub(crate) fn maintain(&mut self, phase: Phase) {
+        self.by_hand(|keys| {
+            let (by, why) = ("dba".to_owned(), "a test".to_owned());
+            keys.maintenance = Some(MaintenanceRecord { by, why, at: String::new(), until: None, phase });
+            keys.maintenance_revision = Revision(keys.revision.0 + 1);
+        });
     }
 
     pub(crate) fn claim_initialize(&mut self, member: &MemberName, lease: LeaseId) -> bool {

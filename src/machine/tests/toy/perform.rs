@@ -83,6 +83,12 @@ impl Toy {
             }
             Action::Stop(mode) => host.server.order_stop(now, mode),
             Action::ForgetLock(epoch) => host.server.forget_lock(epoch),
+            Action::Maintain(word) => host.server.maintain(word),
+            // As SIGUSR2: guard and PostgreSQL stay, and the lease runs out.
+            Action::Leave => {
+                host.exit = Some(0);
+                host.daemon = None;
+            }
             Action::Record(_) => {}
             Action::Exit(code) => {
                 let held = daemon.lease.held;
@@ -238,6 +244,10 @@ impl Toy {
             Operation::WriteFailsafe { epoch, judged_on, record } => {
                 Finished::FailsafeWritten(Ok(self.etcd.write_failsafe(epoch, judged_on, record)))
             }
+            Operation::NoteSuspension { revision, suspends } => {
+                Finished::SuspensionNoted(Ok(self.etcd.note_suspension(member, revision, suspends)))
+            }
+            Operation::EndMaintenance { revision, leader } => Finished::MaintenanceEnded(Ok(self.etcd.end_maintenance(revision, leader))),
             Operation::ClaimInitialize => {
                 let claimed = lease.is_some_and(|lease| self.etcd.claim_initialize(member, lease.lease));
                 Finished::InitializeClaimed(Ok(claimed))

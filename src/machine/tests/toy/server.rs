@@ -4,7 +4,7 @@
 //! look alike and are not (SAFETY row 53).
 
 use crate::clock::BootTime;
-use crate::facts::guard::{GuardFacts, LastEnd, LockFacts, PostmasterFacts, Rung, StartId, Word};
+use crate::facts::guard::{GuardFacts, LastEnd, LockFacts, Maintenance, PostmasterFacts, Rung, StartId, Word};
 use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState, Probe, ProbeOutcome, ReplicaFacts, SqlFacts, WalReceiverFacts};
 use crate::machine::action::StopMode;
 use crate::machine::tests::fixtures::{control, ms, sql};
@@ -74,6 +74,7 @@ pub(crate) struct ToyGuard {
     pub(crate) lease: Option<LeaseIdentity>,
     pub(crate) lock: Option<(LockIdentity, Deadlines)>,
     given_up: Option<Epoch>,
+    maintenance: Maintenance,
     /// Does not answer, though alive: no acknowledgement, no ladder.
     pub(crate) frozen: bool,
 }
@@ -85,7 +86,7 @@ pub(crate) struct Server {
     pub(crate) streaming: bool,
     pub(crate) guard: Option<ToyGuard>,
     last: Option<LastEnd>,
-    starts: u64,
+    pub(crate) starts: u64,
     next_pid: i32,
     pub(crate) sequence: u64,
     /// It ends by itself so long after each start as a primary.
@@ -119,7 +120,14 @@ impl Server {
         self.next_pid += 1;
         self.last = None;
         self.sequence += 1;
-        self.guard = Some(ToyGuard { pid: self.next_pid, lease: None, lock: None, given_up: None, frozen: false });
+        self.guard = Some(ToyGuard {
+            pid: self.next_pid,
+            lease: None,
+            lock: None,
+            given_up: None,
+            maintenance: Maintenance::default(),
+            frozen: false,
+        });
     }
 
     pub(crate) fn accepting(&self, now: BootTime) -> bool {
@@ -158,6 +166,7 @@ impl Server {
             lock,
             daemon_crashes: 0,
             crash_loop: false,
+            maintenance: guard.maintenance,
             conditions: Vec::new(),
         })
     }
@@ -168,6 +177,16 @@ impl Server {
         guard.lock = Some((lock, times.deadlines(sent)));
         self.sequence += 1;
         true
+    }
+
+    pub(crate) fn maintain(&mut self, word: Maintenance) {
+        let Some(guard) = self.guard.as_mut().filter(|guard| !guard.frozen && guard.maintenance.revision <= word.revision) else { return };
+        guard.maintenance = word;
+        self.sequence += 1;
+    }
+
+    pub(crate) fn suspends(&self) -> bool {
+        self.guard.as_ref().is_some_and(|guard| guard.maintenance.suspends)
     }
 
     pub(crate) fn forget_lock(&mut self, epoch: Epoch) {
@@ -181,7 +200,8 @@ impl Server {
     }
 
     fn lock_allows_writing(&self, now: BootTime) -> bool {
-        self.guard.as_ref().is_some_and(|guard| !guard.frozen && guard.lock.is_some_and(|(_, deadlines)| now < deadlines.announce_at))
+        let held = |guard: &ToyGuard| guard.lock.is_some_and(|(_, deadlines)| now < deadlines.announce_at);
+        self.guard.as_ref().is_some_and(|guard| !guard.frozen && !guard.maintenance.suspends && held(guard))
     }
 
     pub(crate) fn start(&mut self, now: BootTime, word: Word, upstream: Option<MemberName>) -> Result<StartId, String> {
@@ -281,7 +301,7 @@ impl Server {
         if let Process::Running { word: Word::Writable, accepting_at, in_recovery, .. } = self.process {
             let fast_stop_at = self.guard.as_ref().filter(|guard| !guard.frozen).map(|guard| guard.lock.map(|(_, d)| d.fast_stop_at));
             match fast_stop_at {
-                Some(at) if at.is_none_or(|at| now >= at) => self.end(now, Rung::FastStop),
+                Some(at) if at.is_none_or(|at| now >= at) && !self.suspends() => self.end(now, Rung::FastStop),
                 _ if self.crashes && !in_recovery && now >= accepting_at + ms(200) => self.crash(now),
                 _ => {}
             }
