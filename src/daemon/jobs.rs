@@ -10,7 +10,7 @@ use crate::facts::guard::{PostmasterFacts, StartId, Word};
 use crate::facts::postgres::{ControlFacts, DataDirectory};
 use crate::facts::synchrony::Names;
 use crate::guard::protocol::{Request, StartOrder};
-use crate::machine::action::{Operation, StartAs, Upstream};
+use crate::machine::action::{AfterNames, Operation, StartAs, Upstream};
 use crate::machine::event::{Configured, Event, Finished};
 use crate::policy::rejoin::{self, OwnPromotion};
 use crate::policy::{parameters, slots};
@@ -28,6 +28,8 @@ use super::rejoining;
 const SQL_LIMIT: Duration = Duration::from_secs(10);
 /// A checkpoint of a busy server on a slow disk.
 pub(super) const CHECKPOINT_LIMIT: Duration = Duration::from_secs(120);
+/// A few bytes of WAL.
+const ANSWERS_LIMIT: Duration = Duration::from_secs(2);
 /// A statement of post_init.
 const POST_INIT_LIMIT: Duration = Duration::from_secs(600);
 /// Whether the leader's server takes connections.
@@ -60,9 +62,7 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, operation: 
         Operation::Promote { lock, timeline, parent } => {
             promote(&host, &guard, lock, timeline, parent).await.map(|()| Finished::PromotionAsked(Ok(())))
         }
-        Operation::SetNames { names, spec, prove_waits, .. } => {
-            set_names(&host, &names, &spec, prove_waits).await.map(|()| Finished::NamesSet(Ok(())))
-        }
+        Operation::SetNames { names, spec, then, .. } => set_names(&host, &names, &spec, then).await.map(|()| Finished::NamesSet(Ok(()))),
 
         Operation::KeepSlots(changes) => keep_slots(&host, &changes).await.map(|()| Finished::SlotsKept(Ok(()))),
         Operation::EnsureRoles { spec, post_init } => roles(&host, &spec, post_init).await.map(|()| Finished::RolesEnsured(Ok(()))),
@@ -221,12 +221,25 @@ async fn promote(host: &Host, guard: &Arc<GuardLink>, lock: LockIdentity, timeli
     host.settled()?.sql.promote(SQL_LIMIT).await.context("promoting PostgreSQL")
 }
 
-async fn set_names(host: &Host, names: &Names, spec: &ClusterSpec, prove_waits: bool) -> anyhow::Result<()> {
+async fn set_names(host: &Host, names: &Names, spec: &ClusterSpec, then: AfterNames) -> anyhow::Result<()> {
     let names = (names, host.has_failover_slots(spec)?);
     let sql = &host.settled()?.sql;
-    configure::set_names(&host.layout, sql, names, prove_waits, SQL_LIMIT, CHECKPOINT_LIMIT)
-        .await
-        .context("setting synchronous_standby_names")
+    configure::set_names(&host.layout, sql, names, SQL_LIMIT).await.context("setting synchronous_standby_names")?;
+    match then {
+        AfterNames::Nothing => {}
+        // By the checkpointer's word backends wait.
+        AfterNames::Checkpoint => sql.checkpoint(CHECKPOINT_LIMIT).await.context("having synchronous_standby_names read")?,
+        AfterNames::Answers => {
+            // They are in force all the same, and standbys answer by themselves, if later.
+            if let Err(error) = sql.have_standbys_answer(ANSWERS_LIMIT).await {
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "commits that wait may go on later: nothing could be written for standbys to answer"
+                );
+            }
+        }
+    }
+    Ok(())
 }
 
 async fn keep_slots(host: &Host, changes: &[slots::Change]) -> anyhow::Result<()> {

@@ -115,6 +115,18 @@ pub enum StartAs {
     Primary,
 }
 
+/// What follows a change of synchronous_standby_names on a running server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AfterNames {
+    /// Nothing: they let nobody go who waits, and who does not wait need not.
+    Nothing,
+    /// See that backends wait, too: a checkpoint shows that the checkpointer has read the names.
+    Checkpoint,
+    /// Commits may be waiting that these names let go. A walsender does that with its standby's next answer, and when all clients wait there
+    /// is nothing to answer: a few bytes of WAL are written.
+    Answers,
+}
+
 /// Something that takes time and can fail.
 #[derive(Debug, Clone)]
 pub enum Operation {
@@ -239,8 +251,8 @@ pub enum Operation {
         names: Names,
         /// The spec, for its slots.
         spec: Arc<ClusterSpec>,
-        /// See that backends wait, too: that the checkpointer has read them.
-        prove_waits: bool,
+        /// What follows at once.
+        then: AfterNames,
     },
     /// Make, move on and drop replication slots.
     KeepSlots(Vec<slots::Change>),

@@ -190,18 +190,11 @@ pub async fn open(layout: &Layout, sql: &Sql, pg_hba: &str, limit: Duration) -> 
 }
 
 /// On a running server; what comes after it is told whom commits wait for. Ends when a new session has the names, and then every process was
-/// told to read them. With `prove_waits` also the checkpointer has read them, by whose word backends wait.
+/// told to read them.
 ///
 /// # Errors
 /// When that is not known within the limits.
-pub async fn set_names(
-    layout: &Layout,
-    sql: &Sql,
-    (names, failover_slots): (&Names, bool),
-    prove_waits: bool,
-    limit: Duration,
-    checkpoint_limit: Duration,
-) -> Result<()> {
+pub async fn set_names(layout: &Layout, sql: &Sql, (names, failover_slots): (&Names, bool), limit: Duration) -> Result<()> {
     write_names(layout, names, failover_slots)?;
     undo_alter_system(layout)?;
     sql.reload(limit).await?;
@@ -212,9 +205,6 @@ pub async fn set_names(
         })
         .await?;
     ensure!(shown == names.to_string(), "a new session has synchronous_standby_names `{shown}` and not `{names}`");
-    if prove_waits {
-        sql.checkpoint(checkpoint_limit).await?;
-    }
     Ok(())
 }
 

@@ -227,6 +227,16 @@ impl Sql {
         self.with(limit, async |connection| connection.execute("checkpoint").await).await
     }
 
+    /// Writes a few bytes of WAL, and flushes them, so that every standby has something to answer: what lets commits go is an answer that comes
+    /// after the walsender has read synchronous_standby_names, and the postmaster tells it to before a new session has them. As all of
+    /// pgherd's sessions this one waits for no standby. An error on a server in recovery.
+    ///
+    /// Within a transaction, and no mere `pg_current_xact_id()`: a commit that wrote nothing else is left to the walwriter to flush.
+    pub async fn have_standbys_answer(&self, limit: Duration) -> Result<(), SqlError> {
+        let message = "select pg_catalog.pg_logical_emit_message(true, 'pgherd', ''::text)";
+        self.with(limit, async |connection| connection.execute(message).await).await
+    }
+
     /// Asks for promotion and does not wait for it: the caller polls until the probe says it is out of recovery, and checks the timeline.
     /// Only under the lock, after the guard has the deadline (I3).
     pub async fn promote(&self, limit: Duration) -> Result<(), SqlError> {

@@ -152,17 +152,11 @@ async fn settings_of_roles_and_databases_do_not_shape_our_sessions() {
         server.run("create table public.t (id int)").await;
         server.sql.checkpoint(LIMIT).await.unwrap();
         // A commit of ours must not wait for a standby that never comes.
-        pgherd::postgres::configure::set_names(
-            &server.layout,
-            &server.sql,
-            (&pgherd::facts::synchrony::Names::Block, false),
-            true,
-            LIMIT,
-            LIMIT,
-        )
-        .await
-        .unwrap();
+        let names = (&pgherd::facts::synchrony::Names::Block, false);
+        pgherd::postgres::configure::set_names(&server.layout, &server.sql, names, LIMIT).await.unwrap();
+        server.sql.checkpoint(LIMIT).await.unwrap();
         server.run("create table public.u (id int)").await;
+        server.sql.have_standbys_answer(LIMIT).await.unwrap();
     }
 }
 

@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use pgherd::facts::postgres::SqlFacts;
 use pgherd::facts::synchrony::{Acks, Names};
 use pgherd::policy::parameters::live::UPSTREAM_CONF;
 use pgherd::policy::slots::Change;
@@ -15,8 +18,14 @@ fn any(members: &[&str]) -> Acks {
     Acks { members: members.iter().map(|name| name.parse().unwrap()).collect(), acks: 1 }
 }
 
-async fn set(server: &Server, names: &Names, prove_waits: bool) {
-    set_names(&server.layout, &server.sql, (names, false), prove_waits, LIMIT, LIMIT).await.unwrap();
+/// With the checkpoint that shows that backends wait.
+async fn set_and_prove(server: &Server, names: &Names) {
+    set(server, names).await;
+    server.sql.checkpoint(LIMIT).await.unwrap();
+}
+
+async fn set(server: &Server, names: &Names) {
+    set_names(&server.layout, &server.sql, (names, false), LIMIT).await.unwrap();
 }
 
 /// A commit of a client's session; None = it waited for all of the time.
@@ -39,8 +48,8 @@ async fn a_walsender_shows_by_its_priority_which_form_of_the_names_it_has_read()
             (Names::Block, 0),
             (Names::Nobody, 0),
         ] {
-            set(&leader, &names, true).await;
-            let shown = |facts: &pgherd::facts::postgres::SqlFacts| {
+            set_and_prove(&leader, &names).await;
+            let shown = |facts: &SqlFacts| {
                 facts.replicas.iter().any(|replica| replica.application_name == "b" && replica.sync_priority == priority)
             };
             let facts = leader.until("its walsender has read them", shown).await;
@@ -56,12 +65,58 @@ async fn commits_wait_once_the_names_are_set_and_proved_and_go_on_when_a_standby
         let root = place();
         let leader = Server::primary(&installation, root.path(), "a").await;
         assert!(commits(&leader, LIMIT).await.is_some());
-        set(&leader, &Names::Block, true).await;
+        set_and_prove(&leader, &Names::Block).await;
         assert!(commits(&leader, Duration::from_millis(300)).await.is_none(), "nobody can have the placeholder's name");
         let _standby = Server::standby_of(&leader, "b").await;
-        set(&leader, &Names::Any(any(&["b"])), false).await;
+        set(&leader, &Names::Any(any(&["b"]))).await;
         assert!(commits(&leader, LIMIT).await.is_some());
     }
+}
+
+/// A standby that says how far it is only when it is sent something, as all do between two of their reports: it has the commit, and has said
+/// so before it counted.
+#[tokio::test]
+async fn commits_that_wait_go_on_when_a_standby_comes_to_count_that_has_them_and_is_made_to_answer() {
+    for installation in installations().await {
+        let root = place();
+        let off =
+            [("wal_receiver_status_interval", "0"), ("wal_sender_timeout", "0"), ("wal_receiver_timeout", "0"), ("autovacuum", "off")];
+        let silent = parameters(&off);
+        let mut leader = Server::new(&installation, root.path(), "a");
+        leader.inputs.parameters.extend(silent.clone());
+        leader.make_primary().await;
+        let mut standby = Server::new(&installation, root.path(), "b");
+        let job = standby.clone_job(&leader, Keep::Empty).await;
+        clone_from(&installation, &standby.layout, &job).await.unwrap();
+        standby.inputs.parameters.extend(silent);
+        standby.follow(&leader).await;
+        set_and_prove(&leader, &Names::Block).await;
+        // It writes a few bytes by itself, every 15 s.
+        let writer = leader.ask("select pid::text from pg_stat_activity where backend_type = 'background writer'").await;
+        let writer = Pid::from_raw(writer.parse().unwrap());
+        kill(writer, Signal::SIGSTOP).unwrap();
+        let sql = leader.sql.clone();
+        let client = tokio::spawn(async move {
+            let commit = "set synchronous_commit = on; create table public.t (id int)";
+            sql.with(PATIENCE, async |to| to.execute(commit).await).await
+        });
+        leader.until_asked("the commit waits", WAITING, "1").await;
+        leader.until("the standby has said that it has it", |facts| has_all(facts, "b")).await;
+        set(&leader, &Names::Any(any(&["b"]))).await;
+        leader.until("its walsender counts it", |facts| facts.replicas.iter().any(|replica| replica.sync_priority == 1)).await;
+        assert_eq!(leader.ask(WAITING).await, "1", "PostgreSQL lets it go by itself: nobody has to answer");
+        leader.sql.have_standbys_answer(LIMIT).await.unwrap();
+        client.await.unwrap().unwrap();
+        kill(writer, Signal::SIGCONT).unwrap();
+        assert!(standby.sql.have_standbys_answer(LIMIT).await.is_err(), "a server in recovery wrote");
+    }
+}
+
+/// Commits that wait for a standby.
+const WAITING: &str = "select count(*)::text from pg_stat_activity where wait_event = 'SyncRep'";
+
+fn has_all(facts: &SqlFacts, standby: &str) -> bool {
+    facts.replicas.iter().any(|replica| replica.application_name == standby && replica.flush_lsn >= Some(facts.written_by_then))
 }
 
 /// pg_basebackup reports a flush position for the WAL that it streams, whose slot is temporary: by a member's name it would count as that
@@ -72,7 +127,7 @@ async fn a_copy_in_the_making_acknowledges_no_commit() {
         let root = place();
         let leader = Server::primary(&installation, root.path(), "a").await;
         let copy = Server::new(&installation, root.path(), "b");
-        set(&leader, &Names::Any(any(&["b"])), true).await;
+        set_and_prove(&leader, &Names::Any(any(&["b"]))).await;
         let mut job = copy.clone_job(&leader, Keep::Empty).await;
         // It lasts for minutes.
         (job.max_rate_bytes, job.compress) = (Some(32 * 1024), None);
@@ -82,12 +137,11 @@ async fn a_copy_in_the_making_acknowledges_no_commit() {
         let sql = leader.sql.clone();
         let commit = "set synchronous_commit = on; create table public.t (id int)";
         let client = tokio::spawn(async move { sql.with(PATIENCE, async |to| to.execute(commit).await).await });
-        let waiting = "select count(*)::text from pg_stat_activity where wait_event = 'SyncRep'";
-        leader.until_asked("the commit waits", waiting, "1").await;
+        leader.until_asked("the commit waits", WAITING, "1").await;
         let written = leader.facts().await.receive_lsn;
         leader.run("select pg_catalog.pg_switch_wal()").await;
         leader.until("the copy has it", |facts| facts.replicas.iter().any(|replica| replica.flush_lsn >= Some(written))).await;
-        assert_eq!(leader.ask(waiting).await, "1", "a commit that only a copy has is acknowledged");
+        assert_eq!(leader.ask(WAITING).await, "1", "a commit that only a copy has is acknowledged");
         client.abort();
         copying.abort();
     }

@@ -4,7 +4,7 @@
 use pgherd::facts::guard::{GuardFacts, PostmasterFacts, Word};
 use pgherd::facts::postgres::DataDirectory;
 use pgherd::facts::synchrony::Names;
-use pgherd::machine::action::{Operation, OperationKind, StartAs, Upstream};
+use pgherd::machine::action::{AfterNames, Operation, OperationKind, StartAs, Upstream};
 use pgherd::machine::event::{Configured, Finished};
 use pgherd::policy::rejoin::{self, OwnPromotion, Rejoin};
 use pgherd::policy::slots::Change;
@@ -128,7 +128,7 @@ impl Sim {
                 }
                 self.job_ends(host, Finished::SlotsKept(Ok(())));
             }
-            Operation::SetNames { names, prove_waits, .. } => self.names_step(host, id, step, names, prove_waits),
+            Operation::SetNames { names, then, .. } => self.names_step(host, id, step, names, then),
             Operation::Configure { spec, generation, upstream } => {
                 if !self.hosts[host].server.accepting() {
                     return self.job_fails(host, "the server does not take connections");
@@ -177,7 +177,7 @@ impl Sim {
     }
 
     /// The file, the signal, and a look in a new session.
-    fn names_step(&mut self, host: usize, id: u64, step: u32, names: Names, prove_waits: bool) {
+    fn names_step(&mut self, host: usize, id: u64, step: u32, names: Names, then: AfterNames) {
         if step == 1 {
             self.hosts[host].server.names_on_disk = names;
             self.reload(host);
@@ -189,7 +189,7 @@ impl Sim {
         if !self.new_session_has(host, &names) {
             return self.job_later(host, id, step + 1);
         }
-        if prove_waits {
+        if then == AfterNames::Checkpoint {
             self.checkpointer_reads(host);
         }
         self.job_ends(host, Finished::NamesSet(Ok(())));

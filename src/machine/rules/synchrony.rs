@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::clock::BootTime;
 use crate::facts::guard::Word;
 use crate::facts::synchrony::{Names, SyncRecord};
-use crate::machine::action::{Action, Operation, OperationKind};
+use crate::machine::action::{Action, AfterNames, Operation, OperationKind};
 use crate::machine::node::Context;
 use crate::machine::synchrony::{Gate, Known, OfServer};
 use crate::machine::world::World;
@@ -136,8 +136,14 @@ fn set(context: &mut Context<'_>, names: Names) {
     }
     let (Some((start, _)), Some(spec)) = (context.world.running(), context.world.spec().cloned()) else { return };
     let may_not_wait = context.world.names_of_server().is_none_or(|server| server.in_force.may_not_wait());
-    let prove_waits = names != Names::Nobody && may_not_wait;
-    context.start(Operation::SetNames { start, names, spec, prove_waits });
+    let then = match &names {
+        // The checkpointer wakes all who wait when it reads these.
+        Names::Nobody => AfterNames::Nothing,
+        _ if may_not_wait => AfterNames::Checkpoint,
+        Names::Block => AfterNames::Nothing,
+        Names::Any(_) | Names::First(_) => AfterNames::Answers,
+    };
+    context.start(Operation::SetNames { start, names, spec, then });
 }
 
 /// Longest that clients are kept out of a primary that was started again.

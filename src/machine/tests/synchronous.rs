@@ -11,7 +11,7 @@ use crate::facts::guard::StartId;
 use crate::facts::lease::LeaseEvent;
 use crate::facts::postgres::SqlFacts;
 use crate::facts::synchrony::{FEATURE, Names, SyncRecord};
-use crate::machine::action::{Action, OperationKind};
+use crate::machine::action::{Action, AfterNames, Operation, OperationKind};
 use crate::machine::event::{Event, Finished};
 use crate::machine::state::State;
 use crate::machine::synchrony::OfServer;
@@ -51,6 +51,33 @@ fn whom_commits_wait_for_is_changed_before_a_slot_that_takes_its_time_is_made() 
     let cancels = |actions: &[Action]| actions.iter().any(|action| matches!(action, Action::CancelJob));
     assert!(cancels(&ordered(busy(waits_for_nobody(), OperationKind::KeepSlots))));
     assert!(!cancels(&ordered(busy(waits_for_nobody(), OperationKind::Checkpoint))), "what somebody asked for");
+}
+
+/// PostgreSQL lets commits go with a standby's next answer, and while they wait there is nothing to answer.
+#[test]
+fn standbys_are_made_to_answer_when_a_change_of_the_names_may_let_commits_go_and_only_then() {
+    let after = |recorded: Option<SyncRecord>, before: Names| {
+        let mut world = waits_for_nobody();
+        let mut view = ClusterView::clone(world.view.as_deref().unwrap());
+        view.sync_revision = Revision(recorded.iter().map(|_| 310).sum());
+        view.sync = recorded;
+        world.view = Some(Arc::new(view));
+        let shows = sql(false, 2, 1_000);
+        world.probe =
+            Some(probe(T0, SqlFacts { replicas: vec![streaming("b", 1_000)], synchronous_standby_names: before.to_string(), ..shows }));
+        world.synchrony.server = Some(OfServer::new(StartId(1), InForce::since_start(before), T0));
+        let ordered = Checked::resume(world, State::Primary).handle(T0, Event::Tick);
+        let orders = ordered.into_iter().filter_map(|action| match action {
+            Action::Do(Operation::SetNames { names, then, .. }) => Some((names, then)),
+            _ => None,
+        });
+        let [(names, then)] = &orders.collect::<Vec<_>>()[..] else { panic!("whom commits wait for is changed once") };
+        assert_ne!(names.acks(), None, "{names}");
+        *then
+    };
+    let taken_over = SyncRecord { leader: name("a"), epoch: Epoch(300), members: [name("a"), name("b"), name("c")].into(), copies: 2 };
+    assert_eq!(after(Some(taken_over), Names::Block), AfterNames::Answers, "behind a promotion all commits wait");
+    assert_eq!(after(None, Names::Nobody), AfterNames::Checkpoint, "nobody waited, and from now on everybody has to");
 }
 
 #[test]
