@@ -61,7 +61,7 @@ schemas: build ## write schemas/ anew from the types
 	$(PGHERD) schema cluster > schemas/cluster.schema.json
 	$(PGHERD) schema node > schemas/node.schema.json
 
-bench: ## measure outages, idle cost and the cost of quorum into docs/BENCHMARKS.md, about 25 minutes; DEMO_ARGS="--runs 3 --only stop" only shows
+bench: ## measure outages, switchovers beside the same by hand, rewinds, idle cost and the cost of quorum into docs/BENCHMARKS.md, about 25 minutes; DEMO_ARGS="--runs 3 --only stop" only shows
 	$(MAKE) build PROFILE=release
 	target/release/pgherd demo --script bench $(or $(DEMO_ARGS),--markdown docs/BENCHMARKS.md)
 

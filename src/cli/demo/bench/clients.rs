@@ -15,6 +15,7 @@ use tokio_postgres::Config;
 
 use super::super::runtime::block_on;
 use super::super::writer::{Outcome, Writer};
+use super::statistics::outage;
 use crate::clock::BootTime;
 
 /// Time from one row to the next, in milliseconds.
@@ -44,6 +45,8 @@ pub struct Tried {
 struct Shared {
     tried: Mutex<Vec<Tried>>,
     done: AtomicBool,
+    /// Nothing is written for now; connections stay open.
+    paused: AtomicBool,
     /// When a row was acknowledged last, as [`BootTime`].
     last_ns: AtomicU64,
     /// Which node did.
@@ -97,6 +100,18 @@ impl Client {
         tried.drain(..last);
     }
 
+    /// The longest time without an acknowledged row that ended after `fault`.
+    pub fn outage_after(&self, fault: BootTime) -> Result<Duration> {
+        let tried = self.shared.lock();
+        let acknowledged: Vec<BootTime> = tried.iter().filter(|each| each.failure.is_none()).map(|each| each.ended).collect();
+        outage(&acknowledged, fault).with_context(|| format!("no row of the client `{}` was acknowledged", self.name))
+    }
+
+    /// Stops writing, or goes on.
+    pub fn pause(&self, paused: bool) {
+        self.shared.paused.store(paused, Ordering::SeqCst);
+    }
+
     /// What it says of itself.
     pub fn name(&self) -> &'static str {
         self.name
@@ -147,7 +162,7 @@ async fn write(client: &str, node: Option<usize>, config: &Config, shared: &Shar
     let (connect_limit, row_limit) = (Duration::from_millis(CONNECT_LIMIT_MS), Duration::from_millis(ROW_LIMIT_MS));
     while !shared.done.load(Ordering::SeqCst) {
         tick.tick().await;
-        if !shared.is_due(node) {
+        if shared.paused.load(Ordering::SeqCst) || !shared.is_due(node) {
             continue;
         }
         let Some(writer) = connection.as_ref().filter(|writer| !writer.is_closed()) else {

@@ -4,13 +4,18 @@
 //! second, as `render haproxy` has it. So a figure holds what processes and their clocks cost, and no network. The scenarios take turns:
 //! each run meets another primary, and no run is excused.
 
+mod ask;
+mod bare;
 mod clients;
+mod floor;
 mod idle;
 mod machine;
 mod overhead;
 mod report;
+mod rewinds;
 mod scenario;
 mod statistics;
+mod waiting;
 
 use std::fs;
 use std::path::PathBuf;
@@ -20,6 +25,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
+use tokio_postgres::Config;
 
 use super::cluster::LocalCluster;
 use super::documents::ClusterDocument;
@@ -29,8 +35,9 @@ use super::process::wait_for_every;
 use super::runtime::in_own_thread;
 use super::writer::Writer;
 use crate::clock::wall_clock;
+use floor::Floor;
 use report::Report;
-use scenario::{Rounds, Run, Scenario};
+use scenario::{Rounds, Run, Scenario, Switched};
 
 /// `ha.loop_wait`'s default, in seconds.
 const LOOP_WAIT_S: u32 = 5;
@@ -114,7 +121,7 @@ pub fn run(cluster: &LocalCluster, ports: &PortBlock, args: &BenchArgs, stop: &A
     make_table(cluster)?;
     let mut runs = Vec::new();
     let turns: Vec<Scenario> = TURNS.into_iter().filter(|scenario| args.wants(*scenario)).collect();
-    let mut result = rounds(cluster, stop, args.count(), &turns, &mut runs);
+    let mut result = rounds(cluster, ports, stop, args.count(), &turns, &mut runs);
     let mut idle = None;
     if result.is_ok() && args.wants(Scenario::Idle) {
         println!("leaving the cluster alone");
@@ -131,18 +138,25 @@ pub fn run(cluster: &LocalCluster, ports: &PortBlock, args: &BenchArgs, stop: &A
         }
     }
     if result.is_ok() && args.wants(Scenario::PowerShort) {
-        result = change_ttl(cluster, Scenario::PowerShort.ttl_s())
-            .and_then(|()| rounds(cluster, stop, args.count(), &[Scenario::PowerShort], &mut runs));
+        result = document(cluster, Scenario::PowerShort.ttl_s())
+            .and_then(|document| change_to(cluster, &document))
+            .and_then(|()| rounds(cluster, ports, stop, args.count(), &[Scenario::PowerShort], &mut runs));
     }
-    let outages = report::outages(&runs);
+    let mut rewinds = Vec::new();
+    if result.is_ok() && args.wants(Scenario::Rewind) {
+        result = document(cluster, Scenario::Rewind.ttl_s())
+            .and_then(|document| change_to(cluster, &rewinds::document(document)))
+            .and_then(|()| rewinds::measure(cluster, args.count(), stop, &mut rewinds));
+    }
     let report = Report {
         at,
         command: args.command(),
         load: [load_before, machine::load()],
         machine: machine::look(&cluster.plan.programs, &cluster.plan.dir),
-        targets: report::targets(&outages, idle.as_ref(), overhead.as_ref()),
-        outages,
+        targets: report::targets(&runs, &rewinds, idle.as_ref(), overhead.as_ref()),
+        outages: report::outages(&runs),
         runs,
+        rewinds,
         idle,
         overhead,
     };
@@ -159,17 +173,18 @@ pub fn run(cluster: &LocalCluster, ports: &PortBlock, args: &BenchArgs, stop: &A
     Ok(report.passed())
 }
 
-fn rounds(cluster: &LocalCluster, stop: &AtomicBool, count: u16, turns: &[Scenario], runs: &mut Vec<Run>) -> Result<()> {
+fn rounds(cluster: &LocalCluster, ports: &PortBlock, stop: &AtomicBool, count: u16, turns: &[Scenario], runs: &mut Vec<Run>) -> Result<()> {
     if turns.is_empty() {
         return Ok(());
     }
-    let mut rounds = Rounds::begin(cluster, stop)?;
+    let floor = if turns.contains(&Scenario::Switchover) { Some(Floor::start(cluster, ports)?) } else { None };
+    let mut rounds = Rounds::begin(cluster, floor, stop)?;
     rounds.settle()?;
     for round in 1..=count {
         for scenario in turns {
             let run = rounds.run(*scenario)?;
             println!(
-                "{} {round:>3}/{count} {:<56} {} -> {}  HAProxy {:.3} s, direct {:.3} s, failed {}+{}{}",
+                "{} {round:>3}/{count} {:<56} {} -> {}  HAProxy {:.3} s, direct {:.3} s, failed {}+{}{}{}",
                 run.at,
                 scenario.title(),
                 run.node,
@@ -179,6 +194,7 @@ fn rounds(cluster: &LocalCluster, stop: &AtomicBool, count: u16, turns: &[Scenar
                 run.haproxy_failed,
                 run.direct_failed,
                 run.first_failure.as_deref().filter(|_| *scenario == Scenario::Daemon).map(|why| format!(": {why}")).unwrap_or_default(),
+                run.switched.as_ref().map(Switched::text).unwrap_or_default(),
             );
             runs.push(run);
         }
@@ -188,14 +204,18 @@ fn rounds(cluster: &LocalCluster, stop: &AtomicBool, count: u16, turns: &[Scenar
 
 fn make_table(cluster: &LocalCluster) -> Result<()> {
     let (_, index) = leader(cluster)?;
-    let config = cluster.connection(cluster.plan.nodes[index].declared.port)?;
+    make_table_on(cluster.connection(cluster.plan.nodes[index].declared.port)?)
+}
+
+fn make_table_on(config: Config) -> Result<()> {
     in_own_thread(async move { Writer::create_table(&config, Duration::from_millis(TABLE_LIMIT_MS)).await })
 }
 
 /// Applies a document with another ttl and waits until every member's key, and with it the lock, hangs on a lease of that ttl.
-fn change_ttl(cluster: &LocalCluster, ttl_s: u32) -> Result<()> {
-    println!("changing the ttl to {ttl_s} s");
-    let said = cluster.apply(&document(cluster, ttl_s)?.to_yaml())?;
+fn change_to(cluster: &LocalCluster, document: &ClusterDocument) -> Result<()> {
+    let ttl_s = document.ttl_s;
+    println!("changing to a ttl of {ttl_s} s and the mode {}", document.mode);
+    let said = cluster.apply(&document.to_yaml())?;
     ensure!(said.code == Some(0), "pgherd apply: exit {:?}: {}{}", said.code, said.out, said.err);
     let endpoints: Arc<Vec<String>> = Arc::new(cluster.plan.etcd.iter().map(super::etcd::EtcdMember::client_url).collect());
     let prefix = format!("/{}/{}/members/", PREFIX, cluster.plan.cluster);

@@ -11,7 +11,8 @@ use serde::Serialize;
 use super::idle::{Idle, Member};
 use super::machine::Machine;
 use super::overhead::Overhead;
-use super::scenario::{Run, Scenario};
+use super::rewinds::Rewind;
+use super::scenario::{Run, Scenario, Switched};
 use super::statistics::{Summary, summary};
 
 /// Marks where the section begins that a run replaces.
@@ -34,6 +35,8 @@ pub struct Report {
     pub runs: Vec<Run>,
     /// Distributions by scenario.
     pub outages: Vec<Outages>,
+    /// Every former primary that was rewound.
+    pub rewinds: Vec<Rewind>,
     /// Costs while nothing happens.
     pub idle: Option<Idle>,
     /// What quorum costs.
@@ -88,11 +91,38 @@ pub fn outages(runs: &[Run]) -> Vec<Outages> {
     scenarios.into_iter().filter_map(of).collect()
 }
 
-/// The promises about what was measured. A switchover's outage is information.
-pub fn targets(outages: &[Outages], idle: Option<&Idle>, overhead: Option<&Overhead>) -> Vec<Target> {
-    let at_most = |what: String, measured: f64, limit: f64, unit| Target { what, measured, limit, unit, met: measured <= limit };
+fn seconds(times: impl Iterator<Item = f64>) -> Option<Summary> {
+    summary(&times.map(Duration::from_secs_f64).collect::<Vec<_>>())
+}
+
+fn switched(runs: &[Run]) -> impl Iterator<Item = (&Run, &Switched)> {
+    runs.iter().filter_map(|run| Some((run, run.switched.as_ref()?)))
+}
+
+fn at_most(what: String, measured: f64, limit: f64, unit: &'static str) -> Target {
+    Target { what, measured, limit, unit, met: measured <= limit }
+}
+
+/// The promises about switchovers: what they take beside the same by hand, and what becomes of the former primary.
+fn of_switchovers(runs: &[Run]) -> Vec<Target> {
+    let title = Scenario::Switchover.title();
+    let median = |of: fn(&Run, &Switched) -> f64| seconds(switched(runs).map(|(run, switched)| of(run, switched))).map(|all| all.median_s);
+    let (Some(direct), Some(floor)) = (median(|run, _| run.direct_s), median(|_, switched| switched.floor_s)) else { return Vec::new() };
+    let further = median(|run, _| (run.haproxy_s - run.direct_s).max(0.0)).unwrap_or_default();
+    let back = switched(runs).map(|(_, switched)| switched.back_s).fold(0.0, f64::max);
+    let rewound = switched(runs).filter(|(_, switched)| switched.rewound).count();
+    vec![
+        at_most(format!("{title}: median seen directly, beside that of the same by hand"), direct / floor, 2.0, "times"),
+        at_most(format!("{title}: median of what HAProxy adds"), further, 0.2, "s"),
+        at_most(format!("{title}: longest until the former primary streams"), back, 3.0, "s"),
+        at_most(format!("{title}: former primaries that did not just follow"), rewound as f64, 0.0, ""),
+    ]
+}
+
+/// The promises about what was measured.
+pub fn targets(runs: &[Run], rewinds: &[Rewind], idle: Option<&Idle>, overhead: Option<&Overhead>) -> Vec<Target> {
     let mut targets = Vec::new();
-    for each in outages {
+    for each in &outages(runs) {
         let title = each.scenario.title();
         match each.scenario {
             Scenario::Stop | Scenario::Postmaster => {
@@ -110,8 +140,12 @@ pub fn targets(outages: &[Outages], idle: Option<&Idle>, overhead: Option<&Overh
                 targets.push(at_most(format!("{title}: longest pause through HAProxy"), each.haproxy.max_s, limit, "s"));
                 targets.push(at_most(format!("{title}: longest pause seen directly"), each.direct.max_s, limit, "s"));
             }
-            Scenario::Switchover | Scenario::Idle | Scenario::Overhead => {}
+            Scenario::Switchover => targets.extend(of_switchovers(runs)),
+            Scenario::Rewind | Scenario::Idle | Scenario::Overhead => {}
         }
+    }
+    if let Some(back) = seconds(rewinds.iter().map(|rewind| rewind.back_s)) {
+        targets.push(at_most(format!("{}: longest until it streams, from its start", Scenario::Rewind.title()), back.max_s, 15.0, "s"));
     }
     for cost in overhead.into_iter().flat_map(|overhead| &overhead.costs) {
         let what = format!("cost of quorum over async beside PostgreSQL without pgherd, writers: {}: median", cost.writers);
@@ -154,6 +188,7 @@ impl Report {
             haproxy = machine.haproxy,
         );
         self.write_outages(&mut text);
+        self.write_former_primaries(&mut text);
         self.write_idle(&mut text);
         if let Some(overhead) = &self.overhead {
             overhead.write(&mut text);
@@ -188,6 +223,30 @@ impl Report {
                     of.max_s,
                 );
             }
+        }
+        text.push('\n');
+    }
+
+    fn write_former_primaries(&self, text: &mut String) {
+        let switched = || switched(&self.runs);
+        let rows = [
+            ("the outage of a switchover by hand, without pgherd", seconds(switched().map(|(_, switched)| switched.floor_s))),
+            ("a former primary streams after a switchover", seconds(switched().map(|(_, switched)| switched.back_s))),
+            (
+                "a former primary with 100 MB of WAL of its own streams after its start",
+                seconds(self.rewinds.iter().map(|each| each.back_s)),
+            ),
+        ];
+        let rows: Vec<(&str, Summary)> = rows.into_iter().filter_map(|(what, times)| Some((what, times?))).collect();
+        if rows.is_empty() {
+            return;
+        }
+        text.push_str(
+            "| switchovers and former primaries, seconds | runs | min | median | p95 | max |\n| --- | ---: | ---: | ---: | ---: | ---: |\n",
+        );
+        for (what, of) in rows {
+            let Summary { count, min_s, median_s, p95_s, max_s } = of;
+            let _ = writeln!(text, "| {what} | {count} | {min_s:.3} | {median_s:.3} | {p95_s:.3} | {max_s:.3} |");
         }
         text.push('\n');
     }
@@ -259,11 +318,12 @@ mod tests {
             haproxy_failed: failed,
             direct_failed: 0,
             first_failure: None,
+            switched: None,
         }
     }
 
     fn missed(runs: &[Run]) -> Vec<String> {
-        targets(&outages(runs), None, None).into_iter().filter(|target| !target.met).map(|target| target.what).collect()
+        targets(runs, &[], None, None).into_iter().filter(|target| !target.met).map(|target| target.what).collect()
     }
 
     #[test]
@@ -287,6 +347,37 @@ mod tests {
         }
         assert_eq!(missed(&[run(Scenario::StandbySilent, 2.9, 3.0, 0)]), Vec::<String>::new());
         assert_eq!(missed(&[run(Scenario::StandbySilent, 0.1, 3.1, 0)]).len(), 1);
+    }
+
+    fn switchover(haproxy_s: f64, direct_s: f64, switched: Switched) -> Run {
+        Run { switched: Some(switched), ..run(Scenario::Switchover, haproxy_s, direct_s, 9) }
+    }
+
+    #[test]
+    fn a_switchover_is_held_against_the_same_by_hand_and_against_itself_directly() {
+        let by_hand = |floor_s: f64| Switched { back_s: 1.0, rewound: false, floor_s };
+        assert_eq!(missed(&[switchover(0.31, 0.3, by_hand(0.16))]), Vec::<String>::new());
+        assert_eq!(missed(&[switchover(0.31, 0.3, by_hand(0.14))]).len(), 1, "more than twice as long");
+        assert_eq!(missed(&[switchover(0.51, 0.3, by_hand(0.16))]).len(), 1, "longer through HAProxy by more than 0.2 s");
+        let one_long = [switchover(0.9, 0.9, by_hand(0.16)), switchover(0.3, 0.3, by_hand(0.9)), switchover(0.3, 0.3, by_hand(0.16))];
+        assert_eq!(missed(&one_long), Vec::<String>::new(), "medians are compared");
+    }
+
+    #[test]
+    fn a_former_primary_that_is_back_late_or_not_by_following_is_one_too_many() {
+        let after = |back_s: f64, rewound: bool| switchover(0.2, 0.2, Switched { back_s, rewound, floor_s: 0.2 });
+        assert_eq!(missed(&[after(2.9, false), after(0.1, false)]), Vec::<String>::new());
+        assert_eq!(missed(&[after(3.1, false), after(0.1, false)]).len(), 1);
+        assert_eq!(missed(&[after(0.1, true), after(0.1, false)]).len(), 1);
+    }
+
+    #[test]
+    fn one_rewind_that_takes_longer_than_its_limit_is_a_miss() {
+        let rewind = |back_s: f64| Rewind { at: String::new(), node: "n1".into(), lost_bytes: 1 << 27, back_s };
+        let met = |times: &[f64]| {
+            targets(&[], &times.iter().copied().map(rewind).collect::<Vec<_>>(), None, None).iter().all(|target| target.met)
+        };
+        assert!(met(&[14.0, 14.9]) && !met(&[1.0, 15.1]));
     }
 
     #[test]

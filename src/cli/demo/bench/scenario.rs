@@ -1,7 +1,7 @@
 //! What is done to the cluster, and how it is brought back.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -12,20 +12,16 @@ use serde::Serialize;
 use super::super::cluster::{LocalCluster, remove_dir};
 use super::super::drill::leader;
 use super::super::http;
-use super::super::process::{ProcessId, wait_for, wait_for_every};
-use super::super::status::StatusMember;
+use super::super::process::ProcessId;
+use super::super::status::{Status, StatusMember};
+use super::ask::streaming;
 use super::clients::Client;
-use super::statistics::outage;
+use super::floor::Floor;
+use super::waiting;
 use crate::clock::{BootTime, wall_clock};
+use crate::facts::cluster::DecisionRecord;
 use crate::postgres::layout::Layout;
 
-/// Rows that each client has to see acknowledged before a fault, and again after it and after the cluster is whole: 2 s of writing,
-/// two rounds of HAProxy's checks.
-const ROWS_AROUND: usize = 400;
-/// How long writes, or the whole cluster, may take to come back, in milliseconds.
-const RECOVERY_BOUND_MS: u64 = 180_000;
-/// Time between two looks at the status, in milliseconds: each one is a process.
-const STATUS_PAUSE_MS: u64 = 250;
 /// The service's RestartSec (deploy/pgherd.service), in milliseconds.
 const RESTART_AFTER_MS: u64 = 100;
 /// pgherd takes three ends of one process within a minute for a crash loop, which is not what is measured here.
@@ -57,6 +53,8 @@ pub enum Scenario {
     StandbyKill,
     /// SIGSTOP to all of a standby: it is silent, and its connections stay open
     StandbySilent,
+    /// A start of a former primary with 100 MB of WAL that nobody else has
+    Rewind,
     /// Memory, CPU and requests to etcd while nothing happens
     Idle,
     /// What quorum costs over async, beside PostgreSQL without pgherd
@@ -66,7 +64,7 @@ pub enum Scenario {
 impl Scenario {
     /// The ttl it is measured with, in seconds.
     pub fn ttl_s(self) -> u32 {
-        if self == Scenario::PowerShort { 3 } else { 10 }
+        if matches!(self, Scenario::PowerShort | Scenario::Rewind) { 3 } else { 10 }
     }
 
     /// Whether it is done to a standby, and not to the primary.
@@ -86,6 +84,7 @@ impl Scenario {
             Scenario::StandbyStop => "clean stop of a standby's daemon (SIGTERM)",
             Scenario::StandbyKill => "SIGKILL of everything on a standby",
             Scenario::StandbySilent => "SIGSTOP of everything on a standby",
+            Scenario::Rewind => "former primary with 100 MB of WAL of its own",
             Scenario::Idle => "idle",
             Scenario::Overhead => "overhead",
         }
@@ -113,6 +112,27 @@ pub struct Run {
     pub direct_failed: usize,
     /// The first such failure, either way.
     pub first_failure: Option<String>,
+    /// Of a switchover.
+    pub switched: Option<Switched>,
+}
+
+/// What else is seen of a switchover.
+#[derive(Debug, Clone, Serialize)]
+pub struct Switched {
+    /// From the last row that the former primary acknowledged until it streamed from the new one, in seconds.
+    pub back_s: f64,
+    /// It did not just follow: it was rewound, or copied.
+    pub rewound: bool,
+    /// The outage of the same by hand, just after, in seconds.
+    pub floor_s: f64,
+}
+
+impl Switched {
+    /// For the line of a run.
+    pub fn text(&self) -> String {
+        let by = if self.rewound { ", not by following" } else { "" };
+        format!(", former primary back {:.3} s{by}, by hand {:.3} s", self.back_s, self.floor_s)
+    }
 }
 
 /// A cluster under two clients.
@@ -123,22 +143,25 @@ pub struct Rounds<'a> {
     pub stop: &'a AtomicBool,
     haproxy: Client,
     direct: Client,
+    /// For switchovers.
+    floor: Option<Floor<'a>>,
     faults: BTreeMap<(Scenario, usize), Vec<BootTime>>,
 }
 
 impl<'a> Rounds<'a> {
-    /// Starts the clients.
-    pub fn begin(cluster: &'a LocalCluster, stop: &'a AtomicBool) -> Result<Rounds<'a>> {
+    /// Starts the clients. Switchovers need a floor.
+    pub fn begin(cluster: &'a LocalCluster, floor: Option<Floor<'a>>, stop: &'a AtomicBool) -> Result<Rounds<'a>> {
         let write_port = cluster.plan.frontends.context("the measurement needs HAProxy")?.write;
         let nodes: Result<Vec<_>> = cluster.plan.nodes.iter().map(|node| cluster.connection(node.declared.port)).collect();
         let (haproxy, direct) = (Client::through_haproxy(cluster.connection(write_port)?)?, Client::direct(nodes?)?);
-        Ok(Rounds { cluster, stop, haproxy, direct, faults: BTreeMap::new() })
+        Ok(Rounds { cluster, stop, haproxy, direct, floor, faults: BTreeMap::new() })
     }
 
     /// Ends the clients.
     pub fn end(self) -> Result<()> {
         self.haproxy.end()?;
-        self.direct.end()
+        self.direct.end()?;
+        self.floor.map_or(Ok(()), Floor::end)
     }
 
     /// Does one scenario to a cluster that has settled, and waits until it has again.
@@ -150,8 +173,49 @@ impl<'a> Rounds<'a> {
         let (at, fault) = (wall_clock(), BootTime::now());
         self.faults.entry((scenario, index)).or_default().push(fault);
         self.inflict(scenario, index).with_context(|| format!("{scenario:?} on {node}"))?;
+        let back_s = if scenario == Scenario::Switchover { Some(self.back_after(primary)?) } else { None };
         self.settle().with_context(|| format!("after {scenario:?} on {node}"))?;
-        self.judge(scenario, (at, node), primary, fault)
+        let mut run = self.judge(scenario, (at, node), primary, fault)?;
+        if let Some(back_s) = back_s {
+            let (rewound, floor_s) = (self.was_rewound(primary, &run.at)?, self.by_hand()?);
+            run.switched = Some(Switched { back_s, rewound, floor_s });
+        }
+        Ok(run)
+    }
+
+    /// To whom a switchover goes.
+    fn successor_of(&self, index: usize) -> usize {
+        (index + 1) % self.cluster.plan.nodes.len()
+    }
+
+    /// Waits until the former primary streams. The seconds since it acknowledged its last row.
+    fn back_after(&self, former: usize) -> Result<f64> {
+        let new = self.cluster.connection(self.cluster.plan.nodes[self.successor_of(former)].declared.port)?;
+        let streams = || streaming(&new).is_ok_and(|names| names.iter().any(|name| name == self.cluster.name(former)));
+        waiting::until(self.stop, "the former primary does not stream", streams)?;
+        let back = BootTime::now();
+        let of_former = |tried: &super::clients::Tried| tried.failure.is_none() && tried.node == Some(former);
+        let last = self.direct.tried().into_iter().filter(of_former).map(|tried| tried.ended).max();
+        Ok(back.since(last.context("the former primary acknowledged no row")?).as_secs_f64())
+    }
+
+    /// A member was brought back by more than following, since then.
+    fn was_rewound(&self, index: usize, since: &str) -> Result<bool> {
+        let said = self.cluster.pgherd(&["events", "-o", "json", "--limit", "1000"])?;
+        ensure!(said.code == Some(0), "pgherd events: exit {:?}: {}", said.code, said.err.trim());
+        let events: Vec<DecisionRecord> = serde_json::from_str(&said.out).context("reading what pgherd events said")?;
+        let of_it = |event: &DecisionRecord| event.member.as_str() == self.cluster.name(index) && event.at.as_str() >= since;
+        Ok(events.iter().any(|event| of_it(event) && ["rewind", "reclone"].contains(&event.kind.as_str())))
+    }
+
+    /// The same as a switchover by hand, while nothing is written to the cluster. In seconds.
+    fn by_hand(&mut self) -> Result<f64> {
+        let floor = self.floor.as_mut().context("there are no servers to switch over by hand")?;
+        [&self.haproxy, &self.direct].iter().for_each(|client| client.pause(true));
+        let took = floor.measure(self.stop)?;
+        [&self.haproxy, &self.direct].iter().for_each(|client| client.pause(false));
+        self.rows_flow(BootTime::now())?;
+        Ok(took.as_secs_f64())
     }
 
     /// The one that has met this scenario least often.
@@ -187,10 +251,9 @@ impl<'a> Rounds<'a> {
                 self.rows_flow(BootTime::now())?;
             }
             Scenario::Switchover => {
-                let target = self.cluster.name((index + 1) % self.cluster.plan.nodes.len());
+                let target = self.cluster.name(self.successor_of(index));
                 let said = self.cluster.pgherd(&["switchover", "--to", target, "--yes"])?;
                 ensure!(said.code == Some(0), "pgherd switchover: exit {:?}: {}", said.code, said.err.trim());
-                self.rows_flow(BootTime::now())?;
             }
             Scenario::Power | Scenario::PowerShort => {
                 self.cluster.cut_power(index);
@@ -217,30 +280,19 @@ impl<'a> Rounds<'a> {
                 self.cluster.processes(index).iter().for_each(|id| id.signal(Signal::SIGCONT));
                 flow?;
             }
-            Scenario::Idle | Scenario::Overhead => {}
+            Scenario::Rewind | Scenario::Idle | Scenario::Overhead => {}
         }
         Ok(())
     }
 
     /// Waits until commits wait for this standby no more, which is a change of the names of its own, and for rows after that.
     fn rows_flow_without(&self, index: usize) -> Result<()> {
-        let pause = Duration::from_millis(STATUS_PAUSE_MS);
-        let named = || {
-            let status = self.cluster.status();
-            status.map_or(true, |status| status.member(self.cluster.name(index)).is_some_and(StatusMember::is_waited_for))
-        };
-        let left = wait_for_every(pause, Duration::from_millis(RECOVERY_BOUND_MS), || self.interrupted() || !named());
-        ensure!(!self.interrupted(), "interrupted");
-        ensure!(left, "commits still wait for it after {} s", RECOVERY_BOUND_MS / 1000);
+        let not_named = |status: &Status| !status.member(self.cluster.name(index)).is_some_and(StatusMember::is_waited_for);
+        waiting::until_status(self.cluster, self.stop, "commits still wait for it", not_named)?;
         self.rows_flow(BootTime::now())
     }
 
     fn judge(&self, scenario: Scenario, (at, node): (String, String), primary: usize, fault: BootTime) -> Result<Run> {
-        let longest = |client: &Client| {
-            let acknowledged: Vec<BootTime> =
-                client.tried().iter().filter(|tried| tried.failure.is_none()).map(|tried| tried.ended).collect();
-            outage(&acknowledged, fault).with_context(|| format!("no row of the client `{}` was acknowledged", client.name()))
-        };
         let failures = |client: &Client| -> Vec<String> {
             let of_leader = |tried: &super::clients::Tried| tried.node.is_none_or(|node| node == primary);
             client.tried().into_iter().filter(|tried| tried.ended > fault && of_leader(tried)).filter_map(|tried| tried.failure).collect()
@@ -251,11 +303,12 @@ impl<'a> Rounds<'a> {
             scenario,
             node,
             leader_after: leader(self.cluster)?.0,
-            haproxy_s: longest(&self.haproxy)?.as_secs_f64(),
-            direct_s: longest(&self.direct)?.as_secs_f64(),
+            haproxy_s: self.haproxy.outage_after(fault)?.as_secs_f64(),
+            direct_s: self.direct.outage_after(fault)?.as_secs_f64(),
             haproxy_failed: haproxy_failed.len(),
             direct_failed: direct_failed.len(),
             first_failure: direct_failed.first().or(haproxy_failed.first()).cloned(),
+            switched: None,
         };
         let now = BootTime::now();
         self.haproxy.forget_before(now);
@@ -263,16 +316,8 @@ impl<'a> Rounds<'a> {
         Ok(run)
     }
 
-    /// Waits until both clients have seen enough rows acknowledged since.
     fn rows_flow(&self, since: BootTime) -> Result<()> {
-        for client in [&self.haproxy, &self.direct] {
-            let enough = || client.acknowledged_after(since) >= ROWS_AROUND;
-            self.wait("no rows are acknowledged", enough).with_context(|| {
-                let last = client.tried().pop().and_then(|tried| tried.failure).unwrap_or_else(|| "acknowledged".to_owned());
-                format!("the client `{}`, whose last attempt ended so: {last}", client.name())
-            })?;
-        }
-        Ok(())
+        waiting::until_rows_flow(self.stop, &[&self.haproxy, &self.direct], since)
     }
 
     fn gone(&self, id: ProcessId) -> Result<()> {
@@ -289,6 +334,7 @@ impl<'a> Rounds<'a> {
             | Scenario::StandbyStop
             | Scenario::StandbyKill
             | Scenario::StandbySilent
+            | Scenario::Rewind
             | Scenario::Idle
             | Scenario::Overhead => return Ok(()),
         };
@@ -307,14 +353,8 @@ impl<'a> Rounds<'a> {
     /// Waits until one leads, all others stream and may acknowledge commits, and nobody has a condition worse than a piece of information.
     fn wait_until_ready(&self) -> Result<()> {
         let nodes = self.cluster.plan.nodes.len();
-        let pause = Duration::from_millis(STATUS_PAUSE_MS);
-        let mut last = None;
-        let ready = wait_for_every(pause, Duration::from_millis(RECOVERY_BOUND_MS), || {
-            last = self.cluster.status().ok();
-            self.interrupted() || last.as_ref().is_some_and(|status| status.is_whole(nodes) && status.is_durable(nodes) && status.is_calm())
-        });
-        ensure!(!self.interrupted(), "interrupted");
-        ensure!(ready, "the cluster was not ready again within {} s; its last status: {last:?}", RECOVERY_BOUND_MS / 1000);
+        let ready = |status: &Status| status.is_whole(nodes) && status.is_durable(nodes) && status.is_calm();
+        waiting::until_status(self.cluster, self.stop, "the cluster is not ready again", ready)?;
         self.remove_kept()
     }
 
@@ -329,14 +369,7 @@ impl<'a> Rounds<'a> {
         Ok(())
     }
 
-    fn wait(&self, what: &str, condition: impl Fn() -> bool) -> Result<()> {
-        let so = wait_for(Duration::from_millis(RECOVERY_BOUND_MS), || self.interrupted() || condition());
-        ensure!(!self.interrupted(), "interrupted");
-        ensure!(so, "{what}, for {} s", RECOVERY_BOUND_MS / 1000);
-        Ok(())
-    }
-
-    fn interrupted(&self) -> bool {
-        self.stop.load(Ordering::SeqCst)
+    fn wait(&self, what: &str, condition: impl FnMut() -> bool) -> Result<()> {
+        waiting::until(self.stop, what, condition)
     }
 }

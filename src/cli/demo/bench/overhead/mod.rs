@@ -8,7 +8,6 @@
 //! cost = 1 - (quorum under pgherd / quorum alone) / (async under pgherd / async alone)
 //! ```
 
-mod bare;
 mod load;
 
 use std::fmt::Write as _;
@@ -17,16 +16,16 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
-use tokio_postgres::{Config, NoTls};
+use tokio_postgres::Config;
 
 use super::super::cluster::LocalCluster;
 use super::super::documents::ClusterDocument;
 use super::super::drill::leader;
 use super::super::ports::PortBlock;
 use super::super::process::{wait_for, wait_for_every};
-use super::super::runtime::in_own_thread;
+use super::ask::{execute, texts};
+use super::bare::Bare;
 use super::statistics::{Spread, spread};
-use bare::Bare;
 use load::{Load, Slice};
 
 /// How many writers there are at once, in turn.
@@ -39,8 +38,6 @@ const MODE_BOUND_MS: u64 = 60_000;
 const MODE_PAUSE_MS: u64 = 100;
 /// How long both clusters are left alone after it, in milliseconds: for 5 s the leader looks at its server every 20 ms.
 const SETTLE_MS: u64 = 6_000;
-/// Limit of one question to a server, in milliseconds. A checkpoint is one.
-const ASK_LIMIT_MS: u64 = 30_000;
 
 /// For whom commits wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -282,32 +279,6 @@ impl Overhead {
             ms(|block| block.bare.p95_ms),
         );
     }
-}
-
-fn execute(config: &Config, statement: &'static str) -> Result<()> {
-    let config = config.clone();
-    in_own_thread(async move {
-        let work = async {
-            let (client, connection) = config.connect(NoTls).await?;
-            tokio::spawn(connection);
-            client.batch_execute(statement).await
-        };
-        tokio::time::timeout(Duration::from_millis(ASK_LIMIT_MS), work).await.context("no answer in time")?.context(statement)
-    })
-}
-
-/// Rows of two text columns.
-fn texts(config: &Config, question: &str) -> Result<Vec<(String, String)>> {
-    let (config, question) = (config.clone(), question.to_owned());
-    in_own_thread(async move {
-        let work = async {
-            let (client, connection) = config.connect(NoTls).await?;
-            tokio::spawn(connection);
-            client.query(&question, &[]).await
-        };
-        let rows = tokio::time::timeout(Duration::from_millis(ASK_LIMIT_MS), work).await.context("no answer in time")??;
-        rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
-    })
 }
 
 #[cfg(test)]

@@ -16,16 +16,18 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use tokio_postgres::Config;
 
-use super::super::super::cluster::{LocalCluster, remove_dir, run};
-use super::super::super::ports::PortBlock;
-use super::super::super::process::{ProcessId, wait_for};
-use super::texts;
+use super::super::cluster::{LocalCluster, remove_dir, run};
+use super::super::ports::PortBlock;
+use super::super::process::{ProcessId, wait_for, wait_for_every};
+use super::ask::{execute, streaming, texts};
 use crate::policy::parameters::quote;
 
 /// How long initdb or a copy may take, in milliseconds.
 const COMMAND_LIMIT_MS: u64 = 120_000;
 /// How long a server may take to answer, to stream, or to end, in milliseconds.
 const SERVER_LIMIT_MS: u64 = 60_000;
+/// Time between two looks whether a server has ended, in milliseconds: it is in what a switchover by hand takes.
+const END_POLL_MS: u64 = 1;
 /// Included by postgresql.conf, as pgherd does it: whom commits wait for.
 const NAMES_FILE: &str = "names.conf";
 /// Settings that say where something is, whom a server follows, and for whom commits wait.
@@ -62,6 +64,17 @@ struct Server {
     postmaster: Option<ProcessId>,
 }
 
+impl Server {
+    /// A fast stop.
+    fn end(&mut self) -> Result<()> {
+        let Some(postmaster) = self.postmaster.take() else { return Ok(()) };
+        postmaster.signal(Signal::SIGINT);
+        let (pause, limit) = (Duration::from_millis(END_POLL_MS), Duration::from_millis(SERVER_LIMIT_MS));
+        ensure!(wait_for_every(pause, limit, || !postmaster.is_alive()), "the server in {} does not end", self.dir.display());
+        Ok(())
+    }
+}
+
 impl<'a> Bare<'a> {
     /// Starts it beside `cluster`, with the settings of the server at `pattern`, and with standbys of these names.
     pub fn start(cluster: &'a LocalCluster, ports: &PortBlock, pattern: &Config, standbys: &[String]) -> Result<Bare<'a>> {
@@ -78,11 +91,7 @@ impl<'a> Bare<'a> {
         for index in 0..bare.standbys.len() {
             bare.start_standby(index)?;
         }
-        let streams = || {
-            let question = "SELECT application_name, state FROM pg_stat_replication WHERE state = 'streaming'";
-            bare.config().and_then(|config| texts(&config, question)).is_ok_and(|rows| rows.len() == bare.standbys.len())
-        };
-        ensure!(wait_for(Duration::from_millis(SERVER_LIMIT_MS), streams), "the standbys without pgherd do not stream");
+        bare.wait_for_standbys()?;
         same(&settings_of_all(pattern)?, &settings_of_all(&bare.config()?)?)?;
         Ok(bare)
     }
@@ -99,15 +108,41 @@ impl<'a> Bare<'a> {
         texts(&self.config()?, "SELECT pg_reload_conf()::text, ''").map(|_| ())
     }
 
+    /// How to connect to every server, the primary first.
+    pub fn configs(&self) -> Result<Vec<Config>> {
+        [&self.primary].into_iter().chain(&self.standbys).map(|server| self.cluster.connection(server.port)).collect()
+    }
+
+    /// Makes the first standby the primary, with nothing between a command's end and the next one: CHECKPOINT, a fast stop, which ends when
+    /// the standby has the shutdown checkpoint, and pg_promote.
+    pub fn switch_over(&mut self) -> Result<()> {
+        execute(&self.config()?, "CHECKPOINT")?;
+        self.primary.end()?;
+        let standby = self.standbys.first_mut().context("there is no standby")?;
+        execute(&self.cluster.connection(standby.port)?, "SELECT pg_promote(false)")?;
+        std::mem::swap(&mut self.primary, standby);
+        Ok(())
+    }
+
+    /// Starts the former primary as a standby of the one that takes writes by now.
+    pub fn follow(&mut self) -> Result<()> {
+        self.begin_to_follow(0)?;
+        self.wait_for_standbys()
+    }
+
     /// Ends it, and removes all of it.
-    pub fn end(self) -> Result<()> {
-        for server in self.standbys.iter().chain([&self.primary]) {
-            let Some(postmaster) = server.postmaster else { continue };
-            postmaster.signal(Signal::SIGINT);
-            let ended = wait_for(Duration::from_millis(SERVER_LIMIT_MS), || !postmaster.is_alive());
-            ensure!(ended, "the server in {} does not end", server.dir.display());
+    pub fn end(mut self) -> Result<()> {
+        for server in self.standbys.iter_mut().chain([&mut self.primary]) {
+            server.end()?;
             remove_dir(&server.dir)?;
         }
+        Ok(())
+    }
+
+    fn wait_for_standbys(&self) -> Result<()> {
+        let config = self.config()?;
+        let stream = || streaming(&config).is_ok_and(|names| names.len() == self.standbys.len());
+        ensure!(wait_for(Duration::from_millis(SERVER_LIMIT_MS), stream), "the standbys without pgherd do not stream");
         Ok(())
     }
 
@@ -130,25 +165,35 @@ impl<'a> Bare<'a> {
     fn start_standby(&mut self, index: usize) -> Result<()> {
         let (server, user) = (&self.standbys[index], &self.cluster.household().user.name);
         self.make_dir(server)?;
-        // A name of ours has no quote in it.
-        texts(&self.config()?, &format!("SELECT pg_create_physical_replication_slot('{}')::text, ''", server.name))
-            .context("making a slot")?;
-        let passfile = server.dir.join("pgpass");
-        self.write(&passfile, &format!("127.0.0.1:*:*:{user}:{}\n", self.cluster.superuser_password()?))?;
         let mut copy = self.program("pg_basebackup");
         copy.arg("--pgdata").arg(server.dir.join("data")).args(["--host", "127.0.0.1", "--port", &self.primary.port.to_string()]);
-        copy.args(["--username", user, "--no-password", "--checkpoint", "fast", "--wal-method", "stream"]).env("PGPASSFILE", &passfile);
+        copy.args(["--username", user, "--no-password", "--checkpoint", "fast", "--wal-method", "stream"]);
+        copy.env("PGPASSFILE", self.write_passfile(server)?);
         succeed(copy)?;
-        self.write(&server.dir.join("data/standby.signal"), "")?;
-        let conninfo = format!(
-            "host=127.0.0.1 port={} user={user} passfile={} application_name={}",
-            self.primary.port,
-            passfile.display(),
-            server.name
+        self.begin_to_follow(index)
+    }
+
+    fn begin_to_follow(&mut self, index: usize) -> Result<()> {
+        let (server, user) = (&self.standbys[index], &self.cluster.household().user.name);
+        // A name of ours has no quote in it.
+        let name = &server.name;
+        let slot = format!(
+            "SELECT pg_create_physical_replication_slot('{name}') WHERE NOT EXISTS \
+             (SELECT FROM pg_replication_slots WHERE slot_name = '{name}')"
         );
+        execute(&self.config()?, &slot).context("making a slot")?;
+        self.write(&server.dir.join("data/standby.signal"), "")?;
+        let (port, passfile) = (self.primary.port, self.write_passfile(server)?);
+        let conninfo = format!("host=127.0.0.1 port={port} user={user} passfile={} application_name={name}", passfile.display());
         self.configure(server, &conninfo)?;
         self.standbys[index].postmaster = Some(self.spawn(server)?);
         Ok(())
+    }
+
+    fn write_passfile(&self, server: &Server) -> Result<PathBuf> {
+        let (path, user) = (server.dir.join("pgpass"), &self.cluster.household().user.name);
+        self.write(&path, &format!("127.0.0.1:*:*:{user}:{}\n", self.cluster.superuser_password()?))?;
+        Ok(path)
     }
 
     /// pgherd's settings at another place.
