@@ -9,7 +9,7 @@ use crate::facts::requests::StageTime;
 /// All of it.
 #[derive(Debug, Clone, Default)]
 pub struct Requests {
-    /// The open requests, and when this member saw each first while it led.
+    /// The open requests, and when this member saw each first while it led; of one for a later time, when it saw that its time had come.
     pub seen: BTreeMap<String, BootTime>,
     /// Those that this run of the daemon took up.
     pub claimed: BTreeSet<String>,

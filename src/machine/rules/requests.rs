@@ -70,11 +70,15 @@ pub(crate) fn taken_up(context: &mut Context<'_>) -> Outcome<State> {
     let Some(view) = context.world.fresh_view().cloned() else { return Handled };
     let (now, me) = (context.now, context.world.me.name.clone());
     let open = open(&view, context);
+    // One for a later time is looked at from then on: what was known when it was written says nothing by then.
+    let waits =
+        |key: &RequestKey| matches!(key.record.ask, Ask::ScheduledSwitchover { .. }) && key.record.progress == RequestProgress::Created;
+    let is_due = |id: &String| view.requests.get(id).is_some_and(|key| !waits(key) || open.iter().any(|(of, ..)| *of == id));
     let requests = &mut context.world.requests;
-    requests.seen.retain(|id, _| view.requests.contains_key(id));
+    requests.seen.retain(|id, _| is_due(id));
     requests.claimed.retain(|id| view.requests.contains_key(id));
     requests.tried.retain(|id| view.requests.contains_key(id));
-    for id in view.requests.keys() {
+    for id in view.requests.keys().filter(|id| is_due(id)) {
         requests.seen.entry(id.clone()).or_insert(now);
     }
     let is_check = |key: &RequestKey| match &key.record.ask {

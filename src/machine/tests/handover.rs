@@ -236,6 +236,26 @@ fn a_scheduled_switchover_waits_for_its_time_by_the_wall_clock_and_one_that_is_l
     }
 }
 
+/// Found by reading: it was judged at once on what had been asked before, or refused since nothing was known, once it was 6 s old.
+#[test]
+fn a_schedule_is_judged_on_what_is_under_way_when_its_time_comes_however_long_ago_it_was_written() {
+    for asked_since in [false, true] {
+        let mut world = leads_with(&[("1", scheduled(RequestProgress::Created, 1_000))]);
+        let long_over = Survey { base_backups: vec!["a copy that has ended".to_owned()], ..Survey::default() };
+        world.requests.survey = asked_since.then_some((T0 + s(1), long_over));
+        let mut checked = Checked::resume(world, State::Primary);
+        checked.handle(T0, at(900));
+        for second in 1..=20 {
+            checked.handle(T0 + s(second), renewed(T0 + s(second)));
+        }
+        let actions = checked.handle(T0 + s(20), at(1_000));
+        assert!(actions.iter().any(|action| matches!(action, Action::Do(Operation::Survey))), "{actions:?}");
+        assert!(answers(&actions).is_empty(), "{:?}", answers(&actions));
+        let actions = checked.handle(T0 + s(20) + ms(50), Event::Finished(Finished::Surveyed(Ok(Survey::default()))));
+        assert!(matches!(answers(&actions).as_slice(), [("1", RequestProgress::Claimed { .. })]), "{:?}", answers(&actions));
+    }
+}
+
 #[test]
 fn row_23_a_wall_clock_that_was_set_back_does_not_begin_a_switchover_a_second_time() {
     let mut world = leads_with(&[("1", scheduled(claimed("a"), 1_000))]);
