@@ -187,8 +187,8 @@ impl World {
             }
             Ok(Configured::PutBack(why)) => {
                 // Whom to follow is in a file of its own, which stays.
-                let generation = self.in_force.as_ref().map_or(0, |files| files.generation);
-                self.in_force = Some(InForce { generation, upstream });
+                let before = self.in_force.as_ref().map_or(0, |files| files.generation);
+                self.in_force = Some(InForce { generation: before, upstream });
                 self.refused_generation = Some(generation);
                 self.fail(
                     "configuration_refused",

@@ -7,8 +7,8 @@ use super::cluster::s;
 use super::fixtures::*;
 use super::reactions::worlds::{full, led_by_b, locked, proved, standby, vacant};
 use crate::facts::postgres::{DataDirectory, DatabaseState};
-use crate::machine::action::{Action, Operation};
-use crate::machine::event::{AcquireOutcome, Event, Finished, PutOutcome};
+use crate::machine::action::{Action, Operation, Upstream};
+use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, PutOutcome};
 use crate::machine::state::State;
 use crate::machine::world::World;
 use crate::types::Revision;
@@ -65,4 +65,27 @@ fn row_34_a_data_directory_that_cannot_be_read_is_said_until_it_can() {
     assert!(world.conditions.contains_key("data_directory_unread"));
     world.looked(T0, found);
     assert!(!world.conditions.contains_key("data_directory_unread"));
+}
+
+/// Found by reading: the generation that was in force was taken for the one that was refused, and so that one was tried again without end.
+#[test]
+fn row_61_a_generation_that_postgresql_does_not_want_is_tried_once_and_named() {
+    let refused = || Finished::Configured { generation: 9, upstream: led_upstream(), result: Ok(Configured::PutBack("bad".to_owned())) };
+    let configures = |actions: &[Action]| actions.iter().any(|action| matches!(action, Action::Do(Operation::Configure { .. })));
+    let mut world = World { view: Some(Arc::new(led_by_b())), ..standby() };
+    world.spec = world.spec.map(|(_, spec)| (9, spec));
+    let mut checked = Checked::resume(world, State::Following);
+    assert!(configures(&checked.handle(T0, Event::Tick)));
+    let mut actions = checked.handle(T0 + ms(100), Event::Finished(refused()));
+    for second in 1..=5 {
+        actions.extend(checked.handle(T0 + s(second), Event::Probed(probe(T0 + s(second), sql(true, 2, 1_000)))));
+    }
+    assert!(!configures(&actions), "{actions:?}");
+    let world = checked.world();
+    assert_eq!((world.refused_generation, world.in_force.as_ref().map(|files| files.generation)), (Some(9), Some(1)));
+    assert!(world.conditions["configuration_refused"].message.contains("generation 9"), "{:?}", world.conditions);
+}
+
+fn led_upstream() -> Option<Upstream> {
+    standby().in_force.and_then(|files| files.upstream)
 }
