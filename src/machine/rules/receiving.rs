@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::MemberKey;
-use crate::facts::postgres::SqlFacts;
+use crate::facts::guard::Word;
+use crate::facts::postgres::{ProbeOutcome, SqlFacts};
 use crate::machine::action::{Operation, Upstream};
 use crate::machine::node::Context;
 use crate::machine::world::{Etcd, World};
@@ -19,6 +20,9 @@ use crate::types::MemberName;
 
 /// What the leader's server answered so long ago still counts.
 const REACHED_FOR_S: u64 = 5;
+/// A server that takes no connections may follow somebody who does not lead any more for so long: one that goes through the WAL that it has
+/// loses nothing by it, and a former primary that is stopped in the middle of that could not be rewound.
+const STARTS_WITHIN_S: u64 = 300;
 /// PostgreSQL's own wal_receiver_timeout, for a spec that asks for PostgreSQL's default.
 const WAL_RECEIVER_TIMEOUT: &str = "60s";
 
@@ -98,6 +102,22 @@ pub(crate) fn is_stuck(context: &mut Context<'_>) -> bool {
         }
         Step::RestartServer => restart_server(context),
     }
+}
+
+/// A server that takes no connections cannot be told whom to follow. One that was rewound takes none before it has all that its source had:
+/// with that source gone it would wait for ever. Nobody reads from it, so that it is stopped, judged, and started behind the present leader.
+pub(crate) fn waits_for_a_former_leader(context: &mut Context<'_>) -> bool {
+    let (now, world) = (context.now, &*context.world);
+    let starts = matches!(world.running(), Some((_, Word::Standby)))
+        && matches!(world.probe.as_ref().map(|probe| &probe.outcome), Some(ProbeOutcome::NotYet(_)));
+    let Some((_, writes_since)) = world.leader_writes_since.filter(|_| starts && world.etcd == Etcd::Reachable) else { return false };
+    if now.since(writes_since.max(world.postmaster_since)) < Duration::from_secs(STARTS_WITHIN_S) {
+        return false;
+    }
+    let follows = world.in_force.as_ref().and_then(|files| files.upstream.as_ref()).map(|upstream| upstream.member.clone());
+    let leads = |member: &MemberName| world.other_leader().is_some_and(|(leader, _)| leader == member);
+    let Some(former) = follows.filter(|member| !leads(member)) else { return false };
+    source(context).is_some_and(|source| source.member != former)
 }
 
 /// Whom to follow is taken away; the next look gives it back.

@@ -151,11 +151,12 @@ fn wrong_identity(context: &Context<'_>) -> Option<String> {
 fn has_to_be_judged(context: &Context<'_>) -> bool {
     let (Some(control), Some((_, key))) = (context.world.control(), context.world.other_leader()) else { return false };
     let was_standby = matches!(control.state, DatabaseState::ShutDownInRecovery | DatabaseState::InArchiveRecovery);
-    // A copy made a moment ago: its control file is the leader's own.
-    if control.backup_label && control.standby_signal {
+    let same_timeline = key.record.timeline == Some(control.timeline.max(control.min_recovery_timeline));
+    // A copy made a moment ago: its control file is the leader's own. Of another timeline it is a former leader's, whose WAL may be past
+    // the point where this one left it, and then PostgreSQL would refuse to start at every attempt.
+    if control.backup_label && control.standby_signal && same_timeline {
         return false;
     }
-    let same_timeline = key.record.timeline == Some(control.timeline.max(control.min_recovery_timeline));
     key.record.role == MemberRole::Primary && (!(was_standby && same_timeline) || is_of_another_promotion(context))
 }
 
@@ -170,7 +171,8 @@ fn follow_running(context: &mut Context<'_>) -> Outcome<State> {
         context.start(Operation::Look);
     }
     let another = is_of_another_promotion(context);
-    if has_diverged(context) || receiving::is_stuck(context) || (another && context.world.leader_writes()) {
+    let cannot_follow = has_diverged(context) || receiving::is_stuck(context) || receiving::waits_for_a_former_leader(context);
+    if cannot_follow || (another && context.world.leader_writes()) {
         context.decide("rejoin", "PostgreSQL cannot follow the leader as it is: it is stopped and the way back is judged");
         context.stop(StopMode::Fast { patience: Duration::from_secs(STANDBY_STOP_S) });
         return Transition(State::Rejoining);
