@@ -22,6 +22,9 @@ use serde::{Deserialize, Serialize};
 use super::files;
 use super::layout::{INSIDE_NAME, Layout};
 
+/// Beside what is kept: why.
+const WHY: &str = "why.json";
+
 /// Why a swap was not begun.
 #[derive(Debug, thiserror::Error)]
 pub enum SwapError {
@@ -71,10 +74,11 @@ enum Stage {
 
 /// Refuses early what [`swap`] would refuse: asked before hours of copying.
 pub fn check(layout: &Layout, keep: &Keep) -> Result<(), SwapError> {
-    let occupied = |dir: &Path| -> Result<bool> { Ok(dir.is_dir() && !entries(dir)?.is_empty()) };
+    // The reason alone is what a crash left of a swap that had not begun.
+    let occupied = |dir: &Path, but: &str| -> Result<bool> { Ok(dir.is_dir() && entries(dir)?.iter().any(|name| name != but)) };
     match keep {
-        Keep::Whole { .. } if occupied(&layout.kept_dir())? => Err(SwapError::KeptOccupied(layout.kept_dir())),
-        Keep::Empty if occupied(layout.data_dir())? => Err(SwapError::NotEmpty(layout.data_dir().to_owned())),
+        Keep::Whole { .. } if occupied(&layout.kept_dir(), WHY)? => Err(SwapError::KeptOccupied(layout.kept_dir())),
+        Keep::Empty if occupied(layout.data_dir(), "")? => Err(SwapError::NotEmpty(layout.data_dir().to_owned())),
         _ => Ok(()),
     }
 }
@@ -88,7 +92,7 @@ pub fn swap(layout: &Layout, from: &Path, keep: &Keep) -> Result<(), SwapError> 
         Keep::Whole { why } => {
             let kept = layout.kept_dir();
             files::make_directory(&kept)?;
-            files::write_whole(&kept.join("why.json"), &serde_json::to_vec_pretty(&Why { why }).context("writing why.json")?)?;
+            files::write_whole(&kept.join(WHY), &serde_json::to_vec_pretty(&Why { why }).context("writing why.json")?)?;
             Some(kept.join("data"))
         }
         Keep::Nothing => {
@@ -371,6 +375,28 @@ mod tests {
                 assert!(fs::read_to_string(layout.kept_dir().join("why.json")).unwrap().contains("diverged"));
             });
         }
+    }
+
+    /// Found by reading: what was left of a swap that never began was taken for a diverged directory, and nothing was swapped any more.
+    #[test]
+    fn a_swap_that_a_crash_kept_from_beginning_is_begun_again() {
+        let mut kept_from_beginning = 0;
+        for first in 0.. {
+            let place = place(true);
+            let again = || swap(&place.layout, &place.layout.clone_dir(), &kept());
+            EFFECTS_LEFT.set(Some(first));
+            let ended = again();
+            EFFECTS_LEFT.set(None);
+            if ended.is_ok() {
+                break;
+            }
+            if !recover_interrupted_swap(&place.layout).unwrap() {
+                again().unwrap();
+                assert!(holds(&place.layout.kept_dir().join("data"), &OLD) && holds(place.layout.data_dir(), &NEW));
+                kept_from_beginning += 1;
+            }
+        }
+        assert!(kept_from_beginning > 1, "{kept_from_beginning}");
     }
 
     #[test]
