@@ -15,8 +15,7 @@ use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState};
 use crate::machine::action::{Action, Operation, OperationKind, StopMode};
 use crate::machine::node::{Context, after_leading};
 use crate::machine::requests::HandedOver;
-use crate::machine::rules::requests;
-use crate::machine::rules::standby;
+use crate::machine::rules::{primary, requests, standby};
 use crate::machine::state::{Demotion, HandOver, HandOverStage, Promotion, State, Then, Way};
 use crate::machine::world::Lock;
 use crate::mutants::{Mutant, mutant};
@@ -79,6 +78,9 @@ fn checkpoint(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<St
     let late = context.now.since(hand_over.since) > patience;
     let failed = context.world.failures(OperationKind::Checkpoint) > 0;
     let ended = context.world.running().is_none();
+    if let Some(lock) = context.world.lock.identity() {
+        primary::keep_records(context, lock);
+    }
     if !ended && !context.world.checkpointed && !late && !failed {
         context.start(Operation::Checkpoint);
         return Handled;

@@ -16,7 +16,7 @@ use crate::facts::guard::{Maintenance, Word};
 use crate::facts::maintenance::{MaintenanceRecord, Phase};
 use crate::machine::action::{Action, Operation, OperationKind};
 use crate::machine::node::Context;
-use crate::machine::rules::{primary, slots, starting};
+use crate::machine::rules::{primary, slots, starting, synchrony};
 use crate::machine::state::State;
 use crate::machine::world::Lock;
 use crate::mutants::{Mutant, mutant};
@@ -172,6 +172,7 @@ fn keep_records(context: &mut Context<'_>) {
     let Lock::Proved { identity, until, .. } = context.world.lock else { return };
     let writes = matches!(context.world.running(), Some((_, Word::Writable)));
     if writes && context.now < until && primary::keep_records(context, identity) {
+        synchrony::keep(context, identity);
         slots::keep(context);
     }
 }

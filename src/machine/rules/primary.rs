@@ -83,6 +83,7 @@ fn upkeep(context: &mut Context<'_>, lock: LockIdentity) {
     if !keep_records(context, lock) {
         return;
     }
+    synchrony::keep(context, lock);
     let start = context.world.running().map(|(start, _)| start);
     if context.world.roles_for != start {
         let post_init = context.world.initialized_here;
@@ -94,17 +95,16 @@ fn upkeep(context: &mut Context<'_>, lock: LockIdentity) {
     }
 }
 
-/// What is written under the lock, and whom commits wait for. False: nothing may be written now.
+/// What those who elect the next leader go by, for as long as PostgreSQL takes writes here. True = it does, under a proved lock.
 pub(crate) fn keep_records(context: &mut Context<'_>, lock: LockIdentity) -> bool {
     let Some((timeline, lsn)) = context.world.sql().filter(|sql| !sql.in_recovery).map(|sql| (sql.timeline, sql.receive_lsn)) else {
         return false;
     };
-    if context.world.spec().is_none() || !matches!(context.world.lock, Lock::Proved { until, .. } if context.now < until) {
+    if !matches!(context.world.lock, Lock::Proved { until, .. } if context.now < until) {
         return false;
     }
     record_promotion(context, lock, timeline);
     write_status(context, lock, timeline, lsn);
-    synchrony::keep(context, lock);
     true
 }
 

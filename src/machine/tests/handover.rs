@@ -98,6 +98,28 @@ fn row_70_a_checkpoint_that_fails_or_a_target_that_is_gone_by_then_costs_no_outa
     }
 }
 
+/// Until the stop it takes writes as before: what a failover may lose is counted from `status` (P2).
+#[test]
+fn p2_the_leaders_position_goes_on_being_written_while_a_long_checkpoint_is_made() {
+    let mut checked = makes_checkpoint();
+    checked.handle(T0, Event::Finished(Finished::StatusWritten(Ok(true))));
+    let mut written = Vec::new();
+    for second in 1..=30 {
+        let now = T0 + s(second);
+        let mut actions = checked.handle(now, renewed(now));
+        actions.extend(checked.handle(now, Event::Probed(probe(now, SqlFacts { ..sql(false, 2, 1_000 + second) }))));
+        let lsn = actions
+            .iter()
+            .find_map(|action| if let Action::Do(Operation::WriteStatus(record)) = action { Some(record.lsn.0) } else { None });
+        if let Some(lsn) = lsn {
+            written.push(lsn);
+            checked.handle(now, Event::Finished(Finished::StatusWritten(Ok(true))));
+        }
+    }
+    assert_eq!(checked.state().name(), "handing_over");
+    assert!(written.len() >= 5 && written.iter().all(|lsn| *lsn > 1_000), "{written:?}");
+}
+
 #[test]
 fn row_70_a_checkpoint_that_does_not_end_is_given_up_and_postgresql_is_not_stopped() {
     let mut checked = makes_checkpoint();
