@@ -12,6 +12,9 @@ use crate::types::MemberName;
 /// WAL segments that may wait for the archiver without a word: the last one always does.
 const READY_SEGMENTS_MAX: u64 = 8;
 
+/// WAL that a target may have received and not replayed: about a second of replay, in which nobody can write.
+const REPLAY_BEHIND_MAX_BYTES: u64 = 128 << 20;
+
 /// What is judged on.
 #[derive(Debug)]
 pub struct Inputs<'a> {
@@ -80,6 +83,7 @@ fn of_the_stream(inputs: &Inputs<'_>, to: &MemberName, own: &str) -> Option<Obst
     // A walsender of a connection that is half gone can stand beside the one at work.
     let of_it = || inputs.sql.replicas.iter().filter(|replica| replica.application_name == to.as_str());
     let replica = of_it().find(|replica| replica.streams()).or_else(|| of_it().next());
+    let replayed = replica.and_then(|replica| replica.replay_lsn);
     let Some(flushed) = replica.filter(|replica| replica.streams()).and_then(|replica| replica.flush_lsn) else {
         let seen = replica.map_or("the leader does not see it", |replica| replica.state.as_str());
         let reason = format!("`{to}` does not stream from the leader (its own state: {own}; in pg_stat_replication: {seen})");
@@ -87,7 +91,15 @@ fn of_the_stream(inputs: &Inputs<'_>, to: &MemberName, own: &str) -> Option<Obst
     };
     let (lag, limit) = (inputs.sql.receive_lsn.bytes_since(flushed), inputs.spec.ha.maximum_lag_on_failover);
     let reason = || format!("`{to}` is {lag} bytes behind, more than maximum_lag_on_failover of {limit} bytes");
-    (lag > limit).then(|| Obstacle::Lasting(reason()))
+    if lag > limit {
+        return Some(Obstacle::Lasting(reason()));
+    }
+    let behind = inputs.sql.receive_lsn.bytes_since(replayed?);
+    (behind > REPLAY_BEHIND_MAX_BYTES).then(|| {
+        let why =
+            format!("`{to}` has not replayed {behind} bytes of what it has, and nobody could write until it had: is a query in its way?");
+        Obstacle::Passing(why)
+    })
 }
 
 /// What a hand-over from this leader costs, whoever follows.

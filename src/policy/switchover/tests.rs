@@ -87,6 +87,20 @@ fn row_69_whoever_leads_is_not_declared_never_leads_is_not_there_or_is_behind_is
     Sight::new().with(|sight| sight.sql.replicas.truncate(1)).with(other).refused("c", "does not stream");
 }
 
+/// It has all WAL and would take writes only when it has replayed it: an outage for as long as that takes.
+#[test]
+fn row_51_a_target_that_is_far_behind_in_replay_is_refused_unless_it_catches_up_in_a_moment() {
+    let replayed = |behind: u64| {
+        Sight::new().with(|sight| sight.sql.replicas[1].replay_lsn = Some(Lsn(2 * REPLAY_BEHIND_MAX_BYTES - behind))).with(|sight| {
+            sight.sql.replicas.iter_mut().for_each(|replica| replica.flush_lsn = Some(Lsn(2 * REPLAY_BEHIND_MAX_BYTES)));
+            sight.sql.receive_lsn = Lsn(2 * REPLAY_BEHIND_MAX_BYTES);
+        })
+    };
+    assert_eq!(replayed(REPLAY_BEHIND_MAX_BYTES).in_the_way_of("c"), []);
+    let found = replayed(REPLAY_BEHIND_MAX_BYTES + 1).in_the_way_of("c");
+    assert!(matches!(found.as_slice(), [Obstacle::Passing(why)] if why.contains("has not replayed")), "{found:?}");
+}
+
 #[test]
 fn what_the_leader_has_not_seen_yet_may_pass() {
     for sight in [Sight::new().with(|sight| sight.sql.replicas.truncate(1)), Sight::new().with(|sight| sight.survey = None)] {
