@@ -320,8 +320,28 @@ fn with_promotion(end: &HandedOver, now: BootTime) -> Vec<StageTime> {
     end.stages.iter().cloned().chain([StageTime { stage: "promotion".to_owned(), ms }]).collect()
 }
 
+/// Before a member runs for the lock because somebody asked for it: from then on nobody takes that back, and whoever asked sees it. True =
+/// it is so.
+pub(crate) fn takes_up_failover(context: &mut Context<'_>, view: &ClusterView, id: &str) -> bool {
+    let by = context.world.me.name.clone();
+    let Some(key) = view.requests.get(id) else { return false };
+    if claimed_by(key) == Some(&by) {
+        return true;
+    }
+    if answer(context, id, key, RequestProgress::Claimed { by, stage: "promotion".to_owned(), stages: Vec::new() }) {
+        context.world.requests.claimed.insert(id.to_owned());
+    }
+    false
+}
+
 /// What became of a failover by hand: whoever leads says so, and until then the one that is to lead says why it does not.
-fn of_failover(context: &Context<'_>, state: &State, view: &ClusterView, (id, _, to): Open<'_>, accepted: bool) -> Option<RequestProgress> {
+fn of_failover(
+    context: &Context<'_>,
+    state: &State,
+    view: &ClusterView,
+    (id, key, to): Open<'_>,
+    accepted: bool,
+) -> Option<RequestProgress> {
     let me = &context.world.me.name;
     let tried = context.world.requests.tried.contains(id);
     let refused = |reason: String| Some(RequestProgress::Refused { reason });
@@ -336,7 +356,10 @@ fn of_failover(context: &Context<'_>, state: &State, view: &ClusterView, (id, _,
         return None;
     }
     match standby::verdict(context)? {
-        _ if tried => refused("it ran for the lock and came to nothing: `pgherd events` tells why".to_owned()),
+        // Also one that the run of the daemon before this one took up.
+        _ if tried || claimed_by(key).is_some() && !context.world.requests.claimed.contains(id) => {
+            refused("it ran for the lock and came to nothing: `pgherd events` tells why".to_owned())
+        }
         Verdict::NotEligible { why } if accepted => refused(why),
         Verdict::NotEligible { why } => refused(format!("{why}; what would be lost was not accepted")),
         Verdict::Run { .. } | Verdict::Wait { .. } => None,

@@ -14,7 +14,7 @@ use crate::facts::postgres::{DataDirectory, DatabaseState};
 use crate::facts::requests::{Ask, RequestProgress};
 use crate::machine::action::{Action, Operation, OperationKind, StartAs, StopMode, Upstream};
 use crate::machine::node::Context;
-use crate::machine::rules::{receiving, slots, synchrony};
+use crate::machine::rules::{receiving, requests, slots, synchrony};
 use crate::machine::state::{Demotion, Promotion, State, Then, Way};
 use crate::machine::world::{Etcd, Lock};
 use crate::mutants::{Mutant, mutant};
@@ -315,7 +315,8 @@ fn by_hand(context: &Context<'_>) -> Option<(String, String, u64)> {
     world.fresh_view()?.requests.iter().find_map(|(id, key)| {
         let Ask::Failover { to, accept_loss } = &key.record.ask else { return None };
         let accepted = accept_loss.or(mutant(Mutant::LossNotAccepted).then_some(u64::MAX))?;
-        let stands = key.record.progress == RequestProgress::Created && !world.requests.tried.contains(id);
+        let ours = world.requests.claimed.contains(id) && key.record.progress.is_open();
+        let stands = (ours || key.record.progress == RequestProgress::Created) && !world.requests.tried.contains(id);
         (stands && *to == world.me.name).then(|| (id.clone(), key.record.by.clone(), accepted))
     })
 }
@@ -362,9 +363,13 @@ fn ask_peers(context: &mut Context<'_>, again_ms: u64) {
 }
 
 fn run(context: &mut Context<'_>, why: &str, initialize: Option<crate::types::SystemId>) {
-    let (Some(view), Some(lease), Some(sql)) = (context.world.fresh_view().cloned(), context.world.lease, context.world.sql()) else {
+    let Some(view) = context.world.fresh_view().cloned() else { return };
+    if let Some((id, ..)) = by_hand(context)
+        && !requests::takes_up_failover(context, &view, &id)
+    {
         return;
-    };
+    }
+    let (Some(lease), Some(sql)) = (context.world.lease, context.world.sql()) else { return };
     let end = sql.end_of_wal();
     let reserved = election::next_timeline(&view, sql.timeline);
     let history = with_reservation(&view, reserved, &context.world.me.name, lease.lease, why);

@@ -336,6 +336,7 @@ fn row_69_a_failover_by_hand_leads_with_the_loss_that_was_accepted_and_no_more_a
         assert_eq!(toy.leader(), None);
     }
     toy.ask("3", Ask::Failover { to: name(to), accept_loss: Some(2 * LOST) });
+    toy.until("it is under way, and its requester can see it", s(10), |toy| matches!(toy.progress("3"), RequestProgress::Claimed { .. }));
     toy.until("it leads", s(10), |toy| toy.primary() == Some(to));
     toy.until("an answer", s(6), |toy| answered(toy, "3"));
     assert!(matches!(toy.progress("3"), RequestProgress::Done { .. }), "{:?}", toy.progress("3"));
