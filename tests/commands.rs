@@ -228,6 +228,30 @@ fn a_request_that_nobody_takes_up_is_taken_back_and_is_6() {
     assert!(bed.requests().is_empty());
 }
 
+/// Found by reading: it was deleted, and said to be taken back, while a leader carried it out.
+#[test]
+fn a_request_that_is_taken_up_in_the_last_moment_is_not_said_to_be_taken_back() {
+    let bed = Bed::up();
+    bed.put_members();
+    let mut command = std::process::Command::new(&bed.cluster.plan.programs.pgherd);
+    command.args(["switchover", "--to", "n2", "--yes", "--timeout", "3"]).stderr(std::process::Stdio::piped());
+    command.env("PGHERD_ENDPOINTS", bed.url()).env("PGHERD_CLUSTER", bed.cluster.plan.cluster.to_string());
+    let child = command.spawn().unwrap();
+    let begun = std::time::Instant::now();
+    assert!(wait_for(PATIENCE, || !bed.requests().is_empty()));
+    let signal = |signal| nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id().try_into().unwrap()), signal).unwrap();
+    // It does not see that it is taken up before its time is over.
+    signal(nix::sys::signal::Signal::SIGSTOP);
+    bed.answer(&[RequestProgress::Claimed { by: "n1".parse().unwrap(), stage: "stop".to_owned(), stages: Vec::new() }]);
+    assert!(wait_for(PATIENCE, || begun.elapsed() > Duration::from_secs(4)));
+    signal(nix::sys::signal::Signal::SIGCONT);
+    let ended = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(6), "{said}");
+    assert!(said.contains("still running (n1: stop") && !said.contains("taken back"), "{said}");
+    assert_eq!(bed.requests().len(), 1, "whoever carries it out answers it");
+}
+
 #[test]
 fn events_are_listed_oldest_first_and_as_json() {
     let bed = Bed::up();

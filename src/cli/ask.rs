@@ -19,6 +19,9 @@ use crate::types::MemberName;
 /// Between two looks at the request.
 const POLL_INTERVAL_MS: u64 = 100;
 
+/// Looks at a request whose time is over: it is taken up at most once.
+const LAST_LOOKS: u32 = 2;
+
 /// `pgherd bootstrap`.
 pub fn bootstrap(connection: &Connection, on: &MemberName, how: Asking) -> Outcome {
     request(connection, how, Ask::Bootstrap { on: on.clone() }, |view| check_bootstrap(view, on))
@@ -125,15 +128,13 @@ fn durations(stages: &[StageTime]) -> String {
 async fn follow(etcd: &Etcd, id: &str, deadline: BootTime) -> Result<Answer, Failure> {
     let mut told = String::new();
     let mut silent: Option<EtcdError> = None;
-    let mut waiting = true;
     while BootTime::now() < deadline {
         match etcd.read_request(id).await {
             Ok(found) => {
                 silent = None;
                 match judge(found.as_ref().map(|found| &found.record.progress)) {
-                    Seen::Waiting => waiting = true,
+                    Seen::Waiting => {}
                     Seen::Working(line) => {
-                        waiting = false;
                         if line != told {
                             tell(&line);
                             told = line;
@@ -150,9 +151,29 @@ async fn follow(etcd: &Etcd, id: &str, deadline: BootTime) -> Result<Answer, Fai
     if let Some(error) = silent {
         return Err(Failure { code: NO_ETCD, error: anyhow::Error::from(error).context("how the request ended is not known") });
     }
-    if waiting {
-        etcd.delete_request(id).await?;
-        return Err(Failure::new(TIMED_OUT, "no member took the request up in time; it was taken back: look at `pgherd status`"));
+    too_late(etcd, id, told).await
+}
+
+/// The time is over. What nobody has taken up is taken back, but only as it was seen: somebody may take it up at this very moment.
+async fn too_late(etcd: &Etcd, id: &str, mut told: String) -> Result<Answer, Failure> {
+    for _ in 0..LAST_LOOKS {
+        let found = etcd.read_request(id).await?;
+        match (judge(found.as_ref().map(|found| &found.record.progress)), found) {
+            (Seen::Waiting, Some(found)) => {
+                if etcd.cancel_request(id, found.mod_revision).await? {
+                    return Err(Failure::new(
+                        TIMED_OUT,
+                        "no member took the request up in time; it was taken back: look at `pgherd status`",
+                    ));
+                }
+            }
+            (Seen::Working(line), _) => {
+                told = line;
+                break;
+            }
+            (Seen::Over(end), _) => return over(etcd, id, end).await,
+            (Seen::Waiting, None) => break,
+        }
     }
     Err(Failure::new(TIMED_OUT, format!("still running ({told}): look at `pgherd status` and `pgherd events`")))
 }
