@@ -132,12 +132,21 @@ pub fn judge(inputs: &Inputs<'_>) -> Verdict {
         }
     }
     match inputs.accept_loss {
+        // Whoever the rules let lead gives up less, and has had its turn by then.
+        Some(_) if inputs.now < every_turn_is_over(inputs) => {
+            wait(every_turn_is_over(inputs), "another may lead by the rules, and without the loss that was accepted")
+        }
         Some(_) => {
             let lost = bytes_behind(inputs.view, inputs.own.lsn).unwrap_or(0);
             Verdict::Run { why: format!("an operator asked for it, accepting the loss of {lost} bytes"), initialize }
         }
         None => by_rank(inputs, initialize),
     }
+}
+
+/// So many can be better than the last one.
+fn every_turn_is_over(inputs: &Inputs<'_>) -> BootTime {
+    inputs.vacant_since + Duration::from_millis(VOTERS_GRACE_MS + RANK_STEP_MS * inputs.spec.members.len() as u64)
 }
 
 /// What cannot be read may be anything: its operator deletes it first.
