@@ -191,6 +191,11 @@ impl World {
         self.names_of_server().is_some_and(|server| matches!(server.gate, Gate::Closed(_)))
     }
 
+    /// Clients are kept out of the running server, or may be, and will be let in.
+    pub(super) fn keeps_out(&self) -> bool {
+        self.names_of_server().is_some_and(|server| server.gate != Gate::Open)
+    }
+
     /// Clients are kept out of the running server, or it is not known: it was found running, and not looked at yet.
     pub(super) fn may_be_closed(&self) -> bool {
         self.names_of_server().map_or(self.is_synchronous(), |server| server.gate != Gate::Open)

@@ -68,6 +68,10 @@ fn claimed_by(key: &RequestKey) -> Option<&MemberName> {
 /// A primary looks at what is asked. The refusal is written before PostgreSQL is touched.
 pub(crate) fn taken_up(context: &mut Context<'_>) -> Outcome<State> {
     let Some(view) = context.world.fresh_view().cloned() else { return Handled };
+    // Only a primary lets in whom it kept out, and a hand-over may take longer than they are to be kept out.
+    if context.world.keeps_out() {
+        return Handled;
+    }
     let (now, me) = (context.now, context.world.me.name.clone());
     let open = open(&view, context);
     // One for a later time is looked at from then on: what was known when it was written says nothing by then.

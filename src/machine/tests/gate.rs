@@ -9,7 +9,8 @@ use super::found::operations;
 use super::reactions::worlds::{leads, led_by_us, ours};
 use crate::clock::BootTime;
 use crate::facts::cluster::ClusterView;
-use crate::facts::postgres::{ReplicaFacts, SqlFacts};
+use crate::facts::postgres::{ReplicaFacts, SqlFacts, Survey};
+use crate::facts::requests::{Ask, RequestKey, RequestProgress, RequestRecord};
 use crate::facts::synchrony::SyncRecord;
 use crate::machine::action::{Action, OperationKind};
 use crate::machine::event::{Event, Finished};
@@ -61,6 +62,28 @@ fn row_48_the_next_daemon_does_not_let_in_whom_the_one_before_kept_out() {
     let actions = shows(&mut checked, T0 + s(6), 1_000);
     assert!(operations(&actions).contains(&OperationKind::Configure), "what else was waiting goes on: {actions:?}");
     assert!(!checked.world().conditions.contains_key("closed"));
+}
+
+/// Found by reading: while the lock is handed over nobody lets clients in, and a checkpoint may take longer than they are to be kept out.
+#[test]
+fn row_48_no_switchover_begins_while_clients_are_kept_out() {
+    let mut world = found_running().world().clone();
+    let mut view = recorded_for_two();
+    let record =
+        RequestRecord { ask: Ask::Switchover { to: name("b") }, by: String::new(), at: String::new(), progress: RequestProgress::Created };
+    view.requests.insert("1".to_owned(), RequestKey { record, mod_revision: Revision(395) });
+    world.view = Some(Arc::new(view));
+    world.requests.survey = Some((T0 + s(100), Survey::default()));
+    let mut checked = Checked::resume(world, State::Primary);
+    let is_answered = |actions: &[Action]| operations(actions).contains(&OperationKind::AnswerRequest);
+    for second in 0..10 {
+        let actions = shows(&mut checked, T0 + s(second), 900);
+        assert!(!is_answered(&actions), "{actions:?}");
+    }
+    shows(&mut checked, T0 + s(10), 1_000);
+    checked.handle(T0 + s(10), Event::Finished(Finished::Opened(Ok(()))));
+    let actions = shows(&mut checked, T0 + s(11), 1_000);
+    assert!(is_answered(&actions), "{actions:?}");
 }
 
 #[test]
