@@ -49,6 +49,12 @@ enumerated! {
         NoteTakenBackBeforeTheGuardFences,
         /// Maintenance mode ends before all who have to have heard of it.
         EndedBeforeAllHaveHeard,
+        /// A restart that a run of the daemon before took up is begun again.
+        RestartCarriedOutAgain,
+        /// A restart that was asked of a standby is carried out on a primary.
+        RestartOfEitherRole,
+        /// Who else is being restarted does not matter.
+        RestartsAtOnce,
         /// A release that is carried out late deletes the lock although its holder went on with it.
         LateReleaseObeyed,
         /// A lock is used before its key was written again, although a release of it may be on its way.

@@ -41,6 +41,7 @@ fn leader(until_announce: Duration) -> Snapshot {
         replicas: Vec::new(),
         lowered: Vec::new(),
         no_rewind: Vec::new(),
+        stopping: false,
         slots: Vec::new(),
         pending_restart: Vec::new(),
         server_version_num: 170_010,

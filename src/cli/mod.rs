@@ -14,6 +14,7 @@ mod maintenance;
 mod output;
 mod privileges;
 mod read;
+mod restart;
 pub mod run;
 mod secret_files;
 mod status;
@@ -155,6 +156,32 @@ enum Command {
         #[command(flatten)]
         how: Asking,
     },
+    /// Start PostgreSQL of members again, one after the other: standbys first, the primary last
+    Restart {
+        #[command(flatten)]
+        wanted: restart::Wanted,
+        #[command(flatten)]
+        how: Asking,
+    },
+    /// Have members read secrets again, write PostgreSQL's files again and have it read them, one after the other
+    Reload {
+        #[command(flatten)]
+        whom: restart::Whom,
+        #[command(flatten)]
+        how: Asking,
+    },
+    /// Take back what was scheduled or asked for and has not begun
+    Flush {
+        /// What
+        #[arg(value_enum)]
+        what: restart::Flushed,
+        /// Restarts of these members only
+        #[arg(value_name = "MEMBER")]
+        members: Vec<MemberName>,
+        /// Do not ask for confirmation
+        #[arg(long)]
+        yes: bool,
+    },
     /// List the last decisions, oldest first
     Events {
         #[command(flatten)]
@@ -248,6 +275,9 @@ fn dispatch(cli: Cli) -> Outcome {
         Command::Failover { to, accept_loss, timeout } => switchover::failover(&connection, &to, Asking { yes: accept_loss, timeout }),
         Command::Pause { wanted, how } => maintenance::pause(&connection, &wanted, how),
         Command::Resume { insist, how } => maintenance::resume(&connection, insist, how),
+        Command::Restart { wanted, how } => restart::restart(&connection, &wanted, how),
+        Command::Reload { whom, how } => restart::reload(&connection, &whom, how),
+        Command::Flush { what, members, yes } => restart::flush(&connection, what, &members, yes),
         Command::Events { format, limit } => events::events(&connection, format.output, limit),
         Command::Demo(args) => Ok(if demo::run(&args)? { DONE } else { exit::FAILED }),
         Command::Version => output::print(&format!("pgherd {}\n", env!("CARGO_PKG_VERSION"))),

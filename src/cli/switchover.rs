@@ -80,7 +80,7 @@ pub fn switchover(connection: &Connection, wanted: Wanted, how: Asking) -> Outco
     })
 }
 
-fn shown(at_s: u64) -> String {
+pub(super) fn shown(at_s: u64) -> String {
     rfc3339(Duration::from_secs(at_s))
 }
 
@@ -104,7 +104,7 @@ fn leads(view: &ClusterView, to: Option<&MemberName>) -> Result<String, String> 
 }
 
 /// What the leader says of a switchover.
-async fn judged(etcd: &Etcd, to: Option<MemberName>, patience: Duration) -> Result<(Vec<Candidate>, Vec<String>), Failure> {
+pub(super) async fn judged(etcd: &Etcd, to: Option<MemberName>, patience: Duration) -> Result<(Vec<Candidate>, Vec<String>), Failure> {
     match ask::carried_out(etcd, Ask::CheckSwitchover { to }, patience).await? {
         Answer::Judged(candidates, warnings) => Ok((candidates, warnings)),
         Answer::Done(message) => Err(Failure::new(FAILED, format!("the leader does not know the question: {message}"))),
@@ -190,7 +190,7 @@ fn is_scheduled(key: &RequestKey) -> bool {
     matches!((&key.record.ask, &key.record.progress), (Ask::ScheduledSwitchover { .. }, RequestProgress::Created))
 }
 
-async fn cancel(etcd: &Etcd, view: &ClusterView, id: &str) -> Outcome {
+pub(super) async fn cancel(etcd: &Etcd, view: &ClusterView, id: &str) -> Outcome {
     let scheduled: Vec<_> = view.requests.iter().filter(|(_, key)| is_scheduled(key)).collect();
     let found = match (id, scheduled.as_slice()) {
         ("", [one]) => Some(*one),

@@ -44,8 +44,8 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, operation: 
             start(&host, &guard, role, &spec, generation, fall_back, (&names, closed)).await
         }
         Operation::Open { spec } => open(&host, &spec).await.map(|()| Finished::Opened(Ok(()))),
-        Operation::Configure { spec, generation, upstream } => {
-            let result = apply_configuration(&host, &spec, upstream.as_ref()).await.map_err(|error| format!("{error:#}"));
+        Operation::Configure { spec, generation, upstream, anew } => {
+            let result = apply_configuration(&host, &spec, upstream.as_ref(), anew).await.map_err(|error| format!("{error:#}"));
             Ok(Finished::Configured { generation, upstream, result })
         }
         Operation::Initdb { spec } => make_cluster(&host, &spec).await.map(|()| Finished::Initialized(Ok(()))),
@@ -174,13 +174,22 @@ async fn ask(guard: &Arc<GuardLink>, request: Request) -> anyhow::Result<crate::
     Ok(tokio::task::spawn_blocking(move || guard.ask(&request)).await.context("asking the guard")??)
 }
 
-async fn apply_configuration(host: &Host, spec: &ClusterSpec, upstream: Option<&Upstream>) -> anyhow::Result<Configured> {
+async fn apply_configuration(host: &Host, spec: &ClusterSpec, upstream: Option<&Upstream>, anew: bool) -> anyhow::Result<Configured> {
     let settled = host.settled()?;
+    if anew {
+        host.write_passfile().context("reading the secrets again")?;
+    }
     let control = control(host).await?;
     let in_recovery = control.standby_signal;
     let inputs = host.config_inputs(spec, upstream, in_recovery.then_some(control.floor))?;
     let files = host.config_files(spec, &inputs)?;
-    Ok(match configure::install_running(&settled.installation, &host.layout, &settled.sql, &files, SQL_LIMIT).await? {
+    let outcome = configure::install_running(&settled.installation, &host.layout, &settled.sql, &files, SQL_LIMIT).await?;
+    if let (true, Outcome::Unchanged) = (anew, &outcome) {
+        let major = settled.installation.major;
+        let errors = settled.sql.with(SQL_LIMIT, async |connection| configure::file_errors(connection, major).await).await?;
+        ensure!(errors.is_empty(), "PostgreSQL finds errors in its files: {}", errors.join("; "));
+    }
+    Ok(match outcome {
         Outcome::PutBack { why } => Configured::PutBack(why),
         Outcome::Unchanged | Outcome::Installed { .. } | Outcome::Reloaded { .. } => Configured::Taken,
     })

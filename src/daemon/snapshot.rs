@@ -21,7 +21,7 @@ pub fn take(now: BootTime, cluster: &ClusterName, machine: &Machine, kept: &Kept
     let mut snapshot = Snapshot::unknown(now, world.me.name.clone(), cluster.clone());
     snapshot.declared = world.declared().is_some();
     snapshot.machine_state = machine.state().name().to_owned();
-    snapshot.ends_postgres = machine.state().ends_postgres();
+    snapshot.ends_postgres = machine.ends_postgres();
     snapshot.closed = world.is_closed();
     snapshot.role = machine.role();
     snapshot.state = machine.patroni_state().to_owned();

@@ -130,7 +130,7 @@ impl Etcd {
         let record = RequestRecord { ask, by: by.to_owned(), at: wall_clock(), progress: RequestProgress::Created };
         let path = self.keys.path(&key);
         // One for a later time waits for it, and goes by an operator's hand; the lease was for its name only.
-        let expiry = (!matches!(record.ask, Ask::ScheduledSwitchover { .. })).then(|| PutOptions::new().with_lease(lease));
+        let expiry = record.ask.at_s().is_none().then(|| PutOptions::new().with_lease(lease));
         let put = TxnOp::put(path.clone(), json(&key, &record)?, expiry);
         let txn = Txn::new().when([Compare::create_revision(path, CompareOp::Equal, 0)]).and_then([put]);
         self.transact(txn).await?;

@@ -182,6 +182,8 @@ pub struct SqlFacts {
     pub pending_restart: Vec<String>,
     /// Settings that are off and without which this data directory could not be rewound.
     pub no_rewind: Vec<String>,
+    /// The postmaster was told to stop, by whomever: no session begins any more, and with `smart` those that are there may stay for ever.
+    pub stopping: bool,
     /// `server_version_num`.
     pub server_version_num: u32,
     /// `pg_postmaster_start_time()` as text, for Patroni's status.

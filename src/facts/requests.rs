@@ -1,5 +1,7 @@
 //! What operators ask the cluster for, as it stands in `requests/ID`, and how far it got.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::types::{MemberName, Revision};
@@ -60,6 +62,45 @@ pub enum Ask {
         /// To whom; None = to the best.
         to: Option<MemberName>,
     },
+    /// Start PostgreSQL of a member again. That member carries it out itself.
+    Restart {
+        /// Whose.
+        on: MemberName,
+        /// Only if it leads (true), or does not (false): who agreed to the restart of a standby did not agree to one of the primary.
+        if_leader: Option<bool>,
+        /// Only if a parameter waits for it.
+        if_pending: bool,
+        /// Not before, by that member's wall clock: seconds since 1970. Hangs on no lease then.
+        at_s: Option<u64>,
+    },
+    /// Say what a restart of the primary would cut off, and touch nothing. Whoever leads answers.
+    CheckRestart,
+    /// Read secrets again, write PostgreSQL's files again, and have it read them. That member carries it out itself.
+    Reload {
+        /// Whose.
+        on: MemberName,
+    },
+}
+
+impl Ask {
+    /// When it is to be carried out, if not at once: seconds since 1970.
+    pub fn at_s(&self) -> Option<u64> {
+        match self {
+            Ask::ScheduledSwitchover { at_s, .. } => Some(*at_s),
+            Ask::Restart { at_s, .. } => *at_s,
+            Ask::Bootstrap { .. } | Ask::Switchover { .. } | Ask::Failover { .. } => None,
+            Ask::CheckSwitchover { .. } | Ask::CheckRestart | Ask::Reload { .. } => None,
+        }
+    }
+
+    /// The member that carries this out on itself.
+    pub fn of_member(&self) -> Option<&MemberName> {
+        match self {
+            Ask::Restart { on, .. } | Ask::Reload { on } => Some(on),
+            Ask::Bootstrap { .. } | Ask::Switchover { .. } | Ask::ScheduledSwitchover { .. } | Ask::Failover { .. } => None,
+            Ask::CheckSwitchover { .. } | Ask::CheckRestart => None,
+        }
+    }
 }
 
 /// How far a request got.
@@ -120,7 +161,28 @@ pub struct StageTime {
     pub ms: u64,
 }
 
+impl StageTime {
+    /// Books how long a stage took. One that was entered again goes on.
+    pub fn book(stages: &mut Vec<StageTime>, stage: &str, took: Duration) {
+        let ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+        match stages.iter_mut().find(|known| known.stage == stage) {
+            Some(known) => known.ms = known.ms.saturating_add(ms),
+            None => stages.push(StageTime { stage: stage.to_owned(), ms }),
+        }
+    }
+}
+
 impl RequestProgress {
+    /// Who is carrying it out.
+    pub fn claimed_by(&self) -> Option<&MemberName> {
+        match self {
+            RequestProgress::Claimed { by, .. } => Some(by),
+            RequestProgress::Created | RequestProgress::Done { .. } | RequestProgress::Judged { .. } | RequestProgress::Refused { .. } => {
+                None
+            }
+        }
+    }
+
     /// Nobody has answered it.
     pub fn is_open(&self) -> bool {
         matches!(self, RequestProgress::Created | RequestProgress::Claimed { .. })

@@ -42,6 +42,7 @@ fn sql(in_recovery: bool) -> SqlFacts {
         replicas: Vec::new(),
         lowered: Vec::new(),
         no_rewind: Vec::new(),
+        stopping: false,
         slots: Vec::new(),
         pending_restart: Vec::new(),
         server_version_num: 170_010,

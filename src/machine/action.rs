@@ -160,6 +160,8 @@ pub enum Operation {
         generation: u64,
         /// Whom to follow while in recovery.
         upstream: Option<Upstream>,
+        /// Somebody asked for it: read the secrets again too, and look for errors also where nothing changed.
+        anew: bool,
     },
     /// Run initdb beside and move it in.
     Initdb {

@@ -83,6 +83,7 @@ impl World {
             }
             Operation::Reaffirm(epoch) => self.asked.reaffirming = Some(*epoch),
             Operation::NoteSuspension { revision, suspends } => self.asked.suspending = Some(*revision).filter(|_| *suspends),
+            Operation::Configure { anew: true, .. } => self.requests.files_are_written(),
             Operation::RecordPromotion { epoch, .. } => self.asked.recording = Some(*epoch),
             Operation::Acquire { history, judged_on, .. } => {
                 self.asked.history.clone_from(history);

@@ -178,6 +178,7 @@ impl World {
     fn absorb_configured(&mut self, now: BootTime, generation: u64, upstream: Option<Upstream>, result: Result<Configured, Failure>) {
         self.ended(now, OperationKind::Configure, result.is_ok());
         self.configured_at = now;
+        self.requests.files_were_written(&self.me.name, &result);
         match result {
             Ok(Configured::Taken) => {
                 self.in_force = Some(InForce { generation, upstream });

@@ -31,7 +31,7 @@ use std::time::Duration;
 use statig::prelude::*;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::{ClusterView, MemberRole};
+use crate::facts::cluster::MemberRole;
 use crate::facts::guard::Word;
 use crate::facts::requests::Ask;
 use crate::mutants::{Mutant, mutant};
@@ -39,7 +39,7 @@ use crate::mutants::{Mutant, mutant};
 use self::action::{Action, LeaseOrder, Operation, OperationKind};
 use self::event::Event;
 use self::node::{Context, Input, Node};
-use self::rules::{failsafe as without_etcd, publish, rejoining, requests as asked_for};
+use self::rules::{failsafe as without_etcd, publish, rejoining, requests as asked_for, restart};
 use self::state::State;
 use self::world::{Etcd, Lock, Me, World};
 
@@ -99,6 +99,13 @@ impl Machine {
         publish::patroni_state(&self.world, self.state())
     }
 
+    /// PostgreSQL has been ordered to end: nobody is to be sent here any more.
+    pub fn ends_postgres(&self) -> bool {
+        let stops = |restart: &requests::Restart| restart.end.is_none() && restart.stage != requests::RestartStage::Checkpoint;
+        let restarts = *self.state() == State::Restarting && self.world.requests.restart.as_ref().is_some_and(stops);
+        self.state().ends_postgres() || restarts
+    }
+
     /// Takes in what happened and says what to do, in order.
     pub fn handle(&mut self, now: BootTime, event: Event) -> Vec<Action> {
         let mut actions = Vec::new();
@@ -137,8 +144,10 @@ impl Machine {
             let before = self.state().clone();
             self.dispatch(now, actions, Input::Observe);
             // A stop that was asked for in the middle of something is remembered, and acted on when that is over.
-            let in_the_middle =
-                matches!(self.state(), State::Promoting { .. } | State::HandingOver { .. } | State::Demoting { .. } | State::Stopping);
+            let in_the_middle = matches!(
+                self.state(),
+                State::Promoting { .. } | State::HandingOver { .. } | State::Restarting | State::Demoting { .. } | State::Stopping
+            );
             if self.world.stop_requested && !in_the_middle {
                 self.dispatch(now, actions, Input::Stop);
             }
@@ -157,6 +166,7 @@ impl Machine {
         reaffirm(&mut context, &state);
         without_etcd::keep(&mut context, &state);
         asked_for::settle(&mut context, &state);
+        restart::settle(&mut context, &state);
         rejoining::tell_what_was_lost(&mut context);
         publish::publish(&mut context, &state);
         leave_if_name_is_taken(&mut context);
@@ -195,10 +205,11 @@ impl Machine {
         writes && !allowed && !mutant(Mutant::UnlawfulLeftAlone)
     }
 
-    /// A switchover is scheduled, and it is for this member to carry it out: the wall clock has to be told.
+    /// Something is scheduled, and it is for this member to carry it out: the wall clock has to be told.
     pub fn waits_for_a_time(&self) -> bool {
-        let scheduled = |view: &ClusterView| view.requests.values().any(|key| matches!(key.record.ask, Ask::ScheduledSwitchover { .. }));
-        *self.state() == State::Primary && self.world.view.as_deref().is_some_and(scheduled)
+        let leads = *self.state() == State::Primary;
+        let for_us = |ask: &Ask| ask.at_s().is_some() && ask.of_member().map_or(leads, |on| *on == self.world.me.name);
+        self.world.view.as_deref().is_some_and(|view| view.requests.values().any(|key| for_us(&key.record.ask)))
     }
 
     /// When to call again at the latest.
@@ -226,7 +237,7 @@ impl Machine {
     fn hurried(&self, now: BootTime) -> bool {
         let coming_up = self.world.running().is_some() && self.world.sql().is_none();
         match self.state() {
-            State::Promoting { .. } | State::HandingOver { .. } | State::Candidate | State::Demoting { .. } => true,
+            State::Promoting { .. } | State::HandingOver { .. } | State::Restarting | State::Candidate | State::Demoting { .. } => true,
             State::Primary if self.world.hurries(now) => true,
             State::Following | State::Primary | State::Starting => coming_up || publish::positions_matter_now(&self.world),
             State::Undeclared | State::AwaitingLeader | State::Initializing | State::Cloning | State::Rejoining => false,
@@ -296,7 +307,12 @@ fn release_orphan(context: &mut Context<'_>, state: &State) {
     let world = &context.world;
     let leads_nobody = match state {
         State::Undeclared | State::AwaitingLeader | State::Cloning | State::Following | State::Candidate | State::Rejoining => true,
-        State::Starting | State::Initializing | State::Promoting { .. } | State::Primary | State::HandingOver { .. } => false,
+        State::Starting
+        | State::Initializing
+        | State::Promoting { .. }
+        | State::Primary
+        | State::HandingOver { .. }
+        | State::Restarting => false,
         State::Demoting { .. } | State::Paused | State::Stopping => false,
     };
     let busy = world.in_flight.contains(&OperationKind::Acquire) || world.in_flight.contains(&OperationKind::Release);

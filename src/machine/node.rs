@@ -5,7 +5,7 @@
 //! Bootstrapping   AwaitingLeader | Initializing | Cloning
 //! Running
 //!   Standby       Following | Candidate | Rejoining
-//!   Leading       Promoting | Primary | HandingOver
+//!   Leading       Promoting | Primary | HandingOver | Restarting
 //!   Demoting   Paused
 //! Stopping
 //! ```
@@ -18,7 +18,7 @@ use crate::clock::BootTime;
 
 use super::action::{Action, Decision, Operation, StopMode};
 use super::edges;
-use super::rules::{bootstrap, demoting, handover, paused, primary, promoting, rejoining, standby, starting};
+use super::rules::{bootstrap, demoting, handover, paused, primary, promoting, rejoining, restart, standby, starting};
 use super::state::{Demotion, HandOver, Promotion, State, Then};
 use super::world::World;
 
@@ -176,6 +176,15 @@ impl Node {
                 Super
             }
             Input::Unlawful => Super,
+        }
+    }
+
+    #[state(superstate = "leading")]
+    fn restarting(context: &mut Context<'_>, event: &Input) -> Outcome<State> {
+        match event {
+            Input::Observe => restart::rule(context),
+            Input::Stop => Handled, // the rule has seen that the daemon is to stop, and hands over
+            Input::LockGone(_) | Input::Unlawful => Super,
         }
     }
 

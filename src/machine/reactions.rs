@@ -44,9 +44,11 @@ pub fn reaction(state: StateKind, event: EventKind) -> Reaction {
     match event {
         E::Tick => NothingNew,
         E::WallClock => match state {
-            // What was scheduled may be due, or come second.
-            Primary | HandingOver => TakenIn,
-            _ => Noted,
+            // What was scheduled may be due, come second, or not be possible here.
+            Undeclared | AwaitingLeader | Initializing | Cloning | Following | Candidate | Rejoining | Primary | HandingOver | Paused
+            | Stopping => TakenIn,
+            // It is not known yet what this member is.
+            Starting | Promoting | Restarting | Demoting => Noted,
         },
         E::LeaseFailed => match state {
             // Of a lock that is to be taken over it is said.
@@ -60,12 +62,12 @@ pub fn reaction(state: StateKind, event: EventKind) -> Reaction {
             // A member that waits for a leader to go on with a rewind may not be declared any more.
             Rejoining => TakenIn,
             // What is being done was begun under the spec before, and is gone through with.
-            Cloning | Demoting | Stopping => Noted,
+            Cloning | Restarting | Demoting | Stopping => Noted,
             // Taken up when maintenance mode is over.
             Paused => Noted,
         },
         E::View => match state {
-            Starting | Undeclared | Promoting | Primary | HandingOver | Paused => Wins,
+            Starting | Undeclared | Promoting | Primary | HandingOver | Restarting | Paused => Wins,
             // No server is allowed to write here: one that is has ended these states already.
             AwaitingLeader | Initializing | Cloning | Following | Candidate | Rejoining => TakenIn,
             Demoting | Stopping => UnderWay,
@@ -73,40 +75,41 @@ pub fn reaction(state: StateKind, event: EventKind) -> Reaction {
         E::EtcdTrouble => match state {
             Undeclared | AwaitingLeader | Initializing | Cloning | Following | Candidate | Rejoining | Promoting | Primary
             | HandingOver | Demoting | Paused => TakenIn,
-            Starting | Stopping => Noted,
+            Starting | Restarting | Stopping => Noted,
         },
         E::LeaseKept => match state {
             // A claim and a race for the lock hang on it; a standby finds that the lock in etcd hangs on it, and gives that back.
             Initializing | Following | Candidate | Paused => TakenIn,
-            Starting | Undeclared | AwaitingLeader | Cloning | Rejoining | Promoting | Primary | HandingOver | Demoting | Stopping => Noted,
+            Starting | Undeclared | AwaitingLeader | Cloning | Rejoining | Promoting | Primary | HandingOver | Restarting | Demoting
+            | Stopping => Noted,
         },
         E::LockProved | E::LockSustained => match state {
             Starting | Following | Promoting | Paused => TakenIn,
             // It may be ours and of no use here, or what is done is done under it: it holds for longer.
-            Undeclared | AwaitingLeader | Cloning | Rejoining | Primary | HandingOver | Demoting | Stopping => Noted,
+            Undeclared | AwaitingLeader | Cloning | Rejoining | Primary | HandingOver | Restarting | Demoting | Stopping => Noted,
             // It is of a lock that was let go.
             Initializing | Candidate => NothingNew,
         },
         E::LeaseLost => match state {
-            Starting | Undeclared | Promoting | Primary | HandingOver | Paused => Wins,
+            Starting | Undeclared | Promoting | Primary | HandingOver | Restarting | Paused => Wins,
             AwaitingLeader | Initializing | Cloning | Following | Candidate | Rejoining => TakenIn,
             Demoting | Stopping => UnderWay,
         },
         E::GuardSilent | E::GuardGone => match state {
-            Promoting | Primary | HandingOver => Demotes,
+            Promoting | Primary | HandingOver | Restarting => Demotes,
             // In maintenance mode when that ends.
             Starting | Undeclared | AwaitingLeader | Initializing | Cloning | Following | Candidate | Rejoining | Demoting | Paused
             | Stopping => Scans,
         },
         E::Guard => match state {
-            Starting | Undeclared | Primary | HandingOver => Wins,
+            Starting | Undeclared | Primary | HandingOver | Restarting => Wins,
             // Suspended, it is left alone; and what a person promoted by hand.
             Paused => TakenIn,
             // None of these has a server that writes, or it is left or being ended the moment that one is seen.
             AwaitingLeader | Initializing | Cloning | Following | Candidate | Rejoining | Promoting | Demoting | Stopping => TakenIn,
         },
         E::Probed => match state {
-            Starting | Undeclared | Following | Candidate | Rejoining | Promoting | HandingOver => Wins,
+            Starting | Undeclared | Following | Candidate | Rejoining | Promoting | HandingOver | Restarting => Wins,
             // The guard's word for its server is that it may write, and the lock is proved.
             Primary => TakenIn,
             // What was promoted by hand holds up the end of maintenance mode.
@@ -120,7 +123,7 @@ pub fn reaction(state: StateKind, event: EventKind) -> Reaction {
             Candidate => TakenIn,
             Starting | Undeclared | AwaitingLeader | Initializing | Cloning | Following | Rejoining | Paused | Stopping => Noted,
             // Whoever leads, or did until a moment ago, promises nothing.
-            Promoting | Primary | HandingOver | Demoting => NothingNew,
+            Promoting | Primary | HandingOver | Restarting | Demoting => NothingNew,
         },
         E::StopRequested => match state {
             Starting | Undeclared | AwaitingLeader | Initializing | Cloning | Following | Candidate | Rejoining => Leaves,
@@ -128,6 +131,7 @@ pub fn reaction(state: StateKind, event: EventKind) -> Reaction {
             Paused => Departs,
             Primary => HandsOver,
             Promoting | HandingOver | Demoting => Deferred,
+            Restarting => HandsOver,
             Stopping => NothingNew,
         },
     }

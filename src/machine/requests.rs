@@ -3,8 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::clock::BootTime;
+use crate::facts::guard::StartId;
 use crate::facts::postgres::Survey;
-use crate::facts::requests::StageTime;
+use crate::facts::requests::{RequestProgress, StageTime};
+use crate::types::MemberName;
+
+use super::event::{Configured, Failure};
 
 /// All of it.
 #[derive(Debug, Clone, Default)]
@@ -23,6 +27,10 @@ pub struct Requests {
     pub survey: Option<(BootTime, Survey)>,
     /// How the last hand-over ended.
     pub handed_over: Option<HandedOver>,
+    /// The restart of its own PostgreSQL that this member is about, until its answer is seen in etcd.
+    pub restart: Option<Restart>,
+    /// The files that it was asked to write again, until the answer is seen in etcd.
+    pub reload: Option<Reload>,
 }
 
 impl Requests {
@@ -30,6 +38,100 @@ impl Requests {
     pub fn wall_now_s(&self, now: BootTime) -> Option<u64> {
         self.wall.map(|(read, since_1970_s)| since_1970_s.saturating_add(now.since(read).as_secs()))
     }
+}
+
+impl Requests {
+    /// The files are to be written although they are what is wanted.
+    pub fn writes_anew(&self) -> bool {
+        self.reload.as_ref().is_some_and(|reload| !reload.ordered && reload.end.is_none())
+    }
+
+    pub(super) fn files_are_written(&mut self) {
+        if let Some(reload) = &mut self.reload {
+            reload.ordered = true;
+        }
+    }
+
+    pub(super) fn files_were_written(&mut self, me: &MemberName, result: &Result<Configured, Failure>) {
+        let Some(reload) = self.reload.as_mut().filter(|reload| reload.ordered && reload.end.is_none()) else { return };
+        let refused = |why: &str| RequestProgress::Refused { reason: format!("PostgreSQL of `{me}`: {why}") };
+        reload.end = Some(match result {
+            Ok(Configured::Taken) => RequestProgress::Done { message: format!("`{me}` has taken up its files"), stages: Vec::new() },
+            Ok(Configured::PutBack(why)) => refused(&format!("it does not take the files, and those before are back: {why}")),
+            Err(why) => refused(why),
+        });
+    }
+}
+
+/// A restart of this member's PostgreSQL that has begun.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Restart {
+    /// The request that asked for it. None = somebody told the postmaster to stop.
+    pub request: Option<String>,
+    /// The start that is to end. None = the one that is still there when it begins to stop.
+    pub was: Option<StartId>,
+    /// It leads, and starts again under its lock.
+    pub leads: bool,
+    /// Commits waited for it, or could: how many copies of each there were. 0 = it did not count.
+    pub copies: u32,
+    /// How far behind the leader it was.
+    pub lag: u64,
+    /// When it began.
+    pub since: BootTime,
+    /// How far it got.
+    pub stage: RestartStage,
+    /// When that began.
+    pub stage_since: BootTime,
+    /// How long the stages before took.
+    pub stages: Vec<StageTime>,
+    /// How it ended.
+    pub end: Option<RequestProgress>,
+}
+
+/// Stages of a restart, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RestartStage {
+    /// A checkpoint makes the stop of a primary short.
+    Checkpoint,
+    /// PostgreSQL is being stopped.
+    Stop,
+    /// It is being started, until it takes connections.
+    Start,
+    /// It has to be what it was before: to take writes from everybody, or to stream and to be waited for.
+    Return,
+}
+
+impl RestartStage {
+    /// For people, and for programs that read how far a request got.
+    pub const fn name(self) -> &'static str {
+        match self {
+            RestartStage::Checkpoint => "checkpoint",
+            RestartStage::Stop => "stop",
+            RestartStage::Start => "start",
+            RestartStage::Return => "return",
+        }
+    }
+}
+
+impl Restart {
+    /// Goes to another stage, and books how long this one took.
+    pub fn enter(&mut self, stage: RestartStage, now: BootTime) {
+        StageTime::book(&mut self.stages, self.stage.name(), now.since(self.stage_since));
+        (self.stage, self.stage_since) = (stage, now);
+    }
+}
+
+/// Files that are written again because somebody asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reload {
+    /// The request that asked for it.
+    pub request: String,
+    /// When it was begun.
+    pub since: BootTime,
+    /// It was ordered: what is configured from here on answers it.
+    pub ordered: bool,
+    /// How it ended.
+    pub end: Option<RequestProgress>,
 }
 
 /// How a hand-over ended.

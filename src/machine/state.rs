@@ -35,6 +35,8 @@ pub enum State {
         /// How far.
         hand_over: HandOver,
     },
+    /// PostgreSQL is started again under the lock because an operator asked. How far that is: [`super::requests::Restart`].
+    Restarting,
     /// PostgreSQL must end, proved, before anything else.
     Demoting {
         /// Why, and what then.
@@ -125,12 +127,7 @@ impl HandOver {
 
     /// Goes to another stage, and books how long this one took. One that is entered again goes on.
     pub fn enter(&mut self, stage: HandOverStage, now: BootTime) {
-        let (name, took) = (self.stage.name(), now.since(self.stage_since));
-        let ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
-        match self.stages.iter_mut().find(|known| known.stage == name) {
-            Some(known) => known.ms = known.ms.saturating_add(ms),
-            None => self.stages.push(StageTime { stage: name.to_owned(), ms }),
-        }
+        StageTime::book(&mut self.stages, self.stage.name(), now.since(self.stage_since));
         (self.stage, self.stage_since) = (stage, now);
     }
 }
@@ -180,6 +177,8 @@ enumerated! {
         Primary,
         /// [`State::HandingOver`].
         HandingOver,
+        /// [`State::Restarting`].
+        Restarting,
         /// [`State::Demoting`].
         Demoting,
         /// [`State::Paused`].
@@ -204,6 +203,7 @@ impl StateKind {
             StateKind::Promoting => "promoting",
             StateKind::Primary => "primary",
             StateKind::HandingOver => "handing_over",
+            StateKind::Restarting => "restarting",
             StateKind::Demoting => "demoting",
             StateKind::Paused => "paused",
             StateKind::Stopping => "stopping",
@@ -225,6 +225,7 @@ impl From<&State> for StateKind {
             State::Promoting { .. } => StateKind::Promoting,
             State::Primary => StateKind::Primary,
             State::HandingOver { .. } => StateKind::HandingOver,
+            State::Restarting => StateKind::Restarting,
             State::Demoting { .. } => StateKind::Demoting,
             State::Paused => StateKind::Paused,
             State::Stopping => StateKind::Stopping,
@@ -258,8 +259,8 @@ impl State {
         }
     }
 
-    /// Promoting, Primary or HandingOver.
+    /// Promoting, Primary, HandingOver or Restarting.
     pub fn is_leading(&self) -> bool {
-        matches!(self, State::Promoting { .. } | State::Primary | State::HandingOver { .. })
+        matches!(self, State::Promoting { .. } | State::Primary | State::HandingOver { .. } | State::Restarting)
     }
 }

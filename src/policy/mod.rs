@@ -9,6 +9,7 @@ pub mod parameters;
 pub mod receiving;
 pub mod rejoin;
 pub mod renewal;
+pub mod restart;
 pub mod routing;
 pub mod slots;
 pub mod switchover;

@@ -105,10 +105,6 @@ fn of_the_stream(inputs: &Inputs<'_>, to: &MemberName, own: &str) -> Option<Obst
 /// What a hand-over from this leader costs, whoever follows.
 pub fn costs(inputs: &Inputs<'_>) -> Vec<String> {
     let Some(survey) = inputs.survey else { return Vec::new() };
-    let cut = survey.transactions.iter().map(|open| {
-        let who = if open.application_name.is_empty() { "a client" } else { open.application_name.as_str() };
-        format!("a transaction of {who} (pid {}), open for {} s and {}, would be rolled back", open.pid, open.seconds, open.state)
-    });
     let archiver = survey.archiver.as_ref().and_then(|archiver| {
         let behind = archiver.ready > READY_SEGMENTS_MAX;
         (archiver.failing || behind).then(|| {
@@ -119,7 +115,21 @@ pub fn costs(inputs: &Inputs<'_>) -> Vec<String> {
             )
         })
     });
-    cut.chain(archiver).collect()
+    transactions(survey).chain(archiver).collect()
+}
+
+fn transactions(survey: &Survey) -> impl Iterator<Item = String> {
+    survey.transactions.iter().map(|open| {
+        let who = if open.application_name.is_empty() { "a client" } else { open.application_name.as_str() };
+        format!("a transaction of {who} (pid {}), open for {} s and {}, would be rolled back", open.pid, open.seconds, open.state)
+    })
+}
+
+/// What a restart of this leader cuts off. What is not archived yet stays with it, and is archived later.
+pub fn costs_of_restart(inputs: &Inputs<'_>) -> Vec<String> {
+    let Some(survey) = inputs.survey else { return vec!["what is under way on the primary could not be asked".to_owned()] };
+    let backups = survey.base_backups.iter().map(|who| format!("a base backup that is being taken would be broken off: {who}"));
+    transactions(survey).chain(backups).collect()
 }
 
 /// What a hand-over to this member costs besides.

@@ -59,6 +59,7 @@ select r.rec::text as in_recovery,
   (select coalesce(json_agg(name order by name), '[]')::text from pg_settings where setting = 'off' and (name = 'full_page_writes'
      or name in ('data_checksums', 'wal_log_hints') and 'on' not in (current_setting('data_checksums'), current_setting('wal_log_hints'))))
      as no_rewind,
+  (split_part(pg_read_file('postmaster.pid'), E'\\n', 8) like 'stopping%')::text as stopping,
   current_setting('server_version_num') as version_num, pg_postmaster_start_time()::text as started,
   (select (system_identifier)::text from pg_control_system()) as system_id
 from r, c, m";
@@ -153,6 +154,7 @@ fn read(row: &SimpleQueryRow) -> Result<SqlFacts, SqlError> {
         slots: from_json::<Vec<SlotRow>>(json("slots")?)?.into_iter().map(SlotFacts::from).collect(),
         pending_restart: from_json(json("pending_restart")?)?,
         no_rewind: from_json(json("no_rewind")?)?,
+        stopping: maybe(row, "stopping")? == Some("true"),
         server_version_num: required(row, "version_num")?,
         postmaster_start_time: text(row, "started")?.to_owned(),
         // int8 in the view, unsigned in the control file.

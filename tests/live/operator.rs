@@ -1,8 +1,7 @@
-//! What people do: switchover, promote by hand, delete etcd's keys, change the spec (SAFETY rows 37, 66, 67, 69, 72).
+//! What people do: switchover, promote by hand, delete etcd's keys, change the spec (SAFETY rows 37, 66, 69, 72).
 
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
 use pgherd::cli::demo::runtime::in_own_thread;
 use pgherd::clock::BootTime;
 
@@ -85,18 +84,6 @@ fn row_66_a_standby_promoted_by_hand_is_fenced_and_never_gains_the_lock() {
     assert!(!world.prober().claims().iter().any(|claim| claim.node == world.name(replica) && claim.is_primary), "it never said primary");
     world.wait_writes(leader);
     world.finish_after_a_promote_by_hand();
-}
-
-#[test]
-fn a_postgresql_stopped_by_hand_is_started_again_in_place() {
-    let world = World::up(&Setup::default());
-    let (leader, timeline) = (world.leader(), world.timeline());
-    let postmaster = world.postmaster(leader);
-    postmaster.signal(Signal::SIGINT);
-    world.settle("another postmaster runs", || world.cluster.postmaster(leader).is_some_and(|now| now != postmaster));
-    world.wait_writes(leader);
-    assert_eq!((world.leader(), world.timeline()), (leader, timeline));
-    world.finish();
 }
 
 /// Deletes keys of the cluster past pgherd.

@@ -6,14 +6,14 @@ use pgherd::cli::demo::documents::ClusterDocument;
 use crate::rig::world::{MustSucceed, Setup, World};
 
 /// The same on the oldest and on the newest PostgreSQL that the tests have.
-fn on_both(setup: &Setup, test: impl Fn(World)) {
+pub fn on_both(setup: &Setup, test: impl Fn(World)) {
     for postgres_17 in [false, true] {
         println!("PostgreSQL {}", if postgres_17 { 17 } else { 15 });
         test(World::up(&Setup { postgres_17, ..setup.clone() }));
     }
 }
 
-fn archives_for_ever(document: &mut ClusterDocument) {
+pub fn archives_for_ever(document: &mut ClusterDocument) {
     document.postgres.push("archive_command: sleep 600".into());
 }
 
@@ -177,7 +177,7 @@ fn row_69_a_failover_by_hand_needs_no_leader_and_a_word_that_the_loss_is_accepte
     });
 }
 
-fn in_quorum(document: &mut ClusterDocument) {
+pub fn in_quorum(document: &mut ClusterDocument) {
     document.mode = "quorum".into();
 }
 

@@ -126,8 +126,9 @@ impl Checks {
     }
 
     /// A proof that has run out counts as none, before anything else is looked at (SAFETY 5).
-    pub fn after_event(&mut self, now: BootTime, daemon: &Daemon) {
+    pub fn after_event(&mut self, now: BootTime, daemon: &Daemon, view: &ClusterView) {
         self.carries_out(daemon);
+        self.restarts(daemon, view);
         if let Lock::Proved { until, .. } = daemon.machine.world().lock
             && now >= until
         {

@@ -99,6 +99,7 @@ const UNREACHABLE: &[(u16, &str)] = &[
     (520, STARTED_BY_HAND),
     (820, "a server in recovery was told to stop when this state was entered, and PostgreSQL is not promoted while it stops"),
     (1040, "a stop takes a primary to handing_over within the same event: its lock cannot go in between"),
+    (1175, "a stop takes a primary that is being restarted to handing_over within the same event"),
 ];
 
 const STARTED_BY_HAND: &str =

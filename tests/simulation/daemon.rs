@@ -229,7 +229,7 @@ impl Sim {
         let to = daemon.machine.state().name();
         self.trace.actions(now, host, to, &actions);
         self.checks.judge_actions(local, daemon, &actions, self.etcd.view.sync.as_ref());
-        self.checks.after_event(local, daemon);
+        self.checks.after_event(local, daemon, &self.etcd.view);
         self.checks.asked.decided(host, &actions);
         let went = actions.iter().filter_map(|action| if let Action::Record(decision) = action { decision.transition() } else { None });
         for (from, to) in went {
@@ -436,6 +436,7 @@ impl Sim {
                     replayed_all: postmaster.recovering && self.now >= postmaster.replays_until,
                     lowered: Vec::new(),
                     no_rewind: Vec::new(),
+                    stopping: false,
                     slots: data.slots.iter().map(|(name, at)| slot(name, *at, self.is_active(host, name))).collect(),
                     pending_restart: Vec::new(),
                     server_version_num: 150_018,

@@ -12,7 +12,7 @@ use pgherd::etcd::AcquireRequest;
 use pgherd::facts::cluster::{
     ClusterView, FailsafeRecord, HistoryEntry, Initialize, LeaderKey, MemberKey, MemberRecord, ReleaseRecord, StatusRecord,
 };
-use pgherd::facts::requests::{Ask, RequestKey, RequestProgress, RequestRecord};
+use pgherd::facts::requests::{RequestKey, RequestProgress, RequestRecord};
 use pgherd::facts::synchrony::SyncRecord;
 use pgherd::types::{Epoch, EtcdClusterId, LeaseId, LeaseIdentity, LockIdentity, MemberName, Revision};
 
@@ -227,9 +227,7 @@ impl Etcd {
         // What was taken up does not hang on its requester's lease any more.
         let hangs = |view: &ClusterView| {
             let key = view.requests.get(&asked);
-            key.is_some_and(|key| {
-                key.record.progress == RequestProgress::Created && !matches!(key.record.ask, Ask::ScheduledSwitchover { .. })
-            })
+            key.is_some_and(|key| key.record.progress == RequestProgress::Created && key.record.ask.at_s().is_none())
         };
         let has = |view: &ClusterView| {
             view.members.values().any(|key| key.lease == lease)

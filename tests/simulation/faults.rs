@@ -146,6 +146,7 @@ impl Sim {
             }
             Kind::Switchover => self.switch_over(&fault),
             Kind::Maintenance => self.person_pauses(&fault, host),
+            Kind::Restart => self.restart(&fault, host),
             Kind::FrozenInRenewal => self.hosts[host].freezes_in_renewal = true,
             Kind::LostRelease => {
                 let step = 1 + (fault.choice >> 8) as usize % (self.hosts.len() - 1);

@@ -129,7 +129,7 @@ impl Sim {
                 self.job_ends(host, Finished::SlotsKept(Ok(())));
             }
             Operation::SetNames { names, then, .. } => self.names_step(host, id, step, names, then),
-            Operation::Configure { spec, generation, upstream } => {
+            Operation::Configure { spec, generation, upstream, .. } => {
                 if !self.hosts[host].server.accepting() {
                     return self.job_fails(host, "the server does not take connections");
                 }

@@ -96,6 +96,8 @@ pgherd::enumerated! {
         ReceiverStuck,
         /// A standby that another one is to stream from gives it nothing, for good.
         UpstreamRefuses,
+        /// Operators ask for restarts, and for files to be written again; often something else happens in the middle.
+        Restart,
     }
 }
 
@@ -107,7 +109,7 @@ impl Kind {
 
     /// Drawn apart, so that the storms of other seeds stay what they were.
     fn is_drawn_apart(self) -> bool {
-        matches!(self, Kind::ReceiverStuck | Kind::UpstreamRefuses | Kind::Maintenance)
+        matches!(self, Kind::ReceiverStuck | Kind::UpstreamRefuses | Kind::Maintenance | Kind::Restart)
     }
 
     /// How often one kind is drawn beside the others. What changes the leader is drawn more often.
@@ -174,7 +176,7 @@ pub fn plan(seed: u64, profile: Profile) -> Vec<Fault> {
     // Some runs begin while the cluster is still coming up.
     let mut at = if random.percent(25) { Real(100_000_000) } else { profile.from };
     if total == 0 {
-        return with_maintenance(seed, profile, with_receiving(seed, profile, faults));
+        return with_maintenance(seed, profile, with_restarts(seed, profile, with_receiving(seed, profile, faults)));
     }
     loop {
         at = at.after(random.between(ms(150), profile.mean_gap * 2 - ms(150)));
@@ -195,7 +197,7 @@ pub fn plan(seed: u64, profile: Profile) -> Vec<Fault> {
         let lasts = if kind == Kind::Compaction { lasts.min(secs(3)) } else { lasts };
         faults.push(Fault { at, kind, victim: random.number(), lasts, choice: random.number() });
     }
-    with_maintenance(seed, profile, with_receiving(seed, profile, faults))
+    with_maintenance(seed, profile, with_restarts(seed, profile, with_receiving(seed, profile, faults)))
 }
 
 /// In some runs standbys come to receive nothing, wherever they receive from.
@@ -222,6 +224,19 @@ fn with_maintenance(seed: u64, profile: Profile, mut faults: Vec<Fault>) -> Vec<
         let at = profile.from.after(random.between(ms(0), profile.until.since(profile.from)));
         let lasts = random.between(secs(1), secs(25));
         faults.push(Fault { at, kind: Kind::Maintenance, victim: random.number(), lasts, choice: random.number() });
+    }
+    faults
+}
+
+/// In some runs operators ask for restarts.
+fn with_restarts(seed: u64, profile: Profile, mut faults: Vec<Fault>) -> Vec<Fault> {
+    let mut random = Random::new(seed, 9);
+    if !random.percent(40) {
+        return faults;
+    }
+    for _ in 0..=random.below(4) {
+        let at = profile.from.after(random.between(ms(0), profile.until.since(profile.from)));
+        faults.push(Fault { at, kind: Kind::Restart, victim: random.number(), lasts: ms(0), choice: random.number() });
     }
     faults
 }

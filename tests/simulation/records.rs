@@ -405,7 +405,7 @@ fn snapshot(daemon: &super::host::Daemon) -> Snapshot {
     let mut snapshot = Snapshot::unknown(BootTime(0), world.me.name.clone(), "main".parse().expect("a cluster's name"));
     snapshot.taken = world.probe.as_ref().map_or(BootTime(0), |probe| probe.begun);
     snapshot.unguarded = world.guard_gone;
-    snapshot.ends_postgres = daemon.machine.state().ends_postgres();
+    snapshot.ends_postgres = daemon.machine.ends_postgres();
     snapshot.role = daemon.machine.role();
     snapshot.lock = world.lock.proved();
     snapshot.postmaster = world.guard.as_ref().map(|guard| guard.postmaster.clone());

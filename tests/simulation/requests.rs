@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use pgherd::clock::BootTime;
+use pgherd::facts::cluster::ClusterView;
 use pgherd::facts::requests::{Ask, RequestProgress, RequestRecord};
 use pgherd::machine::action::Action;
 use pgherd::machine::state::State;
@@ -30,6 +31,8 @@ const LOCK_IS_GONE_S: u64 = 16;
 pub struct Asked {
     /// Requests that a leader began to carry out: who, and when by its clock.
     carried_out: BTreeMap<String, (MemberName, BootTime)>,
+    /// Restarts that a member has begun: who, and when by its clock.
+    begun: BTreeMap<String, (MemberName, BootTime)>,
     /// Hosts that are to lead by hand, and how many bytes may be lost.
     accepted: BTreeMap<usize, u64>,
     /// Those that have said that they go by it.
@@ -79,6 +82,33 @@ impl Checks {
     }
 }
 
+impl Checks {
+    /// A restart that an operator asked for is begun once, on what it was asked for, and while nobody else is at one.
+    pub fn restarts(&mut self, daemon: &Daemon, view: &ClusterView) {
+        let world = daemon.machine.world();
+        let Some(restart) = world.requests.restart.as_ref().filter(|restart| restart.end.is_none()) else { return };
+        let (Some(request), false) = (&restart.request, self.restored) else { return };
+        let now = (world.me.name.clone(), restart.since);
+        let begins = !self.asked.begun.contains_key(request);
+        if *self.asked.begun.entry(request.clone()).or_insert_with(|| now.clone()) != now {
+            self.fail("L4", format!("restart {request} is begun a second time"));
+        }
+        let ask = view.requests.get(request).map(|key| &key.record.ask);
+        if let Some(Ask::Restart { if_leader: Some(wanted), .. }) = ask.filter(|_| begins)
+            && *wanted != restart.leads
+        {
+            self.fail("L4", format!("restart {request} of a {} takes what is not one", if *wanted { "primary" } else { "standby" }));
+        }
+        let goes_on = |id: &String, by: &MemberName| {
+            view.requests.get(id).is_some_and(|key| key.record.progress.claimed_by() == Some(by) && key.record.ask.of_member() == Some(by))
+        };
+        let other = self.asked.begun.iter().find(|(id, (by, _))| *by != world.me.name && goes_on(id, by)).map(|(id, _)| id.clone());
+        if let Some(other) = other.filter(|_| begins) {
+            self.fail("L4", format!("restart {request} begins while {other} goes on"));
+        }
+    }
+}
+
 impl Sim {
     fn request(&mut self, ask: Ask) {
         let record = RequestRecord { ask, by: "operator".to_owned(), at: String::new(), progress: RequestProgress::Created };
@@ -117,6 +147,48 @@ impl Sim {
             }
             BY_HAND => self.fail_over_by_hand(to, fault.choice >> 50),
             _ => self.request_switchover(to),
+        }
+    }
+
+    /// One member's restart with something in the middle of it; all of them at once, now or at a time; one as what it is now, just when that
+    /// changes; or files that are written again.
+    pub fn restart(&mut self, fault: &Fault, host: usize) {
+        let how = fault.choice >> 50;
+        let leads = |sim: &Sim, on: usize| sim.etcd.view.leader.as_ref().is_some_and(|leader| leader.holder == member(on).as_str());
+        let plain = |on: usize, if_leader, at_s| Ask::Restart { on: member(on), if_leader, if_pending: how.is_multiple_of(9), at_s };
+        match (fault.choice >> KIND_SHIFT) % 8 {
+            0 => (0..self.hosts.len()).for_each(|on| self.request(plain(on, None, None))),
+            1 => {
+                let at_s = self.now.wall_s() + how % 6;
+                (0..self.hosts.len()).for_each(|on| self.request(plain(on, None, Some(at_s))));
+            }
+            2 => {
+                self.request_switchover(host);
+                let if_leader = Some(leads(self, host));
+                self.request(plain(host, if_leader, None));
+            }
+            3 => (0..self.hosts.len()).for_each(|on| self.request(Ask::Reload { on: member(on) })),
+            _ => {
+                let if_leader = how.is_multiple_of(2).then(|| leads(self, host));
+                self.request(plain(host, if_leader, None));
+                let kinds = [
+                    Kind::KillDaemon,
+                    Kind::KillGuard,
+                    Kind::KillPostmaster,
+                    Kind::PowerOff,
+                    Kind::CutEtcd,
+                    Kind::LockDeleted,
+                    Kind::StopDaemon,
+                    Kind::LeaveDaemon,
+                    Kind::StartRefused,
+                    Kind::FreezeDaemon,
+                    Kind::DiskFull,
+                ];
+                if let Some(kind) = kinds.get((fault.choice >> 8) as usize % (kinds.len() + 3)) {
+                    let lasts = if *kind == Kind::LockDeleted { ms(0) } else { ms(800 + (fault.choice >> 16) % 9_000) };
+                    self.follows(ms(how % 1_200), (*kind, fault.choice), host, lasts);
+                }
+            }
         }
     }
 

@@ -314,6 +314,13 @@ impl World<'_> {
                 );
                 add("scheduled_switchover", Severity::Info, message);
             }
+            if let (Ask::Restart { on, at_s: Some(at_s), .. }, RequestProgress::Created) = (&request.record.ask, &request.record.progress) {
+                let at = crate::clock::rfc3339(std::time::Duration::from_secs(*at_s));
+                let by = &request.record.by;
+                let message =
+                    format!("a restart of `{on}` is scheduled for {at} by {by} ({id}): `pgherd flush restart {on}` takes it back");
+                add("scheduled_restart", Severity::Info, message);
+            }
             if let RequestProgress::Claimed { by, stage, .. } = &request.record.progress {
                 add("request", Severity::Info, format!("{by} is carrying out a request of {}: {stage}", request.record.by));
             }

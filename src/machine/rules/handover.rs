@@ -26,7 +26,7 @@ use crate::types::MemberName;
 const CHECKPOINT_PATIENCE_S: u64 = 30;
 
 /// How long it may take when an operator asked: a stop would have to write the same again while nobody can write, so nothing is stopped.
-const ASKED_CHECKPOINT_PATIENCE_S: u64 = 100;
+pub(crate) const ASKED_CHECKPOINT_PATIENCE_S: u64 = 100;
 
 /// How long a successor may take to have the shutdown checkpoint. One that streams has it before the stop ends.
 const SUCCESSOR_PATIENCE_MS: u64 = 3_000;
@@ -41,7 +41,7 @@ const STOP_LOOK_MS: u64 = 300;
 const MAINTAINED: &str = "maintenance mode was set, in which nobody takes the lock";
 
 /// How long the archiver is given once that is seen: about a second in all. What it has not archived then is archived by nobody.
-const ARCHIVER_PATIENCE_MS: u64 = 700;
+pub(crate) const ARCHIVER_PATIENCE_MS: u64 = 700;
 
 pub(crate) fn rule(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<State> {
     if context.world.lock == Lock::None {
@@ -64,6 +64,36 @@ pub(crate) fn rule(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outco
     }
 }
 
+/// How the checkpoint before a planned stop stands.
+pub(crate) enum Before {
+    /// It is being made.
+    Waits,
+    /// It is made, and the server runs.
+    Made,
+    /// It failed, or takes too long: why.
+    Failed(String),
+    /// There is no server that runs any more.
+    Ended,
+}
+
+/// Has a checkpoint made, which began then.
+pub(crate) fn checkpointed(context: &mut Context<'_>, since: BootTime, patience: Duration) -> Before {
+    let late = context.now.since(since) > patience;
+    let failed = context.world.failures(OperationKind::Checkpoint) > 0;
+    if context.world.running().is_none() {
+        return Before::Ended;
+    }
+    if context.world.checkpointed {
+        return Before::Made;
+    }
+    if !late && !failed {
+        context.start(Operation::Checkpoint);
+        return Before::Waits;
+    }
+    let how = if failed { "failed".to_owned() } else { format!("took longer than {} s", patience.as_secs()) };
+    Before::Failed(format!("the checkpoint before the stop {how}; what it wrote, the next one need not write"))
+}
+
 /// Nobody could take the lock that would be released.
 fn is_overtaken(context: &Context<'_>) -> bool {
     context.world.is_maintained() && !context.world.stop_requested
@@ -75,31 +105,19 @@ fn checkpoint(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<St
     }
     let asked = hand_over.request.is_some() && !context.world.stop_requested;
     let patience = Duration::from_secs(if asked { ASKED_CHECKPOINT_PATIENCE_S } else { CHECKPOINT_PATIENCE_S });
-    let late = context.now.since(hand_over.since) > patience;
-    let failed = context.world.failures(OperationKind::Checkpoint) > 0;
-    let ended = context.world.running().is_none();
     if let Some(lock) = context.world.lock.identity() {
         primary::keep_records(context, lock);
     }
-    if !ended && !context.world.checkpointed && !late && !failed {
-        context.start(Operation::Checkpoint);
-        return Handled;
-    }
-    if asked && !ended {
-        if !context.world.checkpointed {
-            let how = if failed { "failed".to_owned() } else { format!("took longer than {} s", patience.as_secs()) };
-            return back_to_work(
-                hand_over,
-                context,
-                format!("the checkpoint before the stop {how}; what it wrote, the next one need not write"),
-            );
-        }
+    match checkpointed(context, hand_over.since, patience) {
+        Before::Waits => return Handled,
+        Before::Failed(why) if asked => return back_to_work(hand_over, context, why),
         // It may have taken long, and this is the last moment in which nothing has to be taken back.
-        match hand_over.to.as_ref().and_then(|to| requests::why_not(context, to)) {
-            Some(Obstacle::Passing(_)) if !late => return Handled,
+        Before::Made if asked => match hand_over.to.as_ref().and_then(|to| requests::why_not(context, to)) {
+            Some(Obstacle::Passing(_)) if context.now.since(hand_over.since) <= patience => return Handled,
             Some(Obstacle::Passing(why) | Obstacle::Lasting(why)) => return back_to_work(hand_over, context, why),
             None => {}
-        }
+        },
+        Before::Made | Before::Failed(_) | Before::Ended => {}
     }
     standby::cancel_job(context);
     hand_over.enter(HandOverStage::Stop, context.now);
@@ -114,27 +132,31 @@ fn stop(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<State> {
     let patience = context.world.spec().map_or(Duration::from_secs(30), |spec| spec.ha.primary_stop_timeout);
     context.stop(StopMode::Fast { patience });
     if context.world.ending().is_some() {
-        end_what_is_left(hand_over, context);
+        // A successor that is gone gets it no sooner for an archiver that is waited for.
+        end_what_is_left(context, hand_over.stage_since, |control, context| match successor(hand_over, control, context) {
+            Some(_) => (ARCHIVER_PATIENCE_MS, "the successor has all of it"),
+            None => (ARCHIVER_PATIENCE_MS + SUCCESSOR_PATIENCE_MS, "no successor has all of it in time"),
+        });
     }
     Handled
 }
 
 /// The control file says `shut down`: no session is left and none begins, and all that was written is on disk. Who still runs are the
-/// archiver, whose command may take for ever, and walsenders that wait for a standby.
-fn end_what_is_left(hand_over: &HandOver, context: &mut Context<'_>) {
+/// archiver, whose command may take for ever, and walsenders that wait for a standby. `patience` is how long they are given, and why no longer.
+pub(crate) fn end_what_is_left(
+    context: &mut Context<'_>,
+    stops_since: BootTime,
+    patience: impl Fn(&ControlFacts, &Context<'_>) -> (u64, &'static str),
+) {
     let Some((seen, control)) = context.world.looks.shut_down.clone() else {
-        if context.now.since(hand_over.stage_since) >= Duration::from_millis(STOP_LOOK_MS) {
+        if context.now.since(stops_since) >= Duration::from_millis(STOP_LOOK_MS) {
             context.start(Operation::Look);
         }
         return;
     };
-    let patience = Duration::from_millis(ARCHIVER_PATIENCE_MS);
-    let has_all = successor(hand_over, &control, context).is_some();
-    // A successor that is gone gets it no sooner for an archiver that is waited for.
-    let limit = if has_all { patience } else { patience + Duration::from_millis(SUCCESSOR_PATIENCE_MS) };
-    if context.now.since(seen) >= limit && context.world.may_ask_stop(context.now, StopMode::Kill) {
+    let (patience_ms, who) = patience(&control, context);
+    if context.now.since(seen) >= Duration::from_millis(patience_ms) && context.world.may_ask_stop(context.now, StopMode::Kill) {
         context.actions.push(Action::Stop(StopMode::Kill));
-        let who = if has_all { "the successor has all of it" } else { "no successor has all of it in time" };
         let message = format!(
             "PostgreSQL has shut down at {} and {who}: the archiver, or a walsender, that still runs is ended; what \
              pg_wal/archive_status shows as ready here is not in the archive",

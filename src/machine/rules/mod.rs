@@ -11,6 +11,7 @@ pub(crate) mod publish;
 pub(crate) mod receiving;
 pub(crate) mod rejoining;
 pub(crate) mod requests;
+pub(crate) mod restart;
 pub(crate) mod slots;
 pub(crate) mod standby;
 pub(crate) mod starting;

@@ -13,7 +13,7 @@ use crate::facts::postgres::SqlFacts;
 use crate::machine::action::{Operation, OperationKind};
 use crate::machine::bookkeeping::{CRASH_LIMIT, CRASH_WINDOW_S};
 use crate::machine::node::Context;
-use crate::machine::rules::{requests, slots, synchrony};
+use crate::machine::rules::{requests, restart, slots, synchrony};
 use crate::machine::state::{Demotion, HandOver, Promotion, State, Then, Way};
 use crate::machine::world::Lock;
 use crate::spec::cluster::PermanentSlot;
@@ -44,8 +44,14 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
     if let Some(at) = context.world.sql().filter(|sql| sql.in_recovery).map(|sql| sql.timeline) {
         return not_promoted_yet(context, lock, at);
     }
+    if context.world.sql().is_some_and(|sql| sql.stopping) {
+        return restart::told_to_stop(context);
+    }
     upkeep(context, lock);
-    requests::taken_up(context)
+    match requests::taken_up(context) {
+        Handled => restart::of_primary(context),
+        goes => goes,
+    }
 }
 
 /// Adopted from a daemon that ended between the guard's word and the promotion (SAFETY row 52): it is gone on with.
@@ -165,7 +171,8 @@ fn take_up_configuration(context: &mut Context<'_>) {
     }
     let Some((generation, spec)) = context.world.spec.clone() else { return };
     let current = context.world.in_force.as_ref().map(|files| files.generation);
-    if current == Some(generation) || context.world.refused_generation == Some(generation) {
+    let anew = context.world.requests.writes_anew();
+    if (current == Some(generation) || context.world.refused_generation == Some(generation)) && !anew {
         return;
     }
     let Some(view) = context.world.view.clone() else { return };
@@ -184,9 +191,9 @@ fn take_up_configuration(context: &mut Context<'_>) {
         return;
     }
     let tried = standbys.iter().any(|(_, key)| key.record.observed_generation >= generation);
-    if tried || standbys.is_empty() || current.is_none() {
+    if tried || standbys.is_empty() || current.is_none() || current == Some(generation) {
         context.world.clear("configuration_waits");
-        context.start(Operation::Configure { spec, generation, upstream: None });
+        context.start(Operation::Configure { spec, generation, upstream: None, anew });
     }
 }
 

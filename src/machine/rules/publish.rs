@@ -200,7 +200,7 @@ pub(crate) fn standing_conditions(world: &mut World, state: &State) {
         State::Following if at_work => &BEHIND_A_LEADER,
         State::Primary if at_work => &UNDER_THE_LOCK,
         State::Following | State::Rejoining | State::Cloning => &["waiting_to_initialize", "waiting_to_lead"],
-        State::Candidate | State::Promoting { .. } | State::HandingOver { .. } => &["waiting_to_initialize"],
+        State::Candidate | State::Promoting { .. } | State::HandingOver { .. } | State::Restarting => &["waiting_to_initialize"],
         State::Starting | State::Undeclared | State::Primary | State::Demoting { .. } | State::Paused | State::Stopping => &[],
     };
     over.iter().for_each(|kind| world.clear(kind));

@@ -123,7 +123,7 @@ pub(crate) fn waits_for_a_former_leader(context: &mut Context<'_>) -> bool {
 /// Whom to follow is taken away; the next look gives it back.
 fn restart_receiver(context: &mut Context<'_>) {
     let Some((generation, spec)) = context.world.spec.clone() else { return };
-    if context.start(Operation::Configure { spec, generation, upstream: None }) {
+    if context.start(Operation::Configure { spec, generation, upstream: None, anew: false }) {
         tried(context, "its walreceiver is started again");
     }
 }

@@ -34,7 +34,7 @@ const SCHEDULE_LATE_MAX_S: u64 = 60;
 const ORPHANED_AFTER_MS: u64 = 5_000;
 
 /// Why nothing is carried out in maintenance mode.
-const MAINTAINED: &str = "maintenance mode is on: end it first (`pgherd resume`)";
+pub(crate) const MAINTAINED: &str = "maintenance mode is on: end it first (`pgherd resume`)";
 
 type Open<'a> = (&'a String, &'a RequestKey, &'a MemberName);
 
@@ -59,10 +59,7 @@ fn is_too_late(context: &Context<'_>, key: &RequestKey) -> bool {
 }
 
 fn claimed_by(key: &RequestKey) -> Option<&MemberName> {
-    match &key.record.progress {
-        RequestProgress::Claimed { by, .. } => Some(by),
-        RequestProgress::Created | RequestProgress::Done { .. } | RequestProgress::Judged { .. } | RequestProgress::Refused { .. } => None,
-    }
+    key.record.progress.claimed_by()
 }
 
 /// A primary looks at what is asked. The refusal is written before PostgreSQL is touched.
@@ -89,6 +86,11 @@ pub(crate) fn taken_up(context: &mut Context<'_>) -> Outcome<State> {
         Ask::CheckSwitchover { to } if key.record.progress == RequestProgress::Created => Some(to.clone()),
         _ => None,
     };
+    let restart_is_weighed = |key: &RequestKey| key.record.ask == Ask::CheckRestart && key.record.progress == RequestProgress::Created;
+    if let Some((id, key)) = view.requests.iter().find(|(_, key)| restart_is_weighed(key)) {
+        weigh_restart(context, id, key);
+        return Handled;
+    }
     if let Some((id, key, to)) = view.requests.iter().find_map(|(id, key)| Some((id, key, is_check(key)?))) {
         judge(context, id, key, to.as_ref());
         return Handled;
@@ -223,7 +225,16 @@ fn judge(context: &mut Context<'_>, id: &str, key: &RequestKey, to: Option<&Memb
     answer(context, id, key, progress);
 }
 
-fn answer(context: &mut Context<'_>, id: &str, key: &RequestKey, progress: RequestProgress) -> bool {
+/// Says what a restart of this primary would cut off.
+fn weigh_restart(context: &mut Context<'_>, id: &str, key: &RequestKey) {
+    if surveyed(context, id) {
+        let judged = |inputs| RequestProgress::Judged { candidates: Vec::new(), warnings: switchover::costs_of_restart(&inputs) };
+        let progress = inputs(context).map_or_else(|| RequestProgress::Refused { reason: BLIND.to_owned() }, judged);
+        answer(context, id, key, progress);
+    }
+}
+
+pub(crate) fn answer(context: &mut Context<'_>, id: &str, key: &RequestKey, progress: RequestProgress) -> bool {
     context.start(Operation::AnswerRequest { id: id.to_owned(), mod_revision: key.mod_revision, progress })
 }
 
@@ -245,7 +256,7 @@ pub(crate) fn settle(context: &mut Context<'_>, state: &State) {
     for (id, key) in &view.requests {
         let progress = match &key.record.ask {
             Ask::Switchover { to } | Ask::ScheduledSwitchover { to, .. } => outcome(context, state, &view, (id, key, to)),
-            Ask::CheckSwitchover { .. } => None,
+            Ask::CheckSwitchover { .. } | Ask::CheckRestart | Ask::Restart { .. } | Ask::Reload { .. } => None,
             Ask::Failover { to, accept_loss } if key.record.progress.is_open() => {
                 of_failover(context, state, &view, (id, key, to), accept_loss.is_some())
             }
@@ -264,9 +275,11 @@ fn refuse_all(context: &mut Context<'_>, view: &ClusterView) {
     let me = context.world.me.name.clone();
     let leads = view.leader.as_ref().is_some_and(|leader| leader.holder == me.as_str());
     let for_me = |key: &RequestKey| match (&key.record.ask, &key.record.progress) {
+        // What a member does to itself has rules of its own.
+        (Ask::Restart { .. } | Ask::Reload { .. }, _) => false,
         (_, RequestProgress::Claimed { by, .. }) => *by == me,
         (Ask::ScheduledSwitchover { .. }, _) => false,
-        (Ask::Switchover { .. } | Ask::CheckSwitchover { .. }, progress) => leads && progress.is_open(),
+        (Ask::Switchover { .. } | Ask::CheckSwitchover { .. } | Ask::CheckRestart, progress) => leads && progress.is_open(),
         (Ask::Failover { to: on, .. } | Ask::Bootstrap { on }, progress) => *on == me && progress.is_open(),
     };
     let Some((id, key)) = view.requests.iter().find(|(_, key)| for_me(key)) else { return };

@@ -170,6 +170,11 @@ fn follow_running(context: &mut Context<'_>) -> Outcome<State> {
     if context.world.promoted.is_none() {
         context.start(Operation::Look);
     }
+    if context.world.sql().is_some_and(|sql| sql.stopping) {
+        // By somebody's hand, and perhaps with the patience to wait for every reader: it ends, and starts again.
+        context.stop(StopMode::Fast { patience: Duration::from_secs(STANDBY_STOP_S) });
+        return Handled;
+    }
     let another = is_of_another_promotion(context);
     let cannot_follow = has_diverged(context) || receiving::is_stuck(context) || receiving::waits_for_a_former_leader(context);
     if cannot_follow || (another && context.world.leader_writes()) {
@@ -242,8 +247,9 @@ fn keep_configured(context: &mut Context<'_>) {
     let as_wanted = context.world.in_force.as_ref().is_some_and(|files| {
         (files.generation == generation || context.world.refused_generation == Some(generation)) && files.upstream == upstream
     });
-    if !as_wanted && context.world.sql().is_some() {
-        context.start(Operation::Configure { spec, generation, upstream });
+    let anew = context.world.requests.writes_anew();
+    if (!as_wanted || anew) && context.world.sql().is_some() {
+        context.start(Operation::Configure { spec, generation, upstream, anew });
     }
 }
 

@@ -259,7 +259,7 @@ pub(crate) fn detach(context: &mut Context<'_>) {
         context.actions.push(Action::CancelJob);
         return;
     }
-    context.start(Operation::Configure { spec, generation, upstream: None });
+    context.start(Operation::Configure { spec, generation, upstream: None, anew: false });
 }
 
 /// Nothing more can come, and nothing that is there is left out: a position is what PostgreSQL has gone through, or received.

@@ -199,6 +199,7 @@ pub(crate) fn sql(in_recovery: bool, timeline: u32, lsn: u64) -> SqlFacts {
         replicas: Vec::new(),
         lowered: Vec::new(),
         no_rewind: Vec::new(),
+        stopping: false,
         slots: Vec::new(),
         pending_restart: Vec::new(),
         server_version_num: 150_018,

@@ -18,6 +18,7 @@ mod recovery;
 mod refused;
 mod releases;
 mod requests;
+mod restart;
 mod rewinds;
 mod synchronous;
 mod without_etcd;

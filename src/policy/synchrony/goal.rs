@@ -92,7 +92,8 @@ impl Standbys {
     }
 }
 
-fn may_count(member: &Member) -> bool {
+/// The spec lets it count.
+pub fn may_count(member: &Member) -> bool {
     !member.tags.nosync && !member.tags.nostream && !member.nofailover()
 }
 

@@ -70,12 +70,15 @@ fn views(world: &World) -> Vec<ClusterView> {
     views
 }
 
-/// A switchover is scheduled for the second 2,000.
+/// A switchover, and a restart of this member, are scheduled for the second 2,000.
 fn with_a_schedule(world: &World) -> World {
     let mut view = world.view.as_deref().cloned().unwrap_or_default();
     let ask = Ask::ScheduledSwitchover { to: name("c"), at_s: 2_000 };
     let record = RequestRecord { ask, by: why(), at: String::new(), progress: RequestProgress::Created };
     view.requests.insert("8".to_owned(), RequestKey { record, mod_revision: Revision(450) });
+    let ask = Ask::Restart { on: name("a"), if_leader: None, if_pending: false, at_s: Some(2_000) };
+    let record = RequestRecord { ask, by: why(), at: String::new(), progress: RequestProgress::Created };
+    view.requests.insert("9".to_owned(), RequestKey { record, mod_revision: Revision(451) });
     World { view: world.view.as_ref().map(|_| Arc::new(view)), ..world.clone() }
 }
 

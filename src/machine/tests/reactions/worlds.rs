@@ -14,6 +14,7 @@ use crate::facts::maintenance::{MaintenanceRecord, Phase};
 use crate::facts::postgres::{DataDirectory, DatabaseState};
 use crate::machine::action::{OperationKind, Upstream};
 use crate::machine::event::PeersAnswer;
+use crate::machine::requests::{Restart, RestartStage};
 use crate::machine::state::{Demotion, HandOver, HandOverStage, Promotion, State, StateKind, Then, Way};
 use crate::machine::tests::fixtures::*;
 use crate::machine::world::{Etcd, InForce, Lock, Vacancy, World};
@@ -150,6 +151,7 @@ pub(crate) fn cases(kind: StateKind) -> Vec<Case> {
         StateKind::Promoting => promoting(),
         StateKind::Primary => primary(),
         StateKind::HandingOver => handing_over(),
+        StateKind::Restarting => restarting(),
         StateKind::Demoting => demoting(),
         StateKind::Paused => paused(),
         StateKind::Stopping => stopping(),
@@ -327,6 +329,35 @@ fn handing_over() -> Vec<Case> {
         case("PostgreSQL is being stopped", state(HandOverStage::Stop), leads()),
         case("it is taken for a standby", state(HandOverStage::Stop), taken_for_a_standby),
         case("the successor lacks the last record", state(HandOverStage::Wait { since: T0 }), waits),
+    ]
+}
+
+/// It has begun, and got so far.
+pub(crate) fn restarts(world: World, stage: RestartStage) -> World {
+    let mut world = world;
+    world.requests.tried.insert("1".to_owned());
+    world.requests.restart = Some(Restart {
+        request: Some("1".to_owned()),
+        was: Some(StartId(1)),
+        leads: true,
+        copies: 0,
+        lag: 0,
+        since: T0,
+        stage,
+        stage_since: T0,
+        stages: Vec::new(),
+        end: None,
+    });
+    world
+}
+
+fn restarting() -> Vec<Case> {
+    let taken_for_a_standby = World { guard: Some(guard(1, running(1, Word::Standby))), probe: None, ..leads() };
+    let checkpoint = busy(leads(), OperationKind::Checkpoint);
+    vec![
+        case("the checkpoint is being made", State::Restarting, restarts(checkpoint, RestartStage::Checkpoint)),
+        case("PostgreSQL is being stopped", State::Restarting, restarts(leads(), RestartStage::Stop)),
+        case("it is taken for a standby", State::Restarting, restarts(taken_for_a_standby, RestartStage::Stop)),
     ]
 }
 

@@ -288,6 +288,17 @@ impl Server {
         }
     }
 
+    /// `pg_ctl stop`: in good order, and by nobody's order whom the daemon knows.
+    pub(crate) fn stopped_by_hand(&mut self, now: BootTime) {
+        if let Process::Running { start, .. } = self.process {
+            if let Some(data) = &mut self.data {
+                data.checkpoint = data.end;
+                data.state = DatabaseState::ShutDown;
+            }
+            self.ended(now, start, None, true);
+        }
+    }
+
     fn ended(&mut self, now: BootTime, start: StartId, rung: Option<Rung>, clean: bool) {
         self.process = Process::None;
         self.streaming = false;
