@@ -95,6 +95,10 @@ enumerated! {
         RewindResumedUnderAnother,
         /// A member is rewound while commits are acknowledged on the strength of what it has.
         RewoundWhileCountedOn,
+        /// A member throws its data directory away while commits are acknowledged on the strength of what it has.
+        ReinitWhileCountedOn,
+        /// A copy is made in the data directory's own place, where what is half copied is taken for whole.
+        CopyMadeInPlace,
         /// The WAL that only this member has is not kept before a rewind.
         RewoundWalNotKept,
         /// Failsafe: E counts from the last answer and not from before the first call.
@@ -109,6 +113,8 @@ enumerated! {
         OutsidersRun,
         /// Synchrony: who has every acknowledged commit does not matter to who runs for the lock.
         RecordNotLooked,
+        /// Synchrony: a member that was put back to an older state is believed about what it has acknowledged (SAFETY row 27).
+        PutBackCounts,
         /// Synchrony: one member fewer than it takes is enough to know that every acknowledged commit has been seen.
         OneFewerSeen,
         /// Synchrony: a member says how far it is while it still receives.

@@ -18,6 +18,8 @@ use crate::types::MemberName;
 
 /// Between two looks at the request.
 const POLL_INTERVAL_MS: u64 = 100;
+/// The same, of one that may take hours.
+const PROGRESS_INTERVAL_MS: u64 = 500;
 
 /// Looks at a request whose time is over: it is taken up at most once.
 const LAST_LOOKS: u32 = 2;
@@ -51,6 +53,14 @@ fn check_bootstrap(view: &ClusterView, on: &MemberName) -> Result<String, String
     Ok(format!("Initialize an EMPTY cluster on {on}, although not every member has reported an empty data directory?"))
 }
 
+/// Nothing is carried out in maintenance mode.
+pub(crate) fn not_maintained(view: &ClusterView) -> Result<(), String> {
+    if view.maintenance.is_some() {
+        return Err("maintenance mode is on: end it first (`pgherd resume`)".to_owned());
+    }
+    Ok(())
+}
+
 /// Why nothing can be asked of this member.
 pub(crate) fn no_key(member: &MemberName) -> String {
     format!("{member} has no key in etcd: its daemon is not running or cannot reach etcd")
@@ -68,7 +78,7 @@ fn request(connection: &Connection, how: Asking, ask: Ask, check: impl Fn(&Clust
 /// Asks for something, and prints what came of it.
 pub(crate) async fn done(etcd: &Etcd, ask: Ask, patience: Duration) -> Outcome {
     match carried_out(etcd, ask, patience).await? {
-        Answer::Done(message) => print(&format!("{message}\n")),
+        Answer::Done(message) | Answer::TakenUp(message) => print(&format!("{message}\n")),
         Answer::Judged(..) => Err(Failure::new(FAILED, "the answer is one to another question: look at `pgherd events`")),
     }
 }
@@ -77,7 +87,17 @@ pub(crate) async fn done(etcd: &Etcd, ask: Ask, patience: Duration) -> Outcome {
 pub(crate) async fn carried_out(etcd: &Etcd, ask: Ask, patience: Duration) -> Result<Answer, Failure> {
     let deadline = BootTime::now() + patience;
     let id = etcd.create_request(ask, &who(), patience).await?;
-    follow(etcd, &id, deadline).await
+    follow(etcd, &id, deadline, &Until::Over).await
+}
+
+/// How long a request is followed, and what is told meanwhile.
+pub(crate) enum Until {
+    /// To its end.
+    Over,
+    /// To its end, telling how far the copy of this member has got.
+    OverWithProgress(MemberName),
+    /// Until somebody has taken it up.
+    TakenUp,
 }
 
 /// How a request ended well.
@@ -87,6 +107,8 @@ pub(crate) enum Answer {
     Done(String),
     /// What a switchover would meet.
     Judged(Vec<Candidate>, Vec<String>),
+    /// It was taken up, and no more was waited for.
+    TakenUp(String),
 }
 
 /// What a look at the request means.
@@ -125,16 +147,23 @@ fn durations(stages: &[StageTime]) -> String {
     each.collect::<Vec<_>>().join(", ")
 }
 
-async fn follow(etcd: &Etcd, id: &str, deadline: BootTime) -> Result<Answer, Failure> {
+pub(crate) async fn follow(etcd: &Etcd, id: &str, deadline: BootTime, until: &Until) -> Result<Answer, Failure> {
     let mut told = String::new();
     let mut silent: Option<EtcdError> = None;
     while BootTime::now() < deadline {
         match etcd.read_request(id).await {
             Ok(found) => {
                 silent = None;
+                if found.is_none() && told.is_empty() && !matches!(until, Until::Over) {
+                    return Err(Failure::new(TIMED_OUT, "the member did not take the request up in time: look at `pgherd status`"));
+                }
                 match judge(found.as_ref().map(|found| &found.record.progress)) {
                     Seen::Waiting => {}
                     Seen::Working(line) => {
+                        if matches!(until, Until::TakenUp) {
+                            return Ok(Answer::TakenUp(line));
+                        }
+                        let line = with_progress(etcd, until, line).await;
                         if line != told {
                             tell(&line);
                             told = line;
@@ -146,7 +175,8 @@ async fn follow(etcd: &Etcd, id: &str, deadline: BootTime) -> Result<Answer, Fai
             // A switchover may well come along with an etcd that is slow: only the deadline ends the wait.
             Err(error) => silent = Some(error),
         }
-        tokio::time::sleep(Duration::from_millis(POLL_INTERVAL_MS)).await;
+        let pause_ms = if matches!(until, Until::OverWithProgress(_)) { PROGRESS_INTERVAL_MS } else { POLL_INTERVAL_MS };
+        tokio::time::sleep(Duration::from_millis(pause_ms)).await;
     }
     if let Some(error) = silent {
         return Err(Failure { code: NO_ETCD, error: anyhow::Error::from(error).context("how the request ended is not known") });
@@ -176,6 +206,16 @@ async fn too_late(etcd: &Etcd, id: &str, mut told: String) -> Result<Answer, Fai
         }
     }
     Err(Failure::new(TIMED_OUT, format!("still running ({told}): look at `pgherd status` and `pgherd events`")))
+}
+
+/// The line, with how far the copy has got.
+async fn with_progress(etcd: &Etcd, until: &Until, line: String) -> String {
+    let Until::OverWithProgress(member) = until else { return line };
+    let copying = match etcd.read_view().await {
+        Ok(view) => view.members.get(member).and_then(|key| key.record.copying.as_ref().map(ToString::to_string)),
+        Err(_) => None,
+    };
+    copying.map_or(line.clone(), |copying| format!("{line} {}", one_line(&copying)))
 }
 
 async fn over(etcd: &Etcd, id: &str, end: Result<Answer, (u8, String)>) -> Result<Answer, Failure> {

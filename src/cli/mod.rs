@@ -14,6 +14,7 @@ mod maintenance;
 mod output;
 mod privileges;
 mod read;
+mod reinit;
 mod restart;
 pub mod run;
 mod secret_files;
@@ -182,6 +183,11 @@ enum Command {
         #[arg(long)]
         yes: bool,
     },
+    /// Throw a member's data directory away and copy it anew; returns when the member has taken it up
+    Reinit {
+        #[command(flatten)]
+        wanted: reinit::Wanted,
+    },
     /// List the last decisions, oldest first
     Events {
         #[command(flatten)]
@@ -278,6 +284,7 @@ fn dispatch(cli: Cli) -> Outcome {
         Command::Restart { wanted, how } => restart::restart(&connection, &wanted, how),
         Command::Reload { whom, how } => restart::reload(&connection, &whom, how),
         Command::Flush { what, members, yes } => restart::flush(&connection, what, &members, yes),
+        Command::Reinit { wanted } => reinit::reinit(&connection, wanted),
         Command::Events { format, limit } => events::events(&connection, format.output, limit),
         Command::Demo(args) => Ok(if demo::run(&args)? { DONE } else { exit::FAILED }),
         Command::Version => output::print(&format!("pgherd {}\n", env!("CARGO_PKG_VERSION"))),

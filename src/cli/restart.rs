@@ -87,9 +87,7 @@ struct Step {
 
 /// Whose turn it is when: standbys in the order of their names, the leader last. Or why nothing is begun.
 fn steps(view: &ClusterView, whom: &Whom, only_pending: bool) -> Result<Vec<Step>, String> {
-    if view.maintenance.is_some() {
-        return Err("maintenance mode is on: end it first (`pgherd resume`)".to_owned());
-    }
+    ask::not_maintained(view)?;
     let Some(leader) = &view.leader else {
         return Err("nobody leads, and its members may be needed for the election: look at `pgherd status`".to_owned());
     };
@@ -179,7 +177,9 @@ async fn agree(etcd: &Etcd, steps: &[Step], wanted: &Wanted, at_s: Option<u64>, 
     if steps.iter().any(|step| step.leads) && !wanted.switchover && at_s.is_none() {
         let costs = match ask::carried_out(etcd, Ask::CheckRestart, how.timeout()).await? {
             Answer::Judged(_, warnings) => warnings,
-            Answer::Done(message) => return Err(Failure::new(FAILED, format!("the leader does not know the question: {message}"))),
+            Answer::Done(message) | Answer::TakenUp(message) => {
+                return Err(Failure::new(FAILED, format!("the leader does not know the question: {message}")));
+            }
         };
         costs.iter().for_each(|cost| tell(&format!("cost: {}", one_line(cost))));
     }
@@ -233,7 +233,7 @@ async fn one(etcd: &Etcd, step: &Step, wanted: &Wanted, patience: Duration) -> R
 
 async fn carried_out(etcd: &Etcd, ask: Ask, patience: Duration) -> Result<String, Failure> {
     match ask::carried_out(etcd, ask, patience).await? {
-        Answer::Done(message) => Ok(message),
+        Answer::Done(message) | Answer::TakenUp(message) => Ok(message),
         Answer::Judged(..) => Err(Failure::new(FAILED, "the answer is one to another question: look at `pgherd events`")),
     }
 }

@@ -89,9 +89,7 @@ fn leads(view: &ClusterView, to: Option<&MemberName>) -> Result<String, String> 
     let Some(leader) = &view.leader else {
         return Err("nobody leads, so that there is nothing to hand over: look at `pgherd status`, or `pgherd failover`".to_owned());
     };
-    if view.maintenance.is_some() {
-        return Err("maintenance mode is on: end it first (`pgherd resume`)".to_owned());
-    }
+    ask::not_maintained(view)?;
     if let Some(to) = to {
         if leader.holder == to.as_str() {
             return Err(format!("{to} leads already"));
@@ -107,7 +105,9 @@ fn leads(view: &ClusterView, to: Option<&MemberName>) -> Result<String, String> 
 pub(super) async fn judged(etcd: &Etcd, to: Option<MemberName>, patience: Duration) -> Result<(Vec<Candidate>, Vec<String>), Failure> {
     match ask::carried_out(etcd, Ask::CheckSwitchover { to }, patience).await? {
         Answer::Judged(candidates, warnings) => Ok((candidates, warnings)),
-        Answer::Done(message) => Err(Failure::new(FAILED, format!("the leader does not know the question: {message}"))),
+        Answer::Done(message) | Answer::TakenUp(message) => {
+            Err(Failure::new(FAILED, format!("the leader does not know the question: {message}")))
+        }
     }
 }
 
@@ -227,6 +227,7 @@ pub fn failover(connection: &Connection, to: &MemberName, how: Asking) -> Outcom
 
 /// How many bytes would be lost and the question to confirm, or why it is refused.
 fn check_failover(view: &ClusterView, to: &MemberName) -> Result<(u64, String), String> {
+    ask::not_maintained(view)?;
     if let Some(leader) = &view.leader {
         return Err(format!("{} leads: `pgherd switchover --to {to}` loses nothing", one_line(&leader.holder)));
     }
@@ -309,8 +310,14 @@ mod tests {
         assert!(check_failover(&view, &name("nobody")).unwrap_err().contains("no key"));
         let own = view.members[&name("standby")].record.receive_lsn.unwrap();
         let lsn = Lsn(own.0 + 4_096);
-        view.status =
-            Some(StatusRecord { epoch: Epoch(1), timeline: TimelineId(1), lsn, slots: Default::default(), conditions: Vec::new() });
+        view.status = Some(StatusRecord {
+            epoch: Epoch(1),
+            timeline: TimelineId(1),
+            lsn,
+            slots: Default::default(),
+            replayed: Default::default(),
+            conditions: Vec::new(),
+        });
         let (loss, question) = check_failover(&view, &name("standby")).unwrap();
         assert_eq!(loss, 4_096);
         assert!(question.contains("4096 bytes of WAL"), "{question}");

@@ -15,7 +15,8 @@ use crate::machine::event::{Configured, Event, Finished};
 use crate::policy::rejoin::{self, OwnPromotion};
 use crate::policy::{parameters, slots};
 use crate::postgres::{
-    InitdbJob, Outcome, configure, data_directory, history_files, initdb, postmaster_command, recover_interrupted_swap, rewind, set_standby,
+    InitdbJob, Outcome, Watch, configure, data_directory, history_files, initdb, postmaster_command, recover_interrupted_swap, rewind,
+    set_standby,
 };
 use crate::spec::cluster::ClusterSpec;
 use crate::types::{LockIdentity, TimelineId};
@@ -49,12 +50,13 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, operation: 
             Ok(Finished::Configured { generation, upstream, result })
         }
         Operation::Initdb { spec } => make_cluster(&host, &spec).await.map(|()| Finished::Initialized(Ok(()))),
-        Operation::Clone { from, leader, spec, lost, found_empty } => {
-            rejoining::copy(&host, (&from, &leader), &spec, lost, found_empty).await.map(|()| Finished::Cloned(Ok(())))
+        Operation::Clone { from, leader, spec, old } => {
+            rejoining::copy(&host, (&from, &leader), &spec, old, watched(&sink)).await.map(|()| Finished::Cloned(Ok(())))
         }
+        Operation::EmptyDirectory { leader } => rejoining::empty(&host, &leader).await.map(|()| Finished::Emptied(Ok(()))),
         Operation::Rewind { from, spec, why, lost, history } => {
             let kept = |writes| sink(Event::Finished(Finished::WritesLost(Box::new(writes))));
-            rejoining::rewind(&host, &from, &spec, (why, lost), &history, kept).await.map(|()| Finished::Rewound(Ok(())))
+            rejoining::rewind(&host, &from, &spec, (why, lost), &history, (kept, watched(&sink))).await.map(|()| Finished::Rewound(Ok(())))
         }
         Operation::PlanRejoin { leader, spec, history, rewinds_failed, .. } => {
             rejoining::plan(&host, &leader, &spec, &history, rewinds_failed).await.map(|plan| Finished::RejoinPlanned(Ok(plan)))
@@ -70,6 +72,12 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, operation: 
         other => Err(anyhow::anyhow!("{:?} is not a job", other.kind())),
     };
     Event::Finished(finished.unwrap_or_else(|error| Finished::failed_job(kind, format!("{error:#}"))))
+}
+
+/// How far a copy or a rewind gets is a fact for the machine.
+fn watched(sink: &Sink) -> Watch {
+    let sink = Arc::clone(sink);
+    Watch::new(move |bytes| sink(Event::Finished(Finished::GotOn(bytes))))
 }
 
 /// Whether the leader's server takes our connections, as what a standby and a rejoin need of it. Changes nothing: no job.

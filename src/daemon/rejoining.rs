@@ -2,16 +2,19 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 
 use crate::facts::cluster::HistoryEntry;
 use crate::facts::lost::LostWrites;
 use crate::facts::postgres::DataDirectory;
-use crate::machine::action::Upstream;
+use crate::machine::action::{Old, Upstream};
 use crate::policy::rejoin::rewind::{BrokenOff, Rewinding, go_on};
 use crate::policy::rejoin::{self, Inputs, LeaderLineage, LostRange, Rejoin};
 use crate::policy::upstream;
-use crate::postgres::{CloneJob, Keep, LeaderFacts, RewindJob, clone_from, data_directory, history_files, rewind, wal};
+use crate::postgres::{
+    CloneJob, Keep, LeaderFacts, RewindJob, Watch, basebackup, clone_from, data_directory, history_files, recover_interrupted_swap, rewind,
+    swap, wal,
+};
 use crate::spec::cluster::{Checkpoint, ClusterSpec};
 
 use super::host::Host;
@@ -85,7 +88,7 @@ pub async fn rewind(
     spec: &ClusterSpec,
     (why, lost): (String, LostRange),
     history: &[HistoryEntry],
-    kept: impl FnOnce(LostWrites) + Send,
+    (kept, watch): (impl FnOnce(LostWrites) + Send, Watch),
 ) -> anyhow::Result<()> {
     let leader: LeaderFacts = host.leader_server(from)?.look(LEADER_LIMIT).await.context("asking the leader before the rewind")?;
     let job = RewindJob {
@@ -97,41 +100,36 @@ pub async fn rewind(
         boot_id: host.incarnation.boot_id.clone(),
         restore_wal: spec.postgres.restore_command.is_some(),
         limit: REWIND_LIMIT,
+        watch,
     };
     rewind::rewind(&host.settled()?.installation, &host.layout, &job, kept).await
 }
 
+/// Empties a data directory that an operator gave up, once it is known that the leader can be copied here.
+pub async fn empty(host: &Host, leader: &Upstream) -> anyhow::Result<()> {
+    rewind::end_orphans(&host.layout).await?;
+    recover_interrupted_swap(&host.layout)?;
+    let leader = host.leader_server(leader)?.look(LEADER_LIMIT).await.context("asking the leader before the directory is emptied")?;
+    basebackup::refuse_impossible(host.settled()?.installation.major, &leader)?;
+    ensure!(!leader.lineage.in_recovery, "the leader is in recovery: the directory is not emptied");
+    swap::empty(&host.layout).await
+}
+
 /// Copies the leader, or a standby of it, and puts the copy in the data directory's place.
-pub async fn copy(
-    host: &Host,
-    (from, leader): (&Upstream, &Upstream),
-    spec: &ClusterSpec,
-    lost: Option<LostRange>,
-    found_empty: bool,
-) -> anyhow::Result<()> {
+pub async fn copy(host: &Host, (from, leader): (&Upstream, &Upstream), spec: &ClusterSpec, old: Old, watch: Watch) -> anyhow::Result<()> {
     let installation = &host.settled()?.installation;
     rewind::end_orphans(&host.layout).await?;
-    let keep = match data_directory::look(installation, &host.layout).await {
-        DataDirectory::Empty => Keep::Empty,
-        DataDirectory::Unknown => bail!("what is in the data directory is not known: nothing takes its place"),
-        DataDirectory::Full(_) | DataDirectory::Unusable(_) | DataDirectory::HalfRewound(_) if found_empty => {
+    // What a crash broke off between two renames is whole first: it is not swapped over.
+    recover_interrupted_swap(&host.layout)?;
+    let keep = match (data_directory::look(installation, &host.layout).await, old) {
+        (DataDirectory::Unknown, _) => bail!("what is in the data directory is not known: nothing takes its place"),
+        (DataDirectory::Empty, _) => Keep::Empty,
+        (DataDirectory::Full(_) | DataDirectory::Unusable(_) | DataDirectory::HalfRewound(_), Old::Empty) => {
             bail!("somebody has put data into {}: it is looked at first", host.layout.data_dir().display())
         }
-        DataDirectory::Full(_) | DataDirectory::Unusable(_) | DataDirectory::HalfRewound(_) => {
-            let why = lost.map_or_else(
-                || "it may hold WAL that is nowhere else".to_owned(),
-                |lost| match lost.to {
-                    Some(to) => format!(
-                        "timeline {} from {} to {} is nowhere else ({} bytes)",
-                        lost.timeline,
-                        lost.from,
-                        to,
-                        to.bytes_since(lost.from)
-                    ),
-                    None => format!("timeline {} from {} on is nowhere else; how far it goes could not be read", lost.timeline, lost.from),
-                },
-            );
-            Keep::Whole { why }
+        (DataDirectory::Full(_) | DataDirectory::Unusable(_) | DataDirectory::HalfRewound(_), Old::GivenUp) => Keep::Nothing,
+        (DataDirectory::Full(_) | DataDirectory::Unusable(_) | DataDirectory::HalfRewound(_), Old::Kept(lost)) => {
+            Keep::Whole { why: why_kept(lost) }
         }
     };
     let source = source_to_copy(host, from, leader).await?;
@@ -144,9 +142,18 @@ pub async fn copy(
         checkpoint_fast: options.checkpoint == Checkpoint::Fast,
         keep,
         limit: CLONE_LIMIT,
+        watch,
     };
     clone_from(installation, &host.layout, &job).await?;
     Ok(())
+}
+
+fn why_kept(lost: Option<LostRange>) -> String {
+    let Some(LostRange { timeline, from, to }) = lost else { return "it may hold WAL that is nowhere else".to_owned() };
+    match to {
+        Some(to) => format!("timeline {timeline} from {from} to {to} is nowhere else ({} bytes)", to.bytes_since(from)),
+        None => format!("timeline {timeline} from {from} on is nowhere else; how far it goes could not be read"),
+    }
 }
 
 /// What is copied, as it says itself; with the leader's history files, which are whole.

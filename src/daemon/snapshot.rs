@@ -3,6 +3,7 @@
 use crate::clock::BootTime;
 use crate::http::snapshot::{Counters, Snapshot};
 use crate::machine::Machine;
+use crate::machine::copying::Progress;
 use crate::machine::state::State;
 use crate::machine::world::Etcd;
 use crate::types::ClusterName;
@@ -49,6 +50,7 @@ pub fn take(now: BootTime, cluster: &ClusterName, machine: &Machine, kept: &Kept
     snapshot.paused = *machine.state() == State::Paused;
     snapshot.suspends = world.suspends();
     snapshot.system_id = world.sql().map(|sql| sql.system_id).or(record.and_then(|record| record.system_id));
+    snapshot.copying = world.receiving.copying.as_ref().map(Progress::copying);
     snapshot.counters = kept.counters.clone();
     snapshot
 }

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::facts::copying::Copying;
 use crate::facts::guard::Maintenance;
 use crate::facts::lost::LostWrites;
 use crate::facts::maintenance::MaintenanceRecord;
@@ -181,6 +182,9 @@ pub struct MemberRecord {
     /// What it had written and the cluster has not, as long as it is kept on its host.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lost_writes: Vec<LostWrites>,
+    /// How far the copy, or the rewind, has got that is being made for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copying: Option<Copying>,
     /// The newest word on maintenance mode that its guard has. None = there was none, or the guard cannot be asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub maintenance: Option<Maintenance>,
@@ -280,6 +284,10 @@ pub struct StatusRecord {
     /// Where the permanent slots of the spec are.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub slots: BTreeMap<String, Lsn>,
+    /// How far each standby that `sync` counts on was seen to have replayed: it has that on disk, and it is where a record ends. Never less
+    /// than before, as long as it is counted on: one that has less was put back in time (SAFETY row 27).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub replayed: BTreeMap<MemberName, Lsn>,
     /// Cluster-wide conditions.
     #[serde(default)]
     pub conditions: Vec<Condition>,

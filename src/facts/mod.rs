@@ -4,6 +4,7 @@
 //! What could not be read is absent or `Unknown`, never the value it had before.
 
 pub mod cluster;
+pub mod copying;
 pub mod failsafe;
 pub mod guard;
 pub mod lease;

@@ -80,6 +80,15 @@ pub enum Ask {
         /// Whose.
         on: MemberName,
     },
+    /// Throw the data directory away and copy it anew. That member itself takes it up: it is its directory.
+    Reinit {
+        /// Whose.
+        on: MemberName,
+        /// The leader is copied, also where a member has the tag `clonefrom`.
+        from_leader: bool,
+        /// The directory is emptied before the copy is made: there is no room for both.
+        in_place: bool,
+    },
 }
 
 impl Ask {
@@ -89,7 +98,7 @@ impl Ask {
             Ask::ScheduledSwitchover { at_s, .. } => Some(*at_s),
             Ask::Restart { at_s, .. } => *at_s,
             Ask::Bootstrap { .. } | Ask::Switchover { .. } | Ask::Failover { .. } => None,
-            Ask::CheckSwitchover { .. } | Ask::CheckRestart | Ask::Reload { .. } => None,
+            Ask::CheckSwitchover { .. } | Ask::CheckRestart | Ask::Reload { .. } | Ask::Reinit { .. } => None,
         }
     }
 
@@ -98,7 +107,7 @@ impl Ask {
         match self {
             Ask::Restart { on, .. } | Ask::Reload { on } => Some(on),
             Ask::Bootstrap { .. } | Ask::Switchover { .. } | Ask::ScheduledSwitchover { .. } | Ask::Failover { .. } => None,
-            Ask::CheckSwitchover { .. } | Ask::CheckRestart => None,
+            Ask::CheckSwitchover { .. } | Ask::CheckRestart | Ask::Reinit { .. } => None,
         }
     }
 }

@@ -306,6 +306,7 @@ fn metrics_have_patronis_names_and_labels() {
         r#"pgherd_lock_seconds_left{scope="main",name="mdw"} 30.0"#,
         r#"pgherd_promotions_total{scope="main",name="mdw"} 0"#,
         r#"pgherd_machine_state{scope="main",name="mdw",state="primary"} 1"#,
+        r#"pgherd_copy_bytes{scope="main",name="mdw",part="done"} 0"#,
     ] {
         assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
     }

@@ -158,6 +158,11 @@ impl Scrape {
         to.gauge("pgherd_etcd_reachable", "1 if etcd answers", snapshot.etcd_reachable.into())?;
         to.gauge("pgherd_declared", "1 if the spec names this member", snapshot.declared.into())?;
         to.gauge("pgherd_observed_generation", "The spec generation taken up", signed(snapshot.observed_generation))?;
+        let copying = snapshot.copying.as_ref();
+        let bytes = |part: Option<u64>| part.unwrap_or(0);
+        let parts = [("done", bytes(copying.and_then(|it| it.done_bytes))), ("total", bytes(copying.and_then(|it| it.total_bytes)))];
+        let help = "Bytes of the copy, or the rewind, that is being made for this member; 0 without one";
+        to.labelled("pgherd_copy_bytes", help, MetricType::Gauge, "part", parts.into_iter())?;
         let severities = [("info", Severity::Info), ("warning", Severity::Warning), ("error", Severity::Error)];
         let conditions =
             severities.map(|(word, severity)| (word, snapshot.conditions.iter().filter(|c| c.severity == severity).count() as u64));

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, Condition, MemberRole};
+use crate::facts::copying::Copying;
 use crate::facts::guard::{LockFacts, PostmasterFacts};
 use crate::facts::postgres::{Probe, ProbeOutcome, SqlFacts};
 use crate::spec::cluster::{ClusterSpec, ReplicationMode};
@@ -81,6 +82,8 @@ pub struct Snapshot {
     pub server_version_num: Option<u32>,
     /// From the control file.
     pub system_id: Option<SystemId>,
+    /// The copy, or the rewind, that is being made for this member.
+    pub copying: Option<Copying>,
     /// Counted since the daemon's start.
     pub counters: Counters,
 }
@@ -130,6 +133,7 @@ impl Snapshot {
             conditions: Vec::new(),
             pending_restart: Vec::new(),
             paused: false,
+            copying: None,
             suspends: false,
             observed_generation: 0,
             server_version_num: None,

@@ -61,6 +61,7 @@ fn member(role: MemberRole, facts: SqlFacts) -> Snapshot {
             timeline: TimelineId(3),
             lsn: Lsn(0x0300_0200),
             slots: Default::default(),
+            replayed: Default::default(),
             conditions: Vec::new(),
         }),
         ..ClusterView::default()

@@ -106,6 +106,17 @@ pub struct Upstream {
     pub keeps_slots: bool,
 }
 
+/// What a copy takes the place of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Old {
+    /// Nothing: the directory was empty when this was decided. What is in it by now was put there since, and nothing takes its place (P5).
+    Empty,
+    /// It may have WAL that nobody else has, such as this: it is kept whole.
+    Kept(Option<LostRange>),
+    /// An operator gave it up by name: it is removed once the copy is in place.
+    GivenUp,
+}
+
 /// What a postmaster is started as.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StartAs {
@@ -176,10 +187,13 @@ pub enum Operation {
         leader: Upstream,
         /// Options come from here.
         spec: Arc<ClusterSpec>,
-        /// What the directory that is swapped out has and nobody else: then it is kept whole.
-        lost: Option<LostRange>,
-        /// The directory was empty when this was decided: what is in it by now was put there since, and nothing takes its place (P5).
-        found_empty: bool,
+        /// What the copy takes the place of.
+        old: Old,
+    },
+    /// Empty a data directory that an operator gave up by name, so that there is room for a copy. Half of it is never started.
+    EmptyDirectory {
+        /// Who is to be copied: asked first whether it can be.
+        leader: Upstream,
     },
     /// Keep the WAL that the leader does not have, then rewind to the leader, behind a marker.
     Rewind {
@@ -339,6 +353,7 @@ pub enum OperationKind {
     Configure,
     Initdb,
     Clone,
+    EmptyDirectory,
     Rewind,
     PlanRejoin,
     Promote,
@@ -375,6 +390,7 @@ impl Operation {
             Operation::Configure { .. } => OperationKind::Configure,
             Operation::Initdb { .. } => OperationKind::Initdb,
             Operation::Clone { .. } => OperationKind::Clone,
+            Operation::EmptyDirectory { .. } => OperationKind::EmptyDirectory,
             Operation::Rewind { .. } => OperationKind::Rewind,
             Operation::PlanRejoin { .. } => OperationKind::PlanRejoin,
             Operation::Promote { .. } => OperationKind::Promote,
@@ -408,8 +424,8 @@ impl OperationKind {
     pub fn is_job(self) -> bool {
         use OperationKind::*;
         match self {
-            Look | Start | Open | Configure | Initdb | Clone | Rewind | PlanRejoin | Promote | SetNames | KeepSlots | EnsureRoles
-            | Checkpoint => true,
+            Look | Start | Open | Configure | Initdb | Clone | EmptyDirectory | Rewind | PlanRejoin | Promote | SetNames | KeepSlots
+            | EnsureRoles | Checkpoint => true,
             PutMember | Acquire | Release | Reaffirm | WriteSync | WriteStatus | RecordPromotion | WriteFailsafe | NoteSuspension
             | EndMaintenance | ClaimInitialize | GiveUpInitialize | AnswerRequest | Survey | AskPeers | ReachLeader | FenceByScan => false,
         }

@@ -12,6 +12,7 @@ use crate::policy::rejoin;
 use crate::types::{Epoch, Revision};
 
 use super::action::{Operation, OperationKind, StopMode};
+use super::copying::Progress;
 use super::event::Kept;
 use super::finished::ANSWERED_PAUSE_MS;
 use super::world::{Backoff, World, knows_of};
@@ -73,6 +74,9 @@ impl World {
     /// What will be needed when the answer comes.
     pub(super) fn note_asked(&mut self, operation: &Operation) {
         self.synchrony.note_asked(operation);
+        if let Some(begun) = Progress::of(operation) {
+            self.receiving.copying = Some(begun);
+        }
         match operation {
             Operation::Release { epoch, .. } => {
                 self.asked.releasing = Some(*epoch);

@@ -51,7 +51,7 @@ pub const EDGES: &[Edge] = &[
     edge(520, "cloning", "demoting", "PostgreSQL may write and the lock is not proved ours"),
     edge(530, "cloning", "stopping", "the daemon is to stop"),
     edge(600, "following", "candidate", "the lock is absent"),
-    edge(610, "following", "rejoining", "the way back behind the leader has to be judged"),
+    edge(610, "following", "rejoining", "the way back behind the leader has to be judged, or a new copy was ordered"),
     edge(620, "following", "awaiting_leader", "the data directory is empty"),
     edge(630, "following", "promoting", "the lock is ours"),
     edge(640, "following", "undeclared", "this member was removed from spec.members"),

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::ClusterView;
+use crate::facts::copying::Bytes;
 use crate::facts::failsafe::PromiseAsk;
 use crate::facts::guard::{GuardFacts, StartId};
 use crate::facts::lease::LeaseEvent;
@@ -151,6 +152,10 @@ pub type Failure = String;
 /// The end of an [`super::action::Operation`].
 #[derive(Debug, Clone)]
 pub enum Finished {
+    /// A copy or a rewind has got so far.
+    GotOn(Bytes),
+    /// A directory that was given up is empty.
+    Emptied(Result<(), Failure>),
     /// The data directory was looked at.
     Looked(DataDirectory),
     /// What is kept beside the data directory, and what this host lacks for a rewind.
@@ -238,12 +243,13 @@ impl Finished {
     pub fn kind(&self) -> Option<OperationKind> {
         use OperationKind as Kind;
         Some(match self {
-            Finished::KeptSeen(_) | Finished::WritesLost(_) => return None,
+            Finished::KeptSeen(_) | Finished::WritesLost(_) | Finished::GotOn(_) => return None,
             Finished::Looked(_) => Kind::Look,
             Finished::Started(_) | Finished::StartedOnOldFiles { .. } => Kind::Start,
             Finished::Configured { .. } => Kind::Configure,
             Finished::Initialized(_) => Kind::Initdb,
             Finished::Cloned(_) => Kind::Clone,
+            Finished::Emptied(_) => Kind::EmptyDirectory,
             Finished::Rewound(_) => Kind::Rewind,
             Finished::RejoinPlanned(_) => Kind::PlanRejoin,
             Finished::PromotionAsked(_) => Kind::Promote,
@@ -279,6 +285,7 @@ impl Finished {
             OperationKind::Configure => Finished::Configured { generation: 0, upstream: None, result: Err(why) },
             OperationKind::Initdb => Finished::Initialized(Err(why)),
             OperationKind::Clone => Finished::Cloned(Err(why)),
+            OperationKind::EmptyDirectory => Finished::Emptied(Err(why)),
             OperationKind::Rewind => Finished::Rewound(Err(why)),
             OperationKind::PlanRejoin => Finished::RejoinPlanned(Err(why)),
             OperationKind::Promote => Finished::PromotionAsked(Err(why)),

@@ -44,13 +44,27 @@ impl World {
             }
             Finished::Configured { generation, upstream, result } => self.absorb_configured(now, generation, upstream, result),
             Finished::Initialized(result) => self.judge(now, Kind::Initdb, result, "initdb_failed"),
+            Finished::GotOn(bytes) => {
+                if let Some(copying) = &mut self.receiving.copying {
+                    copying.got_on(now, bytes);
+                }
+            }
+            Finished::Emptied(result) => {
+                self.data = DataDirectory::Unknown;
+                self.judge(now, Kind::EmptyDirectory, result, "clone_failed");
+            }
             Finished::Cloned(result) => {
                 self.rejoin = None;
+                self.receiving.copying = None;
                 self.data = DataDirectory::Unknown;
+                if result.is_ok() {
+                    self.requests.copy_is_there(now);
+                }
                 self.judge(now, Kind::Clone, result, "clone_failed");
             }
             Finished::Rewound(result) => {
                 self.rejoin = None;
+                self.receiving.copying = None;
                 self.data = DataDirectory::Unknown;
                 self.judge(now, Kind::Rewind, result, "rewind_failed");
             }

@@ -9,6 +9,7 @@
 mod absorb;
 pub mod action;
 mod bookkeeping;
+pub mod copying;
 pub mod edges;
 pub mod event;
 pub mod failsafe;

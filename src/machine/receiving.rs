@@ -3,6 +3,7 @@
 use crate::clock::BootTime;
 use crate::policy::{receiving, upstream};
 
+use super::copying::Progress;
 use super::event::Failure;
 
 /// What is known of it.
@@ -16,4 +17,6 @@ pub struct Receiving {
     pub upstream: upstream::Remembered,
     /// Whether the leader's server took a connection from here, and when that was known.
     pub reached: Option<(BootTime, Result<(), Failure>)>,
+    /// The copy, or the rewind, that is under way.
+    pub copying: Option<Progress>,
 }

@@ -27,6 +27,8 @@ pub struct Requests {
     pub survey: Option<(BootTime, Survey)>,
     /// How the last hand-over ended.
     pub handed_over: Option<HandedOver>,
+    /// A new copy of this member that an operator ordered.
+    pub reinit: Option<Reinit>,
     /// The restart of its own PostgreSQL that this member is about, until its answer is seen in etcd.
     pub restart: Option<Restart>,
     /// The files that it was asked to write again, until the answer is seen in etcd.
@@ -37,6 +39,13 @@ impl Requests {
     /// The wall clock as of now. None = it was not read.
     pub fn wall_now_s(&self, now: BootTime) -> Option<u64> {
         self.wall.map(|(read, since_1970_s)| since_1970_s.saturating_add(now.since(read).as_secs()))
+    }
+
+    /// A copy has taken the data directory's place.
+    pub(super) fn copy_is_there(&mut self, now: BootTime) {
+        if let Some(reinit) = self.reinit.as_mut().filter(|reinit| reinit.stage == ReinitStage::Copy) {
+            reinit.enter(ReinitStage::Start, now);
+        }
     }
 }
 
@@ -145,4 +154,75 @@ pub struct HandedOver {
     pub given_up: Option<String>,
     /// When.
     pub at: BootTime,
+}
+
+/// An operator's order to copy this member anew, as far as it has got.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reinit {
+    /// The request.
+    pub id: String,
+    /// The leader is copied, and no other.
+    pub from_leader: bool,
+    /// The directory is emptied before the copy is made.
+    pub in_place: bool,
+    /// How far it got.
+    pub stage: ReinitStage,
+    /// When that began, in this run of the daemon.
+    pub since: BootTime,
+    /// How long the stages before took.
+    pub stages: Vec<StageTime>,
+    /// Since when `sync` has not counted on this member, its server being down.
+    pub uncounted_since: Option<BootTime>,
+    /// Why it is given up: nothing of the directory was thrown away.
+    pub given_up: Option<String>,
+}
+
+/// Stages of a new copy, in order. Their names are in the request in etcd: it is what the next run of the daemon goes on from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ReinitStage {
+    /// Taken up; nothing is touched yet.
+    Claimed,
+    /// PostgreSQL is being stopped.
+    Stop,
+    /// `sync` has to name others in this member's place.
+    Sync,
+    /// The directory is being emptied.
+    Empty,
+    /// The copy is being made, and put in the directory's place.
+    Copy,
+    /// The copy is in place; it has to stream.
+    Start,
+}
+
+impl ReinitStage {
+    /// For people, and for the next run of the daemon.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ReinitStage::Claimed => "claimed",
+            ReinitStage::Stop => "stop",
+            ReinitStage::Sync => "sync",
+            ReinitStage::Empty => "empty",
+            ReinitStage::Copy => "copy",
+            ReinitStage::Start => "start",
+        }
+    }
+
+    /// Where the next run of the daemon goes on. What was begun and has not ended begins again; a copy that is in place is not made twice.
+    pub fn resumed(name: &str) -> ReinitStage {
+        match name {
+            "claimed" => ReinitStage::Claimed,
+            "start" => ReinitStage::Start,
+            _ => ReinitStage::Stop,
+        }
+    }
+}
+
+impl Reinit {
+    /// Goes to another stage, and books how long this one took. One that is entered again goes on.
+    pub fn enter(&mut self, stage: ReinitStage, now: BootTime) {
+        if self.stage != stage {
+            StageTime::book(&mut self.stages, self.stage.name(), now.since(self.since));
+            (self.stage, self.since) = (stage, now);
+        }
+    }
 }

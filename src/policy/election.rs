@@ -170,11 +170,14 @@ fn not_known_to_hold_all(inputs: &Inputs<'_>) -> Option<Verdict> {
         return None;
     }
     let own = (inputs.own.timeline, inputs.own.lsn);
-    let seen: Vec<&MemberName> = final_votes(inputs).filter(|(_, vote)| on_lineage(view, *vote) <= own).map(|(name, _)| name).collect();
+    let whole = |(name, vote): &(&MemberName, Vote)| on_lineage(view, *vote) <= own && !was_put_back(view, name, vote.lsn);
+    let seen: Vec<&MemberName> = final_votes(inputs).filter(whole).map(|(name, _)| name).collect();
     if record.holds_all(seen.iter().copied()) {
         return None;
     }
-    let missing: Vec<String> = record.members.iter().filter(|name| !seen.contains(name)).map(|name| format!("`{name}`")).collect();
+    let put_back = |name: &MemberName| final_votes(inputs).any(|(voter, vote)| voter == name && was_put_back(view, name, vote.lsn));
+    let named = |name: &MemberName| if put_back(name) { format!("`{name}` (put back to an older state)") } else { format!("`{name}`") };
+    let missing: Vec<String> = record.members.iter().filter(|name| !seen.contains(name)).map(named).collect();
     let why = format!(
         "each acknowledged commit is on {} of {} members: {} of them, or `{}`, have to be seen, none ahead of this one; not seen so far: {}",
         record.copies,
@@ -185,6 +188,17 @@ fn not_known_to_hold_all(inputs: &Inputs<'_>) -> Option<Verdict> {
     );
     let voters_until = inputs.vacant_since + Duration::from_millis(VOTERS_GRACE_MS);
     Some(if inputs.now < voters_until { wait(voters_until, why) } else { Verdict::NotEligible { why } })
+}
+
+/// SAFETY row 27: it has less WAL than it was known to have on disk when `sync` counted on it. What it acknowledged since is known to nobody,
+/// and so it is no witness of what was acknowledged. A leader had at least what it had sent to any standby.
+pub fn was_put_back(view: &ClusterView, member: &MemberName, end: Lsn) -> bool {
+    let (Some(record), Some(status)) = (&view.sync, &view.status) else { return false };
+    if record.epoch != status.epoch || mutant(Mutant::PutBackCounts) {
+        return false;
+    }
+    let known = if *member == record.leader { status.replayed.values().max() } else { status.replayed.get(member) };
+    known.is_some_and(|known| end < *known)
 }
 
 /// How far a vote counts. WAL past the point where the last recorded leadership left its timeline is not ahead of anybody: who led then had

@@ -7,6 +7,7 @@ pub mod hba;
 pub mod maintenance;
 pub mod parameters;
 pub mod receiving;
+pub mod reinit;
 pub mod rejoin;
 pub mod renewal;
 pub mod restart;

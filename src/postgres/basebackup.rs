@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use super::installation::Installation;
 use super::layout::Layout;
 use super::leader::LeaderFacts;
-use super::program::Program;
+use super::program::{Program, Watch};
 use super::swap::{self, Keep, SwapError};
 use super::{files, history_files, postmaster};
 
@@ -39,21 +39,23 @@ pub struct CloneJob {
     pub keep: Keep,
     /// How long it may take in all.
     pub limit: Duration,
+    /// Who is told how far it has got.
+    pub watch: Watch,
 }
 
 /// Runs it. Afterwards the data directory is the clone, marked as a standby, and was never started. PostgreSQL is stopped throughout.
 pub async fn clone_from(installation: &Installation, layout: &Layout, job: &CloneJob) -> Result<(), SwapError> {
     layout.prepare()?;
     swap::check(layout, &job.keep)?;
-    refuse_hopeless(installation, layout, job)?;
+    refuse_impossible(installation.major, &job.source)?;
     let work = layout.clone_dir();
-    // An earlier attempt's copy never served anybody.
+    // An earlier attempt's copy never served anybody, and takes the room of this one.
     swap::remove(layout, &work).await.context("removing what an earlier clone left")?;
-    files::make_directory(&layout.work())?;
-    program(installation, layout, job)?.run_ok(job.limit).await?;
-    finish_copy(&work, job)?;
-    // Also of an earlier swap: the new one needs the place.
     swap::remove_discarded(layout).await?;
+    refuse_without_room(layout, &job.source)?;
+    files::make_directory(&layout.work())?;
+    program(installation, layout, job)?.run_ok_watched(job.limit, &job.watch).await?;
+    finish_copy(&work, job)?;
     swap::swap(layout, &work, &job.keep)?;
     Ok(swap::remove_discarded(layout).await?)
 }
@@ -67,13 +69,12 @@ fn finish_copy(work: &std::path::Path, job: &CloneJob) -> Result<()> {
     postmaster::set_standby(work, true)
 }
 
-fn refuse_hopeless(installation: &Installation, layout: &Layout, job: &CloneJob) -> Result<()> {
-    let source = &job.source;
-    if source.lineage.major_version != installation.major {
+/// What no copy can be made of here, however much room there is. Asked before anything is touched.
+pub fn refuse_impossible(major: u32, source: &LeaderFacts) -> Result<()> {
+    if source.lineage.major_version != major {
         bail!(
-            "the source of the copy runs PostgreSQL {}, this host has {}: a clone needs the same major version",
-            source.lineage.major_version,
-            installation.major
+            "the source of the copy runs PostgreSQL {}, this host has {major}: a clone needs the same major version",
+            source.lineage.major_version
         );
     }
     if !source.tablespaces.is_empty() {
@@ -82,13 +83,18 @@ fn refuse_hopeless(installation: &Installation, layout: &Layout, job: &CloneJob)
             source.tablespaces.join(", ")
         );
     }
+    Ok(())
+}
+
+fn refuse_without_room(layout: &Layout, source: &LeaderFacts) -> Result<()> {
     let work = layout.work();
     let place = work.ancestors().find(|path| path.is_dir()).context("no directory to clone into")?;
     let free = nix::sys::statvfs::statvfs(place).with_context(|| format!("asking for the room in {}", place.display()))?;
     let free_bytes = free.blocks_available().saturating_mul(free.fragment_size());
     match source.database_bytes {
         Some(bytes) if bytes > free_bytes => bail!(
-            "the databases to copy are {} MB, {} has room for {} MB: make room (is something in {}?), or reinit this member by name",
+            "the databases to copy are {} MB, {} has room for {} MB: make room (is something in {}?), or have the old directory emptied first \
+             (`pgherd reinit MEMBER --in-place`)",
             bytes >> 20,
             place.display(),
             free_bytes >> 20,
@@ -105,6 +111,7 @@ fn program(installation: &Installation, layout: &Layout, job: &CloneJob) -> Resu
         .option("dbname", format!("{} application_name='{COPY_NAME}'", job.conninfo))
         .arg("--wal-method=stream")
         .arg("--no-password")
+        .arg("--progress")
         .option("checkpoint", if job.checkpoint_fast { "fast" } else { "spread" });
     if let Some(bytes) = job.max_rate_bytes {
         // 32 kB/s to 1 GB/s are pg_basebackup's own bounds.

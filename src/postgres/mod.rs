@@ -36,6 +36,7 @@ pub use installation::Installation;
 pub use layout::{Layout, OwnPromotionFile};
 pub use leader::{LeaderFacts, LeaderServer};
 pub use postmaster::{PostmasterCommand, postmaster_command, set_standby};
+pub use program::Watch;
 pub use rewind::RewindJob;
 pub use sql::{Secret, Sql, SqlError};
 pub use swap::{Keep, SwapError, recover_interrupted_swap, remove_discarded};

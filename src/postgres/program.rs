@@ -16,12 +16,37 @@ use nix::unistd::Pid;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, Command};
 
+use crate::facts::copying::Bytes;
+
 /// Most bytes kept of a program's standard error: its last ones, since the reason comes last.
 pub const STDERR_KEPT_BYTES: usize = 8 * 1024;
 /// Most bytes kept of a program's standard output: its first ones.
 pub const STDOUT_KEPT_BYTES: usize = 256 * 1024;
 /// How long a program's output is waited for after its end: a grandchild may hold the pipe.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+
+/// Who is told how far a program has got; nobody unless said.
+#[derive(Clone, Default)]
+pub struct Watch(Option<Arc<dyn Fn(Bytes) + Send + Sync>>);
+
+impl Watch {
+    /// Told each time that the program says it, about once a second.
+    pub fn new(told: impl Fn(Bytes) + Send + Sync + 'static) -> Watch {
+        Watch(Some(Arc::new(told)))
+    }
+
+    fn tell(&self, bytes: Bytes) {
+        if let Some(told) = &self.0 {
+            told(bytes);
+        }
+    }
+}
+
+impl std::fmt::Debug for Watch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.0.is_some() { "Watch(somebody)" } else { "Watch(nobody)" })
+    }
+}
 
 /// A program with its arguments.
 #[derive(Debug, Clone)]
@@ -106,13 +131,21 @@ impl Program {
 
     /// Runs it to its end, whatever its exit status.
     pub async fn run(&self, limit: Duration) -> Result<Output> {
+        self.watched(limit, &Watch::default()).await
+    }
+
+    /// The same with `--progress`: what it says of that is told and not kept.
+    async fn watched(&self, limit: Duration, watch: &Watch) -> Result<Output> {
         let mut running = self.spawn()?;
         let stdout = running.child.stdout.take().context("standard output was not piped")?;
         let stderr = running.child.stderr.take().context("standard error was not piped")?;
         let mut output = (Vec::new(), Vec::new());
         let ended = tokio::time::timeout(limit, async {
             let mut reading = std::pin::pin!(async {
-                tokio::join!(keep_first(stdout, STDOUT_KEPT_BYTES, &mut output.0), keep_last(stderr, STDERR_KEPT_BYTES, &mut output.1))
+                tokio::join!(
+                    keep_first(stdout, STDOUT_KEPT_BYTES, &mut output.0),
+                    keep_last(stderr, STDERR_KEPT_BYTES, &mut output.1, watch)
+                )
             });
             tokio::select! {
                 _ = &mut reading => running.wait().await,
@@ -133,7 +166,12 @@ impl Program {
 
     /// Runs it to its end; an exit status other than 0 is an error that carries its standard error.
     pub async fn run_ok(&self, limit: Duration) -> Result<Output> {
-        let output = self.run(limit).await?;
+        self.run_ok_watched(limit, &Watch::default()).await
+    }
+
+    /// The same, told how far it has got, of a program that says so.
+    pub async fn run_ok_watched(&self, limit: Duration, watch: &Watch) -> Result<Output> {
+        let output = self.watched(limit, watch).await?;
         if !output.status.success() {
             bail!(
                 "{} failed ({}): {}",
@@ -184,12 +222,32 @@ async fn keep_first(mut from: impl AsyncRead + Unpin, most: usize, kept: &mut Ve
     }
 }
 
-async fn keep_last(mut from: impl AsyncRead + Unpin, most: usize, kept: &mut Vec<u8>) {
+async fn keep_last(mut from: impl AsyncRead + Unpin, most: usize, kept: &mut Vec<u8>, watch: &Watch) {
     let mut buffer = [0_u8; 4096];
+    let mut line_at = 0;
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
-        kept.extend_from_slice(&buffer[..read]);
-        kept.drain(..kept.len().saturating_sub(most));
+        for byte in &buffer[..read] {
+            kept.push(*byte);
+            if matches!(byte, b'\n' | b'\r') {
+                if let Some(bytes) = std::str::from_utf8(&kept[line_at..]).ok().and_then(progress) {
+                    watch.tell(bytes);
+                    kept.truncate(line_at);
+                }
+                line_at = kept.len();
+            }
+        }
+        let surplus = kept.len().saturating_sub(most);
+        kept.drain(..surplus);
+        line_at = line_at.saturating_sub(surplus);
     }
+}
+
+/// A line of `--progress`, as pg_basebackup and pg_rewind write it: `  1234/56789 kB (2%), 0/1 tablespace`, `1234/56789 kB (2%) copied`.
+fn progress(line: &str) -> Option<Bytes> {
+    let (numbers, _) = line.trim().split_once(" kB (")?;
+    let (done, total) = numbers.split_once('/')?;
+    let bytes = |text: &str| text.trim().parse::<u64>().ok()?.checked_mul(1_024);
+    Some(Bytes { done: bytes(done)?, total: bytes(total)? })
 }
 
 /// Whether a file is there and may be executed.
@@ -215,6 +273,23 @@ mod tests {
         let output = Program::new("/bin/sh").arg("-c").arg(flood).run(LIMIT).await.unwrap();
         assert!(output.stderr.len() <= STDERR_KEPT_BYTES);
         assert!(output.stderr.ends_with("last"));
+    }
+
+    #[tokio::test]
+    async fn how_far_it_has_got_is_told_and_does_not_push_its_last_words_out() {
+        let says = "i=0; while [ $i -lt 2000 ]; do echo \"$i/2000 kB (1%), 0/1 tablespace\" >&2; i=$((i+1)); done; \
+                    printf '2000/2000 kB (100%%) copied\\r' >&2; echo because >&2; exit 1";
+        let told = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let watch = Watch::new({
+            let told = Arc::clone(&told);
+            move |bytes| told.lock().unwrap().push(bytes)
+        });
+        let program = Program::new("/bin/sh").arg("-c").arg(format!("echo before >&2; {says}"));
+        let error = program.run_ok_watched(LIMIT, &watch).await.unwrap_err().to_string();
+        assert!(error.ends_with("before\nbecause"), "{error}");
+        let told = told.lock().unwrap();
+        assert_eq!(told.len(), 2_001);
+        assert_eq!(told[2_000], Bytes { done: 2_000 << 10, total: 2_000 << 10 });
     }
 
     #[tokio::test]

@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 use super::installation::Installation;
 use super::layout::{INSIDE_NAME, Layout};
 use super::leader::LeaderFacts;
-use super::program::{Program, is_executable};
+use super::program::{Program, Watch, is_executable};
 use super::{configure, data_directory, files, history_files, lost, postmaster, wal};
 use crate::facts::lost::LostWrites;
 use crate::facts::postgres::{ControlFacts, DatabaseState, LostRange, RewindAttempt};
@@ -48,6 +48,8 @@ pub struct RewindJob {
     pub restore_wal: bool,
     /// How long pg_rewind may take.
     pub limit: Duration,
+    /// Who is told how far it has got.
+    pub watch: Watch,
 }
 
 /// What this host lacks for a rewind; None when nothing.
@@ -230,11 +232,12 @@ async fn run(installation: &Installation, layout: &Layout, job: &RewindJob, lock
         .option("target-pgdata", layout.data_dir())
         .option("source-server", &job.conninfo)
         // Whether that is safe is judged here, and not by pg_rewind.
-        .arg("--no-ensure-shutdown");
+        .arg("--no-ensure-shutdown")
+        .arg("--progress");
     if job.restore_wal {
         program = program.arg("--restore-target-wal");
     }
-    program.stdin(lock).run_ok(job.limit).await.map(drop)
+    program.stdin(lock).run_ok_watched(job.limit, &job.watch).await.map(drop)
 }
 
 /// What pg_rewind left is what it was to leave. It ends well also where it saw nothing to do.

@@ -215,6 +215,28 @@ fn sync_parents(from: &Path, to: &Path) -> Result<()> {
     [from, to].iter().filter_map(|path| path.parent()).filter(|parent| parent.is_dir()).try_for_each(files::sync_directory)
 }
 
+/// Empties a data directory that was given up by name: it goes out as it would for a copy, and nothing comes in. What is half out is finished by
+/// the next look. PostgreSQL is stopped, and proved so.
+pub async fn empty(layout: &Layout) -> Result<()> {
+    layout.prepare()?;
+    // What a copy before has left must not come in, and what was discarded before is in the way.
+    remove(layout, &layout.clone_dir()).await?;
+    remove_discarded(layout).await?;
+    if !files::is_there(layout.data_dir())? {
+        return Ok(());
+    }
+    move_out(layout)?;
+    remove_discarded(layout).await
+}
+
+fn move_out(layout: &Layout) -> Result<()> {
+    files::make_directory(&layout.discard_dir())?;
+    let journal = Journal { from: layout.clone_dir(), aside: Some(layout.discard_dir().join("data")), stage: Stage::Out };
+    crash_point()?;
+    write_journal(layout, &journal)?;
+    finish(layout, journal)
+}
+
 /// Removes what was swapped out because its content is elsewhere. Not while a swap is under way: the journal may still need it.
 pub async fn remove_discarded(layout: &Layout) -> Result<()> {
     if files::is_there(&layout.swap_journal())? {
@@ -452,5 +474,36 @@ mod tests {
         remove_discarded(&layout).await.unwrap();
         assert!(!layout.discard_dir().exists() && !wal_dir.join("pgherd-1").exists() && wal_dir.join("pgherd-2").exists());
         assert_eq!(new_wal_directory(&layout).unwrap(), Some(wal_dir.join("pgherd-1")), "the name is free again");
+    }
+
+    /// Crashes before the n-th effect of emptying, for every n: what is left is whole, or is finished by the next look.
+    #[test]
+    fn a_directory_that_is_given_up_is_whole_or_out_and_never_half_there() {
+        for by_entry in [false, true] {
+            BY_ENTRY.set(by_entry);
+            let (mut untouched, mut gone) = (0, 0);
+            for effects in 0.. {
+                let place = place(true);
+                fs::remove_dir_all(place.layout.clone_dir()).unwrap();
+                place.layout.prepare().unwrap();
+                EFFECTS_LEFT.set(Some(effects));
+                let emptied = move_out(&place.layout);
+                EFFECTS_LEFT.set(None);
+                let journal = place.layout.swap_journal().exists();
+                if emptied.is_err() && !journal && holds(place.layout.data_dir(), &OLD) {
+                    untouched += 1;
+                    continue;
+                }
+                recover_interrupted_swap(&place.layout).unwrap();
+                assert!(!place.layout.swap_journal().exists() && holds(place.layout.data_dir(), &[]));
+                assert!(holds(&place.layout.discard_dir().join("data"), &OLD), "aside, to be removed");
+                gone += 1;
+                if emptied.is_ok() {
+                    break;
+                }
+            }
+            assert!(untouched > 0 && gone > 2, "{untouched} {gone}");
+        }
+        BY_ENTRY.set(false);
     }
 }

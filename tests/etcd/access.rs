@@ -18,7 +18,14 @@ against_both! { 1, &["--bcrypt-cost", "4", "--quota-backend-bytes", "2000000"];
 const PASSWORD: &str = "canary-3f9a";
 
 fn status(epoch: Epoch) -> StatusRecord {
-    StatusRecord { epoch, timeline: TimelineId(1), lsn: Lsn(1), slots: Default::default(), conditions: Vec::new() }
+    StatusRecord {
+        epoch,
+        timeline: TimelineId(1),
+        lsn: Lsn(1),
+        slots: Default::default(),
+        replayed: Default::default(),
+        conditions: Vec::new(),
+    }
 }
 
 /// Passwords are wanted from now on; `pgherd` may touch its own cluster's keys only (SAFETY row 78).

@@ -37,7 +37,14 @@ fn hanging(server: &EtcdServer) -> (Proxy, String) {
 }
 
 fn status(epoch: Epoch) -> StatusRecord {
-    StatusRecord { epoch, timeline: TimelineId(1), lsn: Lsn(1), slots: Default::default(), conditions: Vec::new() }
+    StatusRecord {
+        epoch,
+        timeline: TimelineId(1),
+        lsn: Lsn(1),
+        slots: Default::default(),
+        replayed: Default::default(),
+        conditions: Vec::new(),
+    }
 }
 
 async fn a_dead_endpoint_is_passed_over(server: EtcdServer) {

@@ -26,7 +26,14 @@ against_both! { 1, &[];
 }
 
 fn status(epoch: Epoch) -> StatusRecord {
-    StatusRecord { epoch, timeline: TimelineId(2), lsn: Lsn(7), slots: Default::default(), conditions: Vec::new() }
+    StatusRecord {
+        epoch,
+        timeline: TimelineId(2),
+        lsn: Lsn(7),
+        slots: Default::default(),
+        replayed: Default::default(),
+        conditions: Vec::new(),
+    }
 }
 
 async fn i4_a_leader_write_under_a_stale_epoch_changes_nothing(server: EtcdServer) {

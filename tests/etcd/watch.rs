@@ -178,6 +178,7 @@ fn status(view: &ClusterView) -> pgherd::facts::cluster::StatusRecord {
         timeline: pgherd::types::TimelineId(1),
         lsn: pgherd::types::Lsn(1),
         slots: Default::default(),
+        replayed: Default::default(),
         conditions: Vec::new(),
     }
 }

@@ -20,6 +20,7 @@ mod network;
 mod operator;
 mod paused;
 mod receiving;
+mod reinit;
 mod restart;
 mod rewind;
 mod rig_works;

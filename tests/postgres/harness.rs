@@ -186,6 +186,7 @@ impl Server {
             checkpoint_fast: true,
             keep,
             limit: CLONE_LIMIT,
+            watch: Default::default(),
         }
     }
 

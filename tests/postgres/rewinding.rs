@@ -64,6 +64,7 @@ async fn job(member: &Server, leader: &Server, (why, lost): (String, LostRange))
         lost,
         boot_id: "this boot".to_owned(),
         restore_wal: false,
+        watch: Default::default(),
         limit: PATIENCE,
     }
 }

@@ -75,6 +75,8 @@ pub struct Checks {
     pub etcd_forgot: bool,
     /// A disk is gone, etcd has forgotten, somebody promoted by hand, or a host had another's name (limit o): copies that were may not be.
     pub copies_in_doubt: bool,
+    /// Whose disk was put back to an older state: it may lack what it acknowledged, and nobody may be elected on its word (row 27).
+    pub put_back: Option<usize>,
     /// Up to where commits were acknowledged.
     pub acknowledged: Acknowledged,
     pub acknowledgements: u64,
@@ -176,7 +178,7 @@ impl Checks {
             Operation::Start { role: StartAs::Primary, .. } if !proved(None) => {
                 self.fail("I2", "a start as a primary is ordered without a proof of the lock".to_owned());
             }
-            Operation::Clone { .. } | Operation::Rewind { .. } if world.lock != Lock::None => {
+            Operation::Clone { .. } | Operation::EmptyDirectory { .. } | Operation::Rewind { .. } if world.lock != Lock::None => {
                 self.fail("I10", "a copy or a rewind is ordered over the data directory of the lock's holder".to_owned());
             }
             Operation::Initdb { .. } => {

@@ -131,6 +131,7 @@ const ROWS: &[(u16, &[Kind])] = &[
     (24, &[Kind::ClockRate]),
     (25, &[Kind::Suspend]),
     (26, &[Kind::HypervisorPause]),
+    (27, &[Kind::PutBack]),
     (28, &[Kind::DiskFull]),
     (31, &[Kind::SlowPostgres]),
     (32, &[Kind::DataLost]),

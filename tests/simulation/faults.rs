@@ -145,6 +145,8 @@ impl Sim {
                 self.etcd_changed();
             }
             Kind::Switchover => self.switch_over(&fault),
+            Kind::Reinit => self.order_reinit(&fault, host),
+            Kind::PutBack => self.takes_snapshot(host),
             Kind::Maintenance => self.person_pauses(&fault, host),
             Kind::Restart => self.restart(&fault, host),
             Kind::FrozenInRenewal => self.hosts[host].freezes_in_renewal = true,

@@ -48,6 +48,7 @@ impl Sim {
             Kind::PowerOff | Kind::DataLost => self.power_on(host),
             Kind::MemberRemoved => self.edit_spec(fault.choice, None),
             Kind::DataMoved => self.data_comes_back(host),
+            Kind::PutBack => self.puts_back(host),
             Kind::AllPowerOff => (0..self.hosts.len()).for_each(|host| self.power_on(host)),
             Kind::Suspend | Kind::HypervisorPause => self.goes_on(host),
             Kind::CutEtcd

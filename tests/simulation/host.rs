@@ -34,6 +34,8 @@ pub struct Disk {
     pub kept: Vec<Data>,
     /// The marker of a rewind that was begun.
     pub rewind: Option<RewindAttempt>,
+    /// A data directory that was given up is being emptied: the control file is gone, and not all else is.
+    pub half_empty: bool,
     /// WAL that was kept before a rewind took it away.
     pub lost: Vec<Wal>,
 }
@@ -153,6 +155,8 @@ pub struct Host {
     pub old_etcd_leader: Option<(Real, u64)>,
     /// A data directory that somebody took away.
     pub moved_away: Option<Data>,
+    /// Its disk as somebody has it from a while ago: the data directory, and its record of the promotion.
+    pub snapshot: Option<(Data, Option<OwnPromotion>)>,
     pub guard: Option<Guard>,
     pub daemon: Option<Daemon>,
     /// The code that the daemon left with last.
@@ -196,6 +200,7 @@ impl Host {
             refuses: None,
             old_etcd_leader: None,
             moved_away: None,
+            snapshot: None,
             guard: None,
             daemon: None,
             exit: None,

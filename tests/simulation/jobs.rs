@@ -45,6 +45,7 @@ impl Sim {
             (Operation::Initdb { .. }, 1) => (200, 900),
             (Operation::Clone { .. }, 1) => (100, 600),
             (Operation::Clone { .. }, 2) => (200, 3_000),
+            (Operation::EmptyDirectory { .. }, _) => (10, 1_500),
             (Operation::PlanRejoin { .. }, _) => (10, 80),
             (Operation::Rewind { .. }, rewind::COPIES) => (100, 2_500),
             (Operation::Checkpoint, _) => (10, 400),
@@ -82,6 +83,7 @@ impl Sim {
                 let (data, promotion) = (&self.hosts[host].server.data, self.hosts[host].disk.promotion.as_ref());
                 let marker = self.hosts[host].disk.rewind.as_ref();
                 let seen = match (data, marker) {
+                    _ if self.hosts[host].disk.half_empty => DataDirectory::Unusable("it holds files but is no data directory".to_owned()),
                     (None, _) => DataDirectory::Empty,
                     (Some(_), Some(attempt)) => DataDirectory::HalfRewound(Box::new(attempt.clone())),
                     (Some(data), None) => DataDirectory::Full(data.control(promotion)),
@@ -143,7 +145,8 @@ impl Sim {
                 self.job_ends(host, Finished::Configured { generation, upstream, result: Ok(Configured::Taken) });
             }
             Operation::Initdb { .. } => self.initdb(host),
-            Operation::Clone { from, found_empty, .. } => self.clone_step(host, id, step, &from, found_empty),
+            Operation::Clone { from, old, .. } => self.clone_step(host, id, step, &from, old),
+            Operation::EmptyDirectory { leader } => self.empty_step(host, id, step, &leader),
             Operation::Rewind { from, why, lost, history, .. } => self.rewind_step(host, id, step, &from, (why, lost), &history),
             Operation::PlanRejoin { leader, history, rewinds_failed, .. } => match self.plan(host, &leader, &history, rewinds_failed) {
                 Ok(plan) => {
@@ -201,6 +204,9 @@ impl Sim {
         if this.disk.rewind.is_some() {
             return self.job_fails(host, "it is half rewound");
         }
+        if this.disk.half_empty {
+            return self.job_fails(host, "it is no data directory");
+        }
         let Some(data) = &mut this.server.data else { return self.job_fails(host, "there is no data directory") };
         if !server_is_there {
             data.set_standby(matches!(role, StartAs::Standby(_)));
@@ -239,32 +245,6 @@ impl Sim {
         let other = self.host_of(&leader.member).ok_or("there is no such host")?;
         let answers = self.hosts[other].powered && !self.hosts[other].stands && self.hosts[other].server.accepting();
         if answers && !self.cut(host, other) { Ok(other) } else { Err("the leader does not answer") }
-    }
-
-    fn clone_step(&mut self, host: usize, id: u64, step: u32, from: &Upstream, found_empty: bool) {
-        let source = match self.ask_leader(host, from) {
-            Ok(source) if !self.hosts[host].server.ail.breaks_copies => source,
-            Ok(_) => return self.job_fails(host, "the copy broke off"),
-            Err(why) => return self.job_fails(host, why),
-        };
-        if step < 3 {
-            return self.job_later(host, id, step + 1);
-        }
-        if found_empty && self.hosts[host].server.data.is_some() {
-            return self.job_fails(host, "somebody has put data into the data directory");
-        }
-        let Some(source_data) = &mut self.hosts[source].server.data else { return self.job_fails(host, "the leader has no data") };
-        let copy = source_data.base_backup();
-        self.wal_flows(source);
-        let epoch = self.etcd.view.leader.as_ref().map(|leader| leader.holder.clone());
-        self.checks.swapped(host, &self.hosts, !mutant(Mutant::DivergedNotKept), epoch.as_deref());
-        let this = &mut self.hosts[host];
-        if let Some(old) = this.server.data.replace(copy).filter(|_| !mutant(Mutant::DivergedNotKept)) {
-            this.disk.kept.push(old);
-        }
-        this.disk.promotion = None;
-        this.disk.rewind = None;
-        self.job_ends(host, Finished::Cloned(Ok(())));
     }
 
     /// What has to be on disk first, then the guard's word, then promote.

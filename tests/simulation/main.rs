@@ -27,6 +27,7 @@ mod random;
 mod reality_etcd;
 mod reality_postgres;
 mod records;
+mod reinit;
 mod replication;
 mod requests;
 mod rewind;

@@ -98,6 +98,10 @@ pgherd::enumerated! {
         UpstreamRefuses,
         /// Operators ask for restarts, and for files to be written again; often something else happens in the middle.
         Restart,
+        /// An operator orders a new copy of a member, or of two.
+        Reinit,
+        /// A host loses power, and comes back with its disk as it was a while ago (SAFETY row 27).
+        PutBack,
     }
 }
 
@@ -109,7 +113,7 @@ impl Kind {
 
     /// Drawn apart, so that the storms of other seeds stay what they were.
     fn is_drawn_apart(self) -> bool {
-        matches!(self, Kind::ReceiverStuck | Kind::UpstreamRefuses | Kind::Maintenance | Kind::Restart)
+        matches!(self, Kind::ReceiverStuck | Kind::UpstreamRefuses | Kind::Maintenance | Kind::Restart | Kind::Reinit | Kind::PutBack)
     }
 
     /// How often one kind is drawn beside the others. What changes the leader is drawn more often.
@@ -202,6 +206,7 @@ pub fn plan(seed: u64, profile: Profile) -> Vec<Fault> {
 
 /// In some runs standbys come to receive nothing, wherever they receive from.
 fn with_receiving(seed: u64, profile: Profile, mut faults: Vec<Fault>) -> Vec<Fault> {
+    with_copies(seed, profile, &mut faults);
     let mut random = Random::new(seed, 7);
     if !random.percent(25) {
         return faults;
@@ -239,4 +244,17 @@ fn with_restarts(seed: u64, profile: Profile, mut faults: Vec<Fault>) -> Vec<Fau
         faults.push(Fault { at, kind: Kind::Restart, victim: random.number(), lasts: ms(0), choice: random.number() });
     }
     faults
+}
+
+/// In some runs members are copied anew, or put back in time.
+fn with_copies(seed: u64, profile: Profile, faults: &mut Vec<Fault>) {
+    let mut random = Random::new(seed, 10);
+    if !random.percent(30) {
+        return;
+    }
+    for _ in 0..=random.below(3) {
+        let at = profile.from.after(random.between(ms(0), profile.until.since(profile.from)));
+        let (kind, lasts) = if random.percent(65) { (Kind::Reinit, ms(0)) } else { (Kind::PutBack, random.between(secs(2), secs(16))) };
+        faults.push(Fault { at, kind, victim: random.number(), lasts, choice: random.number() });
+    }
 }

@@ -110,7 +110,7 @@ impl Checks {
 }
 
 impl Sim {
-    fn request(&mut self, ask: Ask) {
+    pub fn request(&mut self, ask: Ask) {
         let record = RequestRecord { ask, by: "operator".to_owned(), at: String::new(), progress: RequestProgress::Created };
         self.etcd.create_request(self.now, secs(REQUEST_TTL_S), record);
         self.etcd_changed();

@@ -171,7 +171,10 @@ impl Checks {
     /// No server is started on a data directory that is neither what it was nor what it is to be (Patroni #2302).
     pub fn starts(&mut self, this: &Host) {
         if this.server.data.as_ref().is_some_and(|data| data.half.is_some()) {
-            self.fail("I10", format!("{} starts PostgreSQL on a data directory that is half rewound", this.name));
+            self.fail("I10", format!("{} starts PostgreSQL on a data directory that is half rewound or half copied", this.name));
+        }
+        if this.disk.half_empty {
+            self.fail("I10", format!("{} starts PostgreSQL on a data directory that is half empty", this.name));
         }
     }
 

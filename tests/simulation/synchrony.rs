@@ -269,7 +269,9 @@ impl Checks {
             if leader.extent_of(token).is_none() {
                 continue;
             }
-            let there = hosts.iter().filter(|host| record.members.contains(&host.name)).filter(on).count();
+            // What somebody has put back is not the record's fault, and may count as one.
+            let put_back = self.put_back.map(|host| &hosts[host]).filter(|host| record.members.contains(&host.name) && !on(host)).is_some();
+            let there = hosts.iter().filter(|host| record.members.contains(&host.name)).filter(on).count() + usize::from(put_back);
             if there < record.copies as usize {
                 let members: Vec<&str> = record.members.iter().map(|name| name.as_str()).collect();
                 let what = format!(

@@ -67,8 +67,8 @@ impl Trace {
                             record.role, record.machine_state, record.receive_lsn, record.timeline, record.vote
                         ),
                         pgherd::machine::action::Operation::Start { role, .. } => format!(" {role:?}"),
-                        pgherd::machine::action::Operation::Clone { from, lost, found_empty, .. } => {
-                            format!(" from {}, lost {lost:?}, found empty: {found_empty}", from.member)
+                        pgherd::machine::action::Operation::Clone { from, old, .. } => {
+                            format!(" from {}, over {old:?}", from.member)
                         }
                         pgherd::machine::action::Operation::Promote { timeline, .. } => format!(" onto {timeline}"),
                         _ => String::new(),

@@ -154,7 +154,7 @@ impl Sim {
             state: if sender.caught_up { "streaming" } else { "catchup" }.to_owned(),
             client_addr: None,
             flush_lsn: Some(sender.flush),
-            replay_lsn: None,
+            replay_lsn: Some(sender.flush),
             sync_state: String::new(),
             sync_priority: sender.priority,
         };

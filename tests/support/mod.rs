@@ -48,6 +48,7 @@ pub fn record(started: u64) -> MemberRecord {
         tags: Default::default(),
         conditions: Vec::new(),
         lost_writes: Vec::new(),
+        copying: None,
     }
 }
 

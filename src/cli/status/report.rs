@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::facts::cluster::{ClusterView, Condition, Initialize, MemberKey, MemberRecord, MemberRole, Severity};
+use crate::facts::copying::Copying;
 use crate::facts::maintenance::{MaintenanceRecord, Phase};
 use crate::facts::requests::{Ask, RequestProgress};
 use crate::spec::cluster::ReplicationMode;
@@ -94,6 +95,8 @@ pub struct MemberStatus {
     pub machine_state: Option<String>,
     /// The spec generation it has taken up.
     pub observed_generation: Option<u64>,
+    /// How far the copy, or the rewind, has got that is being made for it; null when none is.
+    pub copying: Option<Copying>,
 }
 
 /// A member's part in the cluster.
@@ -180,6 +183,7 @@ impl World<'_> {
             conditions,
             machine_state: Some(record.machine_state.clone()),
             observed_generation: Some(record.observed_generation),
+            copying: record.copying.clone(),
         }
     }
 
@@ -212,6 +216,7 @@ impl World<'_> {
             conditions: vec![condition("member_absent", Severity::Warning, message)],
             machine_state: None,
             observed_generation: None,
+            copying: None,
         }
     }
 

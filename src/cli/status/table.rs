@@ -92,6 +92,9 @@ fn words(report: &StatusReport) -> String {
     let mut all: Vec<(Option<&MemberStatus>, &Condition)> = of_cluster.chain(of_members).collect();
     all.sort_by_key(|(_, condition)| std::cmp::Reverse(condition.severity));
     let mut out = String::new();
+    for (member, copying) in report.members.iter().filter_map(|member| Some((member, member.copying.as_ref()?))) {
+        let _ = writeln!(out, "{}: {}", member.name, one_line(&copying.to_string()));
+    }
     for (member, condition) in all {
         let severity = match condition.severity {
             Severity::Info => "note",

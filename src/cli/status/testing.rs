@@ -41,6 +41,7 @@ pub fn view() -> ClusterView {
             tags: BTreeMap::new(),
             conditions: Vec::new(),
             lost_writes: Vec::new(),
+            copying: None,
         };
         (name(who), MemberKey { record, lease: LeaseId(i64::try_from(at).unwrap()), mod_revision: Revision(9) })
     };
@@ -53,6 +54,7 @@ pub fn view() -> ClusterView {
             timeline: TimelineId(3),
             lsn: Lsn(0x0500_0000),
             slots: Default::default(),
+            replayed: Default::default(),
             conditions: Vec::new(),
         }),
         initialize: Some(Initialize::Done(SystemId(7))),

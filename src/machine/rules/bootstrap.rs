@@ -10,9 +10,9 @@ use statig::prelude::*;
 use crate::facts::cluster::{ClusterView, DataDirectoryReport, Initialize, MemberKey, MemberRole};
 use crate::facts::postgres::DataDirectory;
 use crate::facts::requests::{Ask, RequestProgress};
-use crate::machine::action::{Operation, OperationKind, Upstream};
+use crate::machine::action::{Old, Operation, OperationKind, Upstream};
 use crate::machine::node::Context;
-use crate::machine::rules::{receiving, standby};
+use crate::machine::rules::{receiving, reinit, standby};
 use crate::machine::state::{Promotion, State, Way};
 use crate::machine::world::Lock;
 use crate::mutants::{Mutant, mutant};
@@ -68,15 +68,18 @@ fn has_data(context: &Context<'_>) -> Option<State> {
 }
 
 /// Another member that leads with a running primary. Whoever holds the lock copies nobody: its view is older than that.
-fn leader_to_copy(context: &Context<'_>) -> Option<Upstream> {
+pub(crate) fn leader_to_copy(context: &Context<'_>) -> Option<Upstream> {
     context.world.fresh_view().filter(|_| context.world.lock == Lock::None)?;
     let (_, key) = context.world.other_leader()?;
     (key.record.role == MemberRole::Primary).then(|| standby::upstream(context))?
 }
 
 /// A standby that spares the leader the work. After a copy that failed it is the leader that is copied.
-fn source_of_copy(context: &Context<'_>) -> Option<Upstream> {
+pub(crate) fn source_of_copy(context: &Context<'_>) -> Option<Upstream> {
     let world = &context.world;
+    if reinit::from_leader_only(world) {
+        return None;
+    }
     let (view, spec) = (world.fresh_view()?, world.spec()?);
     let name = upstream::copy_source(spec, view, &world.me.name).filter(|_| world.failures(OperationKind::Clone) == 0)?;
     view.members.get(name).map(|key| receiving::upstream_of(name, key))
@@ -257,7 +260,7 @@ pub(crate) fn cloning(context: &mut Context<'_>) -> Outcome<State> {
         return Transition(State::AwaitingLeader);
     };
     let from = source_of_copy(context).unwrap_or_else(|| leader.clone());
-    if context.world.proved_empty() && context.start(Operation::Clone { from, leader, spec, lost: None, found_empty: true }) {
+    if context.world.proved_empty() && context.start(Operation::Clone { from, leader, spec, old: Old::Empty }) {
         context.world.data = DataDirectory::Unknown;
     }
     Handled

@@ -9,6 +9,7 @@ pub(crate) mod primary;
 pub(crate) mod promoting;
 pub(crate) mod publish;
 pub(crate) mod receiving;
+pub(crate) mod reinit;
 pub(crate) mod rejoining;
 pub(crate) mod requests;
 pub(crate) mod restart;

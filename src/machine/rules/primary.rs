@@ -16,6 +16,7 @@ use crate::machine::node::Context;
 use crate::machine::rules::{requests, restart, slots, synchrony};
 use crate::machine::state::{Demotion, HandOver, Promotion, State, Then, Way};
 use crate::machine::world::Lock;
+use crate::policy::synchrony::goal as synchrony_goal;
 use crate::spec::cluster::PermanentSlot;
 use crate::types::{LockIdentity, Lsn, MemberName, TimelineId};
 
@@ -151,10 +152,23 @@ fn write_status(context: &mut Context<'_>, lock: LockIdentity, timeline: Timelin
         }
     };
     let slots = context.world.sql().map(|sql| permanent_slots(&ha_slots, sql)).unwrap_or_default();
-    let record = StatusRecord { epoch: lock.epoch, timeline, lsn, slots, conditions: Vec::new() };
+    let replayed = replayed(context, lock);
+    let record = StatusRecord { epoch: lock.epoch, timeline, lsn, slots, replayed, conditions: Vec::new() };
     if due && context.start(Operation::WriteStatus(record.clone())) {
         context.world.status_written = Some((record, context.now));
     }
+}
+
+/// How far those that `sync` counts on are known to be: at least as far as was said before in this leadership.
+fn replayed(context: &Context<'_>, lock: LockIdentity) -> BTreeMap<MemberName, Lsn> {
+    let world = &*context.world;
+    let Some(record) = world.sync_of(lock.epoch).and_then(|known| known.record) else { return BTreeMap::new() };
+    let written = world.status_written.as_ref().map(|(status, _)| status);
+    let seen = world.view.as_ref().and_then(|view| view.status.as_ref());
+    let said = written.or(seen).filter(|status| status.epoch == lock.epoch).map(|status| &status.replayed);
+    let shown = |name: &MemberName| world.sql().and_then(|sql| synchrony_goal::replayed_by(&sql.replicas, name));
+    let counted = record.members.iter().filter(|name| record.is_standby(name));
+    counted.filter_map(|name| Some((name.clone(), said.and_then(|said| said.get(name).copied()).max(shown(name))?))).collect()
 }
 
 /// For standbys to move theirs on to.

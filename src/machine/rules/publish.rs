@@ -12,17 +12,21 @@ use crate::facts::postgres::{DataDirectory, ProbeOutcome, STREAMING};
 use crate::facts::synchrony;
 use crate::machine::action::{Operation, OperationKind};
 use crate::machine::bookkeeping::MEMBER_KEY_FAILED;
+use crate::machine::copying::Progress;
 use crate::machine::node::Context;
 use crate::machine::rules::standby;
 use crate::machine::state::State;
 use crate::machine::world::World;
-use crate::policy::slots;
 use crate::policy::switchover::REPLAY_PAUSED;
+use crate::policy::{election, slots};
 use crate::spec::cluster::OnRewindFailure;
 use crate::types::{Lsn, TimelineId};
 
 /// A key that was written so long ago has to be seen in etcd.
 const VANISHED_AFTER_MS: u64 = 1_000;
+
+/// How far a copy has got is told at most so often.
+const PROGRESS_EVERY_S: u64 = 3;
 
 /// Writes the member key if it has to be written.
 pub(crate) fn publish(context: &mut Context<'_>, state: &State) {
@@ -35,9 +39,14 @@ pub(crate) fn publish(context: &mut Context<'_>, state: &State) {
         Some(_) if context.world.asked.moved => true,
         Some((_, at)) if vanished(context.world) && context.now.since(*at) >= Duration::from_millis(VANISHED_AFTER_MS) => true,
         Some((last, at)) => {
-            let positions_only = MemberRecord { receive_lsn: last.receive_lsn, replay_lsn: last.replay_lsn, ..record.clone() } == *last;
+            // How far a copy has got is for people, and not worth a write of its own.
+            let slow = MemberRecord { receive_lsn: last.receive_lsn, replay_lsn: last.replay_lsn, ..record.clone() };
+            let progress_only = MemberRecord { copying: last.copying.clone(), ..slow.clone() } == *last && record.copying.is_some();
+            let positions_only = slow == *last;
             let loop_wait = context.world.spec().map(|spec| spec.ha.loop_wait).unwrap_or_default();
-            record != *last && (!positions_only || context.now.since(*at) >= loop_wait || positions_matter_now(context.world))
+            let waited = context.now.since(*at);
+            let told_lately = progress_only && waited < loop_wait.min(Duration::from_secs(PROGRESS_EVERY_S));
+            record != *last && !told_lately && (!positions_only || waited >= loop_wait || positions_matter_now(context.world))
         }
     };
     if due && context.world.may_start(context.now, OperationKind::PutMember) {
@@ -100,6 +109,7 @@ fn record(world: &World, state: &State) -> Option<MemberRecord> {
         // Once it is written this one is not true any more.
         conditions: world.conditions.values().filter(|condition| condition.kind != MEMBER_KEY_FAILED).cloned().collect(),
         lost_writes: world.kept.lost.clone(),
+        copying: world.receiving.copying.as_ref().map(Progress::copying),
         maintenance: world.guard_maintained(),
     }))
 }
@@ -146,6 +156,7 @@ pub(crate) fn patroni_state(world: &World, state: &State) -> &'static str {
         State::Cloning => return "creating replica",
         State::Initializing => return "initializing new cluster",
         State::Rejoining if world.in_flight.contains(&OperationKind::Clone) => return "creating replica",
+        State::Rejoining if world.in_flight.contains(&OperationKind::EmptyDirectory) => return "creating replica",
         State::Rejoining if world.in_flight.contains(&OperationKind::Rewind) => return "running pg_rewind",
         _ => {}
     }
@@ -178,6 +189,7 @@ pub(crate) fn standing_conditions(world: &mut World, state: &State) {
         world.set_info("pending_restart", format!("takes effect with the next restart of PostgreSQL: {}", restart.join(", ")));
     }
     could_it_be_rewound(world);
+    was_it_put_back(world);
     match world.sql().map(|sql| sql.in_recovery && sql.replay_paused) {
         Some(true) => {
             let message = "replay is paused, and no switchover goes here: by hand (pg_wal_replay_resume() ends it), or because a parameter is \
@@ -206,6 +218,23 @@ pub(crate) fn standing_conditions(world: &mut World, state: &State) {
     over.iter().for_each(|kind| world.clear(kind));
     if !state.is_leading() && *state != State::Paused {
         OF_A_LEADER.iter().for_each(|kind| world.clear(kind));
+    }
+}
+
+/// SAFETY row 27: until it has what it was known to have, it is no witness in an election of what was acknowledged.
+fn was_it_put_back(world: &mut World) {
+    let (Some(view), Some(sql)) = (world.fresh_view(), world.sql()) else { return };
+    // What streams is behind the leader's word by as much as its last probe is old, and catches up.
+    let has_gone_through_all = world.replayed_by.as_ref() == Some(&sql.startup);
+    if sql.in_recovery && has_gone_through_all && !sql.streams() && election::was_put_back(view, &world.me.name, sql.end_of_wal()) {
+        let end = sql.end_of_wal();
+        let message = format!(
+            "its WAL ends at {end}, and it was known to have more: its disk was put back to an older state, or has lost what it said was \
+             written; it is not counted on before it has caught up"
+        );
+        world.warn("put_back", message);
+    } else if !sql.in_recovery || has_gone_through_all {
+        world.clear("put_back");
     }
 }
 

@@ -9,9 +9,9 @@ use statig::prelude::*;
 
 use crate::facts::cluster::ClusterView;
 use crate::facts::postgres::DataDirectory;
-use crate::machine::action::{Action, Decision, Operation, OperationKind, StopMode};
+use crate::machine::action::{Action, Decision, Old, Operation, OperationKind, StopMode};
 use crate::machine::node::Context;
-use crate::machine::rules::standby;
+use crate::machine::rules::{reinit, standby};
 use crate::machine::state::State;
 use crate::machine::world::World;
 use crate::mutants::{Mutant, mutant};
@@ -25,6 +25,9 @@ const REFUSED_PAUSE_MS: u64 = 10_000;
 pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
     if let Some(state) = standby::ended_if_writable(context) {
         return Transition(state);
+    }
+    if let Some(outcome) = reinit::carried_out(context) {
+        return outcome;
     }
     if context.world.running().is_some() {
         context.world.rejoin = None;
@@ -87,7 +90,7 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
         Some(Rejoin::Clone { why, lost }) => {
             // Who leads has to be known now, not only to have been.
             let Some(spec) = context.world.spec().cloned().filter(|_| context.world.fresh_view().is_some()) else { return Handled };
-            if context.start(Operation::Clone { from: leader.clone(), leader, spec, lost, found_empty: false }) {
+            if context.start(Operation::Clone { from: leader.clone(), leader, spec, old: Old::Kept(lost) }) {
                 let message = format!("a copy of the leader takes the data directory's place, the directory is kept beside, whole: {why}");
                 context.decide("reclone", message);
             }
@@ -110,8 +113,16 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
 /// Commits are acknowledged on the strength of what this member has. While it is rewound it has nothing: the leader's loss would be theirs.
 fn sync_counts_on_us(world: &World) -> bool {
     let begun = matches!(world.data, DataDirectory::HalfRewound(_));
-    let named = |view: &ClusterView| view.sync.as_ref().is_some_and(|record| record.copies > 1 && record.members.contains(&world.me.name));
-    !begun && world.fresh_view().is_some_and(|view| named(view)) && !mutant(Mutant::RewoundWhileCountedOn)
+    !begun && is_counted_on(world) && !mutant(Mutant::RewoundWhileCountedOn)
+}
+
+/// `sync` says that commits may be here and nowhere else but at the leader, or cannot be read.
+pub(crate) fn is_counted_on(world: &World) -> bool {
+    let named = |view: &ClusterView| match &view.sync {
+        Some(record) => record.copies > 1 && record.members.contains(&world.me.name),
+        None => view.sync_revision.0 != 0,
+    };
+    world.fresh_view().is_some_and(|view| named(view))
 }
 
 /// The leader counts on others as soon as they have everything. If there are none, a copy does no harm: the directory stays until it is made.

@@ -13,7 +13,7 @@ use crate::facts::requests::{Ask, Candidate, RequestKey, RequestProgress, StageT
 use crate::machine::action::{Operation, OperationKind};
 use crate::machine::node::Context;
 use crate::machine::requests::HandedOver;
-use crate::machine::rules::{primary, standby};
+use crate::machine::rules::{primary, reinit, standby};
 use crate::machine::state::{HandOver, State};
 use crate::mutants::{Mutant, mutant};
 use crate::policy::election::Verdict;
@@ -253,10 +253,14 @@ pub(crate) fn settle(context: &mut Context<'_>, state: &State) {
     if *state == State::Paused {
         return refuse_all(context, &view);
     }
+    if let Some((id, progress)) = reinit::settle(context, state, &view) {
+        answer(context, &id, &view.requests[&id], progress);
+        return;
+    }
     for (id, key) in &view.requests {
         let progress = match &key.record.ask {
             Ask::Switchover { to } | Ask::ScheduledSwitchover { to, .. } => outcome(context, state, &view, (id, key, to)),
-            Ask::CheckSwitchover { .. } | Ask::CheckRestart | Ask::Restart { .. } | Ask::Reload { .. } => None,
+            Ask::CheckSwitchover { .. } | Ask::CheckRestart | Ask::Restart { .. } | Ask::Reload { .. } | Ask::Reinit { .. } => None,
             Ask::Failover { to, accept_loss } if key.record.progress.is_open() => {
                 of_failover(context, state, &view, (id, key, to), accept_loss.is_some())
             }
@@ -277,6 +281,8 @@ fn refuse_all(context: &mut Context<'_>, view: &ClusterView) {
     let for_me = |key: &RequestKey| match (&key.record.ask, &key.record.progress) {
         // What a member does to itself has rules of its own.
         (Ask::Restart { .. } | Ask::Reload { .. }, _) => false,
+        // A copy that has begun goes on when maintenance mode is over.
+        (Ask::Reinit { on, .. }, progress) => *on == me && *progress == RequestProgress::Created,
         (_, RequestProgress::Claimed { by, .. }) => *by == me,
         (Ask::ScheduledSwitchover { .. }, _) => false,
         (Ask::Switchover { .. } | Ask::CheckSwitchover { .. } | Ask::CheckRestart, progress) => leads && progress.is_open(),

@@ -14,7 +14,7 @@ use crate::facts::postgres::{DataDirectory, DatabaseState};
 use crate::facts::requests::{Ask, RequestProgress};
 use crate::machine::action::{Action, Operation, OperationKind, StartAs, StopMode, Upstream};
 use crate::machine::node::Context;
-use crate::machine::rules::{receiving, requests, slots, synchrony};
+use crate::machine::rules::{receiving, reinit, requests, slots, synchrony};
 use crate::machine::state::{Demotion, Promotion, State, Then, Way};
 use crate::machine::world::{Etcd, Lock};
 use crate::mutants::{Mutant, mutant};
@@ -43,6 +43,9 @@ pub(crate) fn following(context: &mut Context<'_>) -> Outcome<State> {
     }
     if let Some(state) = lock_is_ours(context).or_else(|| ended_if_writable(context)) {
         return Transition(state);
+    }
+    if reinit::begins(context) {
+        return Transition(State::Rejoining);
     }
     if context.world.running().is_some() { follow_running(context) } else { start_following(context) }
 }

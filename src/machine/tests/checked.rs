@@ -7,7 +7,7 @@ use crate::facts::cluster::{DataDirectoryReport, Initialize};
 use crate::facts::guard::Word;
 use crate::facts::postgres::DataDirectory;
 use crate::machine::Machine;
-use crate::machine::action::{Action, LeaseOrder, Operation, OperationKind, StartAs};
+use crate::machine::action::{Action, LeaseOrder, Old, Operation, OperationKind, StartAs};
 use crate::machine::edges;
 use crate::machine::event::{AcquireOutcome, Event, Finished};
 use crate::machine::state::State;
@@ -184,6 +184,7 @@ fn judge_operation(world: &World, releases: &Releases, now: BootTime, operation:
         }
         Operation::Start { .. }
         | Operation::Clone { .. }
+        | Operation::EmptyDirectory { .. }
         | Operation::Rewind { .. }
         | Operation::PlanRejoin { .. }
         | Operation::Initdb { .. } => {
@@ -218,9 +219,15 @@ fn judge_operation(world: &World, releases: &Releases, now: BootTime, operation:
             let leads = world.lock != Lock::None;
             assert!(!leads && world.leader_writes(), "I10: rewinds without another leader that writes, {context}");
         }
-        Operation::Clone { found_empty, .. } => {
-            // One that was found empty is unknown from the order on.
-            assert_eq!(*found_empty, world.data == DataDirectory::Unknown, "P5: says wrongly whether there is data to keep, {context}");
+        Operation::Clone { .. } | Operation::EmptyDirectory { .. } => {
+            if let Operation::Clone { old, .. } = operation {
+                // One that was found empty is unknown from the order on.
+                let found_empty = *old == Old::Empty;
+                assert_eq!(found_empty, world.data == DataDirectory::Unknown, "P5: says wrongly whether there is data to keep, {context}");
+            }
+            let gives_up = !matches!(operation, Operation::Clone { old: Old::Empty | Old::Kept(_), .. });
+            let ordered = world.requests.reinit.as_ref().is_some_and(|reinit| reinit.given_up.is_none());
+            assert!(!gives_up || ordered, "P5: throws a data directory away that nobody gave up, {context}");
             let leads = world.lock != Lock::None;
             assert!(!leads && world.other_leader().is_some(), "I10: replaces its data directory without another leader, {context}");
         }

@@ -102,6 +102,7 @@ pub(crate) fn record(role: MemberRole, timeline: u32, lsn: u64) -> MemberRecord 
         tags: BTreeMap::new(),
         conditions: Vec::new(),
         lost_writes: Vec::new(),
+        copying: None,
     }
 }
 
@@ -273,6 +274,7 @@ pub(crate) fn failed(operation: &Operation, why: String) -> Finished {
         }
         Operation::Initdb { .. } => Finished::Initialized(Err(why)),
         Operation::Clone { .. } => Finished::Cloned(Err(why)),
+        Operation::EmptyDirectory { .. } => Finished::Emptied(Err(why)),
         Operation::Rewind { .. } => Finished::Rewound(Err(why)),
         Operation::PlanRejoin { .. } => Finished::RejoinPlanned(Err(why)),
         Operation::Promote { .. } => Finished::PromotionAsked(Err(why)),

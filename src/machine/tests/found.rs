@@ -9,7 +9,7 @@ use crate::facts::cluster::{ClusterView, HistoryEntry, MemberRole};
 use crate::facts::guard::{StartId, Word};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
 use crate::facts::postgres::{DataDirectory, DatabaseState, Probe, SqlFacts, WalReceiverFacts};
-use crate::machine::action::{Action, LeaseOrder, Operation, OperationKind, StartAs, StopMode};
+use crate::machine::action::{Action, LeaseOrder, Old, Operation, OperationKind, StartAs, StopMode};
 use crate::machine::bookkeeping::Asked;
 use crate::machine::event::{Event, Finished, ForeignKey, PeersAnswer, PutOutcome};
 use crate::machine::receiving::Receiving;
@@ -235,7 +235,7 @@ fn a_copy_into_an_empty_directory_says_that_it_was_empty_and_one_over_data_does_
         let mut checked = Checked::resume(world, state);
         let actions = checked.handle(T0, plan.map_or(Event::Tick, Event::Finished));
         actions.into_iter().find_map(|action| match action {
-            Action::Do(Operation::Clone { found_empty, .. }) => Some(found_empty),
+            Action::Do(Operation::Clone { old, .. }) => Some(old == Old::Empty),
             _ => None,
         })
     };

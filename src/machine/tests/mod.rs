@@ -16,6 +16,7 @@ mod reactions;
 mod receiving;
 mod recovery;
 mod refused;
+mod reinit;
 mod releases;
 mod requests;
 mod restart;

@@ -45,6 +45,7 @@ impl Vacant {
             timeline: TimelineId(1),
             lsn: Lsn(LSN),
             slots: Default::default(),
+            replayed: Default::default(),
             conditions: Vec::new(),
         });
         let vacant = Vacant {
@@ -422,7 +423,7 @@ proptest! {
             let member = name(["a", "b", "c", "d"][index]);
             view.members.insert(member, key(record(MemberRole::Replica, *timeline, 1), 7));
         }
-        view.status = Some(StatusRecord { epoch: Epoch(1), timeline: TimelineId(status), lsn: Lsn(1), slots: Default::default(), conditions: Vec::new() });
+        view.status = Some(StatusRecord { epoch: Epoch(1), timeline: TimelineId(status), lsn: Lsn(1), slots: Default::default(), replayed: Default::default(), conditions: Vec::new() });
         let next = next_timeline(&view, TimelineId(own)).0;
         let known = reserved.iter().chain(&reported).chain([&own, &status]);
         prop_assert!(known.into_iter().all(|timeline| next > *timeline));

@@ -175,6 +175,7 @@ fn row_57_a_former_primary_gives_its_own_slot_up_once_the_next_one_has_it_so_tha
             timeline: crate::types::TimelineId(2),
             lsn: Lsn(500),
             slots: [("cdc".to_owned(), Lsn(400))].into(),
+            replayed: Default::default(),
             conditions: Vec::new(),
         });
         sight
@@ -197,6 +198,7 @@ fn a_standby_moves_a_permanent_physical_slot_on_to_where_the_leader_says_it_is()
         timeline: crate::types::TimelineId(1),
         lsn: Lsn(900),
         slots: [("backup".to_owned(), Lsn(300))].into(),
+        replayed: Default::default(),
         conditions: Vec::new(),
     });
     assert_eq!(sight.changes(), [Change::Advance { name: "backup".to_owned(), to: Lsn(300) }]);

@@ -103,6 +103,12 @@ pub fn flushed_by(replicas: &[ReplicaFacts], name: &MemberName) -> Option<Lsn> {
     of_it.filter_map(|replica| replica.flush_lsn).max()
 }
 
+/// Replayed by the standby of that name that streams.
+pub fn replayed_by(replicas: &[ReplicaFacts], name: &MemberName) -> Option<Lsn> {
+    let of_it = replicas.iter().filter(|replica| replica.streams() && member_of(replica).as_ref() == Some(name));
+    of_it.filter_map(|replica| replica.replay_lsn).max()
+}
+
 /// PostgreSQL takes names for the same in any case of letters.
 fn member_of(replica: &ReplicaFacts) -> Option<MemberName> {
     replica.application_name.to_ascii_lowercase().parse().ok()

@@ -98,7 +98,14 @@ impl Names {
     }
 
     pub fn status(&self, lock: Lock, lsn: u64) -> StatusRecord {
-        StatusRecord { epoch: self.epoch(lock), timeline: TimelineId(2), lsn: Lsn(lsn), slots: Default::default(), conditions: Vec::new() }
+        StatusRecord {
+            epoch: self.epoch(lock),
+            timeline: TimelineId(2),
+            lsn: Lsn(lsn),
+            slots: Default::default(),
+            replayed: Default::default(),
+            conditions: Vec::new(),
+        }
     }
 
     /// The history with our entry recorded.

@@ -214,6 +214,10 @@ impl Healed {
                 self.timeline = TimelineId(2);
                 if rewound { Finished::Rewound(Ok(())) } else { Finished::Cloned(Ok(())) }
             }
+            Operation::EmptyDirectory { .. } => {
+                self.data = DataDirectory::Empty;
+                Finished::Emptied(Ok(()))
+            }
             Operation::PlanRejoin { .. } => {
                 let is_copy = matches!(&self.data, DataDirectory::Full(control) if control.backup_label);
                 let why = || "a test".to_owned();

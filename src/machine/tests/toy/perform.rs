@@ -6,7 +6,7 @@ use crate::clock::BootTime;
 use crate::facts::guard::Word;
 use crate::facts::lease::LeaseEvent;
 use crate::facts::postgres::{DataDirectory, DatabaseState, Survey};
-use crate::machine::action::{Action, LeaseOrder, Operation, StartAs, Upstream};
+use crate::machine::action::{Action, LeaseOrder, Old, Operation, StartAs, Upstream};
 use crate::machine::event::{AcquireOutcome, Configured, Event, Finished, ForeignKey, PeersAnswer, PutOutcome};
 use crate::machine::tests::fixtures::{SYSTEM, failed, lease as some_lease, ms, name, times};
 use crate::policy::rejoin::{LostRange, Rejoin};
@@ -174,7 +174,8 @@ impl Toy {
                 assert!(data.replace(made).is_none(), "initdb over data");
                 Finished::Initialized(Ok(()))
             }
-            Operation::Clone { from, found_empty, .. } => Finished::Cloned(self.clone_from(member, &from, found_empty)),
+            Operation::Clone { from, old, .. } => Finished::Cloned(self.clone_from(member, &from, old == Old::Empty)),
+            Operation::EmptyDirectory { leader } => Finished::Emptied(self.empty(member, &leader)),
             Operation::Rewind { .. } => Finished::Rewound(Err("the toy judges to copy".to_owned())),
             Operation::PlanRejoin { leader, .. } => Finished::RejoinPlanned(self.plan(member, &leader)),
             Operation::Promote { lock, timeline, .. } => Finished::PromotionAsked(self.promote(member, lock.epoch, timeline)),
@@ -295,6 +296,14 @@ impl Toy {
         }
         assert_eq!(server.process, Process::None, "a copy is swapped in under a live server");
         server.data = Some(Data { checkpoint: source.end, standby_signal: true, backup_label: true, promoted: None, ..source });
+        Ok(())
+    }
+
+    fn empty(&mut self, member: &MemberName, leader: &Upstream) -> Result<(), String> {
+        self.leaders_data(leader)?;
+        let server = &mut self.host(member.as_str()).server;
+        assert_eq!(server.process, Process::None, "a directory is emptied under a live server");
+        server.data = None;
         Ok(())
     }
 

@@ -91,3 +91,37 @@ fn who_diverged_is_seen_as_far_as_the_last_leaders_timeline_left_its_own() {
     left_behind(LSN - 8).not_eligible_because("`a`, `b`");
     left_behind(LSN).of_member("a").not_eligible_because("timeline 1 was left at");
 }
+
+/// Row 27. `a` led, and `c` was known to have all of it: whoever has less now was put back to an older state.
+fn known(vacant: Vacant, replayed: &[(&str, u64)]) -> Vacant {
+    vacant.with(|view| {
+        let status = view.status.as_mut().unwrap();
+        status.replayed = replayed.iter().map(|(member, lsn)| (name(member), Lsn(*lsn))).collect();
+    })
+}
+
+#[test]
+fn row_27_i5_a_member_that_was_put_back_in_time_is_no_witness_of_what_was_acknowledged() {
+    // A commit is on `a` and `c`; `b` lacks it; then `c` is put back to before it, and `a` is away.
+    let behind = LSN - 64;
+    let put_back = || Vacant::new().with(on(2, &["a", "b", "c"])).voted("b", vote(1, behind)).voted("c", vote(1, behind));
+    assert!(put_back().runs_after(60_000), "by their positions alone one of the two has everything");
+    let known_to_have_it = known(put_back(), &[("c", LSN)]);
+    waits_for_sight_of(&known_to_have_it, "`a`, `c` (put back to an older state)");
+    waits_for_sight_of(&known(put_back(), &[("c", LSN)]).of_member("c"), "`a`, `c` (put back");
+    assert!(known(put_back(), &[("c", behind)]).runs_after(60_000), "it has what it was known to have");
+}
+
+#[test]
+fn row_27_i5_a_leader_that_was_put_back_in_time_does_not_lead_by_having_led() {
+    let led = || Vacant::new().with(on(2, &["a", "b", "c"])).gone("b").voted("c", vote(1, LSN - 64)).voted("a", vote(1, LSN - 64));
+    assert!(led().of_member("a").runs_after(60_000));
+    // It had sent this to `b`, which is away.
+    waits_for_sight_of(&known(led(), &[("b", LSN)]).of_member("a"), "not seen so far: `a`");
+}
+
+#[test]
+fn row_27_what_a_leadership_before_the_last_one_knew_says_nothing() {
+    let later = known(Vacant::new().with(on(2, &["a", "b", "c"])), &[("c", LSN + 64)]);
+    assert!(later.with(|view| view.status.as_mut().unwrap().epoch = Epoch(9)).runs_after(60_000));
+}
