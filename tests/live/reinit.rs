@@ -1,5 +1,5 @@
 //! `pgherd reinit`: a member is copied anew under load, is killed in the middle of it, and goes on; and a data directory that is put back in
-//! time (SAFETY rows 27 and 32).
+//! time (SAFETY row 27).
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -47,7 +47,7 @@ fn inode(world: &World, index: usize) -> u64 {
 }
 
 #[test]
-fn row_5_a_copy_that_was_ordered_is_shown_under_load_and_goes_on_when_its_daemon_and_pg_basebackup_are_killed() {
+fn a_copy_that_was_ordered_is_shown_under_load_and_goes_on_when_its_daemon_and_pg_basebackup_are_killed() {
     let world = World::up(&Setup { document: slow_copies, ..Setup::default() });
     let standby = world.replica();
     world.ask(world.leader(), "create table big as select i, repeat('x', 500) as text from generate_series(1, 200000) i").unwrap();

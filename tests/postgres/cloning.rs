@@ -1,7 +1,10 @@
 //! Clones: what they make, what they refuse, and what a cancelled one leaves.
 
+use std::sync::{Arc, Mutex};
+
+use pgherd::facts::copying::Bytes;
 use pgherd::facts::postgres::{DataDirectory, DatabaseState};
-use pgherd::postgres::{Keep, SwapError, clone_from, initdb, remove_discarded};
+use pgherd::postgres::{CloneJob, Keep, SwapError, Watch, clone_from, initdb, remove_discarded, swap};
 
 use super::harness::{LIMIT, Server, eventually, initdb_job, installations, place};
 
@@ -45,8 +48,13 @@ async fn a_cancelled_clone_leaves_the_old_directory_and_no_process() {
         assert_eq!(standby.look().await, before);
         leader.until("no backup is under way", |facts| facts.replicas.is_empty()).await;
 
-        let job = standby.clone_job(&leader, Keep::Nothing).await;
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let telling = Arc::clone(&told);
+        let watch = Watch::new(move |bytes| telling.lock().unwrap().push(bytes));
+        let job = CloneJob { watch, ..standby.clone_job(&leader, Keep::Nothing).await };
         clone_from(&installation, &standby.layout, &job).await.unwrap();
+        let last: Bytes = *told.lock().unwrap().last().expect("pg_basebackup says how far it is");
+        assert!(last.done >= last.total && last.total > 10 << 20, "{last:?}");
         assert!(!standby.layout.clone_dir().exists() && !standby.layout.discard_dir().exists());
         assert_eq!(standby.control().await.system_id, leader.facts().await.system_id);
     }
@@ -120,4 +128,20 @@ async fn a_clone_that_was_never_started_is_not_taken_for_a_primary() {
     assert!(control.backup_label && control.standby_signal, "{control:?}");
     assert_eq!(control.state, DatabaseState::InProduction, "the control file is the primary's");
     assert!(leader.as_leader().look(LIMIT).await.unwrap().database_bytes.is_some(), "the room can be asked for");
+}
+
+#[tokio::test]
+async fn a_directory_that_is_given_up_is_emptied_and_takes_a_copy_like_any_empty_one() {
+    for installation in installations().await {
+        let root = place();
+        let leader = Server::primary(&installation, root.path(), "a").await;
+        let standby = Server::new(&installation, root.path(), "b");
+        initdb(&installation, &standby.layout, &initdb_job()).await.unwrap();
+        swap::empty(&standby.layout).await.unwrap();
+        assert_eq!(standby.look().await, DataDirectory::Empty);
+        assert!(!standby.layout.discard_dir().exists(), "its room is free");
+        swap::empty(&standby.layout).await.unwrap();
+        clone_from(&installation, &standby.layout, &standby.clone_job(&leader, Keep::Empty).await).await.unwrap();
+        assert_eq!(standby.control().await.system_id, leader.facts().await.system_id);
+    }
 }

@@ -1,6 +1,8 @@
 //! Rewinds of stopped members that have diverged: what they keep, what they leave, and where they may break off (SAFETY rows 49, 54, 55).
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -9,7 +11,7 @@ use pgherd::facts::postgres::{DataDirectory, DatabaseState, LostRange, RewindAtt
 use pgherd::policy::rejoin::rewind::Rewinding;
 use pgherd::policy::rejoin::{Inputs, OwnPromotion, Rejoin, decide};
 use pgherd::postgres::conninfo::{PassfileEntry, Target, build, write_passfile};
-use pgherd::postgres::{Installation, Keep, RewindJob, Secret, clone_from, data_directory, history_files, lost, rewind, wal};
+use pgherd::postgres::{Installation, Keep, RewindJob, Secret, Watch, clone_from, data_directory, history_files, lost, rewind, wal};
 use pgherd::spec::cluster::OnRewindFailure;
 use pgherd::types::{Epoch, TimelineId};
 
@@ -72,7 +74,11 @@ async fn job(member: &Server, leader: &Server, (why, lost): (String, LostRange))
 /// Runs it. Gives what it told to be kept.
 async fn run(member: &Server, job: &RewindJob) -> (anyhow::Result<()>, Option<LostWrites>) {
     let mut kept = None;
-    let result = rewind::rewind(&member.installation, &member.layout, job, |writes| kept = Some(writes)).await;
+    let told = Arc::new(AtomicBool::new(false));
+    let telling = Arc::clone(&told);
+    let watched = RewindJob { watch: Watch::new(move |bytes| telling.store(bytes.total > 0, Ordering::SeqCst)), ..job.clone() };
+    let result = rewind::rewind(&member.installation, &member.layout, &watched, |writes| kept = Some(writes)).await;
+    assert!(told.load(Ordering::SeqCst) || result.is_err() || kept.is_none(), "pg_rewind says how far it is");
     (result, kept)
 }
 

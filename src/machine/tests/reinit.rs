@@ -4,15 +4,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::facts::postgres::DatabaseState;
+use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState};
 use crate::facts::requests::{Ask, RequestKey, RequestProgress, RequestRecord};
 use crate::facts::synchrony::SyncRecord;
-use crate::machine::action::{Action, OperationKind};
+use crate::machine::action::{Action, Old, Operation, OperationKind};
 use crate::machine::event::Event;
 use crate::machine::requests::{Reinit, ReinitStage};
 use crate::machine::state::State;
 use crate::machine::world::World;
-use crate::types::{Epoch, Revision};
+use crate::types::{Epoch, Revision, SystemId};
 
 use super::checked::Checked;
 use super::cluster::s;
@@ -48,7 +48,7 @@ fn a_standby_is_copied_anew_and_the_answer_names_the_stages() {
 }
 
 #[test]
-fn row_5_a_daemon_that_is_killed_at_any_moment_of_it_goes_on_or_begins_again() {
+fn a_daemon_that_is_killed_at_any_moment_of_it_goes_on_or_begins_again() {
     for in_place in [false, true] {
         for after_ms in (0..4_500).step_by(150) {
             let mut toy = Toy::working(&THREE);
@@ -114,17 +114,12 @@ fn stopped(named: &[&str]) -> Checked {
     let record = RequestRecord { ask: reinit("a", true), by: "a test".to_owned(), at: String::new(), progress };
     view.requests.insert("1".to_owned(), RequestKey { record, mod_revision: Revision(370) });
     let mut world = World { view: Some(Arc::new(view)), ..full(DatabaseState::ShutDownInRecovery) };
-    world.requests.reinit = Some(Reinit {
-        id: "1".to_owned(),
-        from_leader: false,
-        in_place: true,
-        stage: ReinitStage::Stop,
-        since: T0,
-        stages: Vec::new(),
-        uncounted_since: None,
-        given_up: None,
-    });
+    world.requests.reinit = Some(ordered(ReinitStage::Stop, true));
     Checked::resume(world, State::Rejoining)
+}
+
+fn ordered(stage: ReinitStage, in_place: bool) -> Reinit {
+    Reinit { id: "1".to_owned(), from_leader: false, in_place, stage, since: T0, stages: Vec::new(), uncounted_since: None, given_up: None }
 }
 
 fn emptied(actions: &[Action]) -> bool {
@@ -148,4 +143,30 @@ fn i6_what_was_on_its_way_to_sync_when_the_member_stopped_has_landed_before_its_
     assert!(!emptied(&checked.handle(at, Event::Tick)), "not at once");
     assert!(!emptied(&checked.handle(at + Duration::from_millis(2_500), Event::Tick)));
     assert!(emptied(&checked.handle(at + s(4), Event::Tick)));
+}
+
+/// What cannot be started or rejoined as it is, is what an operator gives up by name most often.
+#[test]
+fn a_directory_that_is_unusable_half_rewound_or_of_another_cluster_can_be_given_up_too() {
+    let foreign = ControlFacts { system_id: SystemId(1), ..control(DatabaseState::ShutDown, 1, 1_000) };
+    let unusable = [
+        DataDirectory::Unusable("a control file that is cut short".to_owned()),
+        DataDirectory::HalfRewound(Box::new(half_rewound())),
+        DataDirectory::Full(foreign),
+    ];
+    for data in unusable {
+        let mut view = led_by_b();
+        let progress = RequestProgress::Claimed { by: name("a"), stage: "claimed".to_owned(), stages: Vec::new() };
+        let record = RequestRecord { ask: reinit("a", false), by: "a test".to_owned(), at: String::new(), progress };
+        view.requests.insert("1".to_owned(), RequestKey { record, mod_revision: Revision(370) });
+        let mut world = World { view: Some(Arc::new(view)), data: data.clone(), ..full(DatabaseState::ShutDown) };
+        world.requests.reinit = Some(ordered(ReinitStage::Claimed, false));
+        let mut checked = Checked::resume(world, State::Following);
+        checked.handle(T0, Event::Tick);
+        assert_eq!(checked.state(), &State::Rejoining, "{data:?}");
+        checked.handle(T0 + s(1), Event::Tick);
+        let actions = checked.handle(T0 + s(5), Event::Tick);
+        let given_up = |action: &Action| matches!(action, Action::Do(Operation::Clone { old: Old::GivenUp, .. }));
+        assert!(actions.iter().any(given_up), "{data:?}: {actions:?}");
+    }
 }
