@@ -235,7 +235,7 @@ fn a_request_that_is_taken_up_in_the_last_moment_is_not_said_to_be_taken_back() 
     bed.put_members();
     let mut command = std::process::Command::new(&bed.cluster.plan.programs.pgherd);
     command.args(["switchover", "--to", "n2", "--yes", "--timeout", "3"]).stderr(std::process::Stdio::piped());
-    command.env("PGHERD_ENDPOINTS", bed.url()).env("PGHERD_CLUSTER", bed.cluster.plan.cluster.to_string());
+    command.env("PGHERD_ENDPOINTS", bed.url()).env("PGHERD_CLUSTER", &bed.cluster.plan.cluster);
     let child = command.spawn().unwrap();
     let begun = std::time::Instant::now();
     assert!(wait_for(PATIENCE, || !bed.requests().is_empty()));

@@ -460,7 +460,7 @@ impl Sim {
 
     fn start_namesake(&mut self, index: usize, fault: &Fault) {
         let Some((leader, _)) = self.lock_runs_until() else { return };
-        // It would answer for a guard that is not its own (limit p).
+        // It would answer for a guard that is not its own (limit r).
         if self.etcd.view.suspended.contains(&member(leader)) {
             return;
         }
