@@ -85,7 +85,7 @@ const GUARD_FAILS: Setup = Setup { daemon_dies: false, guard_fails: true, strang
 /// Guard and daemon both fail; the watchdog is armed.
 const BOTH_FAIL: Setup = Setup { ttl: 9, watchdog: true, daemon_dies: true, planned_stops: false, ..GUARD_FAILS };
 /// A person sets maintenance mode and ends it; others lead when nothing forbids it.
-const PAUSED: Setup = Setup { pauses: true, planned_stops: false, late_messages: false, daemon_dies: false, ttl: 4, ..HONEST };
+const PAUSED: Setup = Setup { pauses: true, planned_stops: false, late_messages: false, daemon_dies: false, ttl: 3, ..HONEST };
 
 fn holds(setup: &Setup, must_be_seen: &[&str]) {
     let explored = explore(setup);
