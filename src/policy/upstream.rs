@@ -31,6 +31,8 @@ pub struct Remembered {
     standing: Option<(bool, BootTime)>,
     /// How often in a row it seemed well and gave nothing.
     in_vain: u32,
+    /// It is being left for that, which is counted, and the server has not been told yet.
+    leaves: bool,
 }
 
 /// What is judged on.
@@ -88,13 +90,17 @@ pub fn choose(remembered: &mut Remembered, inputs: &Inputs<'_>) -> Source {
     }
     let since = remembered.standing.map_or(now, |(_, since)| since);
     if !follows {
+        remembered.leaves = false;
         let wait = Duration::from_secs(RETURNED_AFTER_S) * (1 << remembered.in_vain.min(DOUBLINGS_MAX));
         let at_once = inputs.follows.is_none() && remembered.in_vain == 0;
         return if well && (at_once || now.since(since) >= wait) { Source::Member(wanted.clone()) } else { Source::Leader };
     }
     let long = |since: BootTime| now.since(since) >= Duration::from_millis(LEFT_AFTER_MS) && !mutant(Mutant::CascadeWithoutFallback);
+    if remembered.leaves {
+        return Source::Leader;
+    }
     if well && inputs.gets_nothing_since.is_some_and(long) {
-        *remembered = Remembered { standing: Some((well, now)), in_vain: remembered.in_vain.saturating_add(1) };
+        *remembered = Remembered { standing: Some((well, now)), in_vain: remembered.in_vain.saturating_add(1), leaves: true };
         return Source::Leader;
     }
     if !well && long(since) {

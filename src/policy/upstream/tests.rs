@@ -116,6 +116,20 @@ fn one_that_seems_well_and_gives_nothing_is_returned_to_ever_later() {
 }
 
 #[test]
+fn leaving_it_counts_once_however_often_it_is_looked_at_until_the_server_has_been_told() {
+    let mut sight = Sight::new();
+    assert_eq!(sight.later(0, None), "b");
+    let since = sight.now;
+    for seconds in [5, 1, 1, 1, 1, 1] {
+        assert_eq!(sight.later(seconds, Some(since)), "leader");
+        sight.follows = Some(name("b"));
+    }
+    sight.follows = Some(name("a"));
+    assert_eq!(sight.later(14, None), "leader");
+    assert_eq!(sight.later(1, None), "b", "20 s after it was left");
+}
+
+#[test]
 fn the_member_of_the_tag_is_followed_as_the_leader_when_it_leads_and_kept_between_two_leaders() {
     let mut sight = Sight::new();
     assert_eq!(sight.later(0, None), "b");
