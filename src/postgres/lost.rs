@@ -5,6 +5,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -101,7 +102,14 @@ fn numbered(layout: &Layout) -> Result<Vec<(u32, PathBuf)>> {
 ///
 /// # Errors
 /// When not all of it can be kept. Then nothing was changed.
-pub async fn keep(installation: &Installation, layout: &Layout, wal: &LocalWal, lost: LostRange, why: &str) -> Result<LostWrites> {
+pub async fn keep(
+    installation: &Installation,
+    layout: &Layout,
+    lock: &Arc<File>,
+    wal: &LocalWal,
+    lost: LostRange,
+    why: &str,
+) -> Result<LostWrites> {
     let LastRecord::Known(to) = wal.last_record else { bail!("the end of the WAL that would be lost cannot be read: it is not kept") };
     if let Some(kept) = list(layout).into_iter().find(|kept| (kept.timeline, kept.from, kept.to) == (lost.timeline, lost.from, to)) {
         return Ok(kept);
@@ -138,8 +146,19 @@ pub async fn keep(installation: &Installation, layout: &Layout, wal: &LocalWal, 
     };
     let names = wanted.into_iter().map(|(name, _)| name).collect();
     let (layout, said) = (layout.clone(), report.clone());
-    tokio::task::spawn_blocking(move || copy(&layout, &pg_wal, names, &place, &said)).await.context("the copy of WAL was ended")??;
+    holding(lock, move || copy(&layout, &pg_wal, names, &place, &said)).await?;
     Ok(report)
+}
+
+/// A thread cannot be ended: whoever is not waited for any more goes on, and the lock is held until it is through.
+async fn holding(lock: &Arc<File>, work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+    let lock = Arc::clone(lock);
+    let work = move || {
+        let result = work();
+        drop(lock);
+        result
+    };
+    tokio::task::spawn_blocking(work).await.context("the copy of WAL was ended")?
 }
 
 fn copy(layout: &Layout, pg_wal: &Path, names: Vec<String>, place: &Path, report: &LostWrites) -> Result<()> {
@@ -246,6 +265,25 @@ mod tests {
         assert_eq!(pieces(&wal_of(1, &[]), Lsn(0x500)), [piece(1, 0x500, None)]);
         assert_eq!(pieces(&wal_of(3, &[(1, 0x300), (2, 0x700)]), Lsn(0x500)), [piece(2, 0x500, Some(0x700)), piece(3, 0x700, None)]);
         assert_eq!(pieces(&wal_of(3, &[(1, 0x300), (2, 0x700)]), Lsn(0x700)), [piece(3, 0x700, None)]);
+    }
+
+    #[tokio::test]
+    async fn a_copy_that_nobody_waits_for_any_more_keeps_the_lock_until_it_is_through() {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let open = || File::options().create(true).truncate(false).write(true).open(directory.path().join("lock")).unwrap();
+        let lock = Arc::new(open());
+        lock.try_lock().unwrap();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let mut copy = Box::pin(async move { holding(&lock, move || ended.recv().map_err(Into::into)).await });
+        tokio::select! {
+            biased;
+            ended = &mut copy => panic!("{ended:?}"),
+            () = std::future::ready(()) => {}
+        }
+        drop(copy);
+        assert!(open().try_lock().is_err(), "the next job has to wait");
+        end.send(()).unwrap();
+        open().lock().unwrap();
     }
 
     #[test]

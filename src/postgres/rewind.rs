@@ -169,7 +169,7 @@ async fn first(
         ensure!(control.state == DatabaseState::ShutDown, "the server was recovered and is not shut down: {:?}", control.state);
     }
     let wal = wal::end_of_wal(installation, layout.data_dir(), &control, wal::WAL_LIMIT).await;
-    let report = lost::keep(installation, layout, &wal, job.lost, &job.why).await.context("keeping the WAL that would be lost")?;
+    let report = lost::keep(installation, layout, lock, &wal, job.lost, &job.why).await.context("keeping the WAL that would be lost")?;
     let saved = saved(layout);
     files::remove_directory_if_there(&saved).with_context(|| format!("removing {}", saved.display()))?;
     files::make_directory(&saved)?;
