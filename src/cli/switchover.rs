@@ -14,7 +14,7 @@ use crate::cli::exit::{DONE, FAILED, Failure, Outcome, REFUSED, WRONG};
 use crate::cli::output::{self, confirm, print, tell, who};
 use crate::cli::{Asking, Connection, status};
 use crate::clock::rfc3339;
-use crate::etcd::Etcd;
+use crate::etcd::{Etcd, EtcdError};
 use crate::facts::cluster::ClusterView;
 use crate::facts::requests::{Ask, Candidate, RequestKey, RequestProgress};
 use crate::policy::election;
@@ -73,11 +73,21 @@ pub fn switchover(connection: &Connection, wanted: Wanted, how: Asking) -> Outco
         match at.flatten() {
             None => ask::done(&etcd, Ask::Switchover { to }, how.timeout()).await,
             Some(at_s) => {
-                let id = etcd.create_request(Ask::ScheduledSwitchover { to: to.clone(), at_s }, &who(), how.timeout()).await?;
+                let asked = etcd.create_request(Ask::ScheduledSwitchover { to: to.clone(), at_s }, &who(), how.timeout()).await;
+                let id = asked.map_err(may_be_scheduled)?;
                 print(&format!("scheduled: {to} is to lead at {} (`pgherd switchover --cancel {id}` takes it back)\n", shown(at_s)))
             }
         }
     })
+}
+
+/// A schedule hangs on no lease: one that is there is carried out, whether anybody was told or not.
+fn may_be_scheduled(error: EtcdError) -> Failure {
+    let hint = "it would be carried out: `pgherd status` shows whether it is scheduled, `pgherd switchover --cancel ID` takes it back";
+    match error {
+        EtcdError::Unknown(why) => Failure::from(EtcdError::Unknown(format!("{why}; {hint}"))),
+        error => error.into(),
+    }
 }
 
 pub(super) fn shown(at_s: u64) -> String {
@@ -258,6 +268,15 @@ mod tests {
 
     fn name(text: &str) -> MemberName {
         text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_schedule_that_may_be_there_is_said_to_be_looked_for_and_how_it_is_taken_back() {
+        let said = may_be_scheduled(EtcdError::Unknown("no answer; if it did, the request has the id 7f".to_owned()));
+        let text = said.error.to_string();
+        assert_eq!(said.code, FAILED);
+        assert!(text.contains("the id 7f") && text.contains("pgherd status") && text.contains("--cancel ID"), "{text}");
+        assert!(!may_be_scheduled(EtcdError::Refused("no".to_owned())).error.to_string().contains("--cancel"), "it is not there");
     }
 
     #[test]

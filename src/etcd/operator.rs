@@ -121,7 +121,7 @@ impl Etcd {
     /// Asks the cluster for something. The request goes away by itself after `ttl`, unless it is for a later time. Answers with its id.
     ///
     /// # Errors
-    /// When etcd cannot be asked; on [`EtcdError::Unknown`] the request may be there, until its ttl.
+    /// When etcd cannot be asked; on [`EtcdError::Unknown`] the request may be there, until its ttl, under the id that the error names.
     pub async fn create_request(&self, ask: Ask, by: &str, ttl: Duration) -> Result<String, EtcdError> {
         let lease = self.grant(i64::try_from(ttl.as_secs().max(1)).unwrap_or(i64::MAX)).await?;
         // A lease id is unique in its etcd cluster, and so is the request's.
@@ -133,8 +133,11 @@ impl Etcd {
         let expiry = record.ask.at_s().is_none().then(|| PutOptions::new().with_lease(lease));
         let put = TxnOp::put(path.clone(), json(&key, &record)?, expiry);
         let txn = Txn::new().when([Compare::create_revision(path, CompareOp::Equal, 0)]).and_then([put]);
-        self.transact(txn).await?;
-        Ok(id)
+        match self.transact(txn).await {
+            Ok(_) => Ok(id),
+            Err(EtcdError::Unknown(why)) => Err(EtcdError::Unknown(format!("{why}; if it did, the request has the id {id}"))),
+            Err(error) => Err(error),
+        }
     }
 
     /// A lease that runs out by itself; so does one that was granted and whose answer was lost.

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use pgherd::etcd::{Applied, EtcdError};
+use pgherd::etcd::{Applied, Etcd, EtcdError};
 use pgherd::facts::cluster::DecisionRecord;
 use pgherd::facts::requests::{Ask, RequestProgress};
 
-use crate::support::etcd_server::EtcdServer;
+use crate::support::etcd_server::{EtcdServer, settings};
+use crate::support::lossy::{Afterwards, lose_answer_to};
 use crate::support::{lease_is_gone, name};
 
 against_both! { 1, &[];
@@ -16,6 +17,7 @@ against_both! { 1, &[];
     the_last_twenty_specs_are_kept,
     generations_go_on_where_the_spec_was_deleted,
     a_request_is_answered_by_compare_and_swap_and_once_taken_up_outlives_its_requester,
+    a_schedule_whose_answer_was_lost_is_named,
     the_last_decisions_are_kept_and_read_in_order,
     the_servers_version_is_judged,
 }
@@ -94,6 +96,16 @@ fn decision(number: usize) -> DecisionRecord {
         message: number.to_string(),
         facts: BTreeMap::new(),
     }
+}
+
+/// It has no lease and will be carried out: whoever asked has to be able to take it back.
+async fn a_schedule_whose_answer_was_lost_is_named(server: EtcdServer) {
+    let (url, _) = lose_answer_to("lost@h", server.port(0), Afterwards::Pass).await;
+    let lossy = Etcd::new(settings(vec![url])).unwrap();
+    let asked = lossy.create_request(Ask::ScheduledSwitchover { to: name("b"), at_s: 1 }, "lost@h", Duration::from_secs(5)).await;
+    let view = server.etcd().read_view().await.unwrap();
+    let (id, _) = view.requests.first_key_value().unwrap();
+    assert!(matches!(&asked, Err(EtcdError::Unknown(why)) if why.contains(id)), "{id}: {asked:?}");
 }
 
 async fn the_last_decisions_are_kept_and_read_in_order(server: EtcdServer) {
