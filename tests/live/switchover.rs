@@ -194,7 +194,8 @@ fn a_scheduled_switchover_is_shown_can_be_taken_back_and_is_carried_out_by_whoev
         assert!(world.cluster.pgherd(&["status"]).unwrap().out.contains("is scheduled for"));
         world.cluster.pgherd(&["switchover", "--cancel"]).unwrap().must_succeed("pgherd switchover --cancel");
         assert_eq!(world.cluster.pgherd(&["switchover", "--cancel"]).unwrap().code, Some(4), "none is left");
-        schedule(3);
+        // Longer than a leader waits to be told what is under way: it is to be asked when the time comes.
+        schedule(8);
         world.wait_another_leads(leader);
         assert_eq!(world.leader(), target);
         world.wait_whole("after the switchover");

@@ -19,6 +19,8 @@ use super::world::{Sim, member};
 
 /// What `pgherd switchover` gives its request when nobody says otherwise.
 const REQUEST_TTL_S: u64 = 120;
+/// How far ahead a schedule may be: more than the leader takes to hear of everything (6 s).
+const SCHEDULED_AHEAD_MAX_S: u64 = 15;
 /// Where a choice says what kind of request it is.
 const KIND_SHIFT: u32 = 40;
 /// A failover by hand, as the choice of a fault that follows another.
@@ -134,7 +136,8 @@ impl Sim {
                 self.request_switchover(to);
             }
             2 => {
-                let at_s = self.now.wall_s() + (fault.choice >> 50) % 6;
+                // Also so long that whatever is judged when it is written is old by its time.
+                let at_s = self.now.wall_s() + (fault.choice >> 50) % SCHEDULED_AHEAD_MAX_S;
                 self.request(Ask::ScheduledSwitchover { to: member(to), at_s });
             }
             3 => {
