@@ -15,7 +15,7 @@ use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState};
 use crate::machine::action::{Action, Operation, OperationKind, StopMode};
 use crate::machine::node::{Context, after_leading};
 use crate::machine::requests::HandedOver;
-use crate::machine::rules::{primary, requests, standby};
+use crate::machine::rules::{primary, requests, standby, synchrony};
 use crate::machine::state::{Demotion, HandOver, HandOverStage, Promotion, State, Then, Way};
 use crate::machine::world::Lock;
 use crate::mutants::{Mutant, mutant};
@@ -105,10 +105,18 @@ fn checkpoint(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<St
     }
     let asked = hand_over.request.is_some() && !context.world.stop_requested;
     let patience = Duration::from_secs(if asked { ASKED_CHECKPOINT_PATIENCE_S } else { CHECKPOINT_PATIENCE_S });
-    if let Some(lock) = context.world.lock.identity() {
-        primary::keep_records(context, lock);
+    primary::keep_records(context, hand_over.lock);
+    let runs = context.world.running().is_some();
+    let held_up = runs && synchrony::is_held_up(context, hand_over.lock);
+    if asked
+        && runs
+        && let Some(why) = comes_to_nothing(hand_over, context, held_up)
+    {
+        return back_to_work(hand_over, context, why);
     }
-    match checkpointed(context, hand_over.since, patience) {
+    // On the way out of the daemon there is no way back: what hangs hangs no longer than it must.
+    let before = if held_up { Before::Ended } else { checkpointed(context, hand_over.since, patience) };
+    match before {
         Before::Waits => return Handled,
         Before::Failed(why) if asked => return back_to_work(hand_over, context, why),
         // It may have taken long, and this is the last moment in which nothing has to be taken back.
@@ -122,6 +130,16 @@ fn checkpoint(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<St
     standby::cancel_job(context);
     hand_over.enter(HandOverStage::Stop, context.now);
     stop(hand_over, context)
+}
+
+/// Why the rest of the checkpoint is not waited for.
+fn comes_to_nothing(hand_over: &HandOver, context: &Context<'_>, held_up: bool) -> Option<String> {
+    if held_up {
+        return Some("commits wait for a standby that is gone, and whom they wait for cannot be changed meanwhile".to_owned());
+    }
+    let view = context.world.fresh_view()?;
+    let gone = hand_over.to.as_ref().filter(|to| !view.members.contains_key(*to))?;
+    Some(format!("the daemon of `{gone}` is not there: it has no member key"))
 }
 
 fn stop(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<State> {

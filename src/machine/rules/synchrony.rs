@@ -34,15 +34,41 @@ pub(crate) fn keep(context: &mut Context<'_>, lock: LockIdentity) {
     }
     let Some(wanted) = look(context, lock) else { return };
     say(context, &wanted);
+    match next(context, lock, &wanted) {
+        None => {}
+        Some((_, Step::Done)) => context.world.clear("synchrony_changes"),
+        Some((_, Step::Wait(why))) => context.world.set_info("synchrony_changes", why),
+        Some((known, Step::Record(record))) => {
+            write(context, lock, known, record);
+            context.world.synchrony.hurries_until = context.now + HURRY;
+        }
+        Some((_, Step::Names(names))) => {
+            set(context, names);
+            context.world.synchrony.hurries_until = context.now + HURRY;
+        }
+    }
+}
+
+/// Of a primary that makes the checkpoint before its stop, a job, during which no names can be set. True = commits wait for standbys that
+/// are gone, and another would not have to.
+pub(crate) fn is_held_up(context: &mut Context<'_>, lock: LockIdentity) -> bool {
+    let Some(wanted) = look(context, lock) else { return false };
+    let changes = next(context, lock, &wanted).is_some_and(|(_, step)| matches!(step, Step::Record(_) | Step::Names(_)));
+    let (Some(server), Some((_, standbys))) = (context.world.names_of_server(), &context.world.synchrony.standbys) else { return false };
+    changes && !server.in_force.is_served_by(standbys)
+}
+
+/// The next step. None = it cannot be told, or one is being taken.
+fn next(context: &Context<'_>, lock: LockIdentity, wanted: &Wanted) -> Option<(Known, Step)> {
     let world = &*context.world;
     // One change at a time: what is on its way may come to be after the next would have been judged on its not being there.
     if [OperationKind::WriteSync, OperationKind::SetNames].iter().any(|kind| world.in_flight.contains(kind)) {
-        return;
+        return None;
     }
-    let (Some(known), Some(server), Some(sql)) = (world.sync_of(lock.epoch), world.names_of_server(), world.sql()) else { return };
+    let (known, server, sql) = (world.sync_of(lock.epoch)?, world.names_of_server()?, world.sql()?);
     // A server that was found running, where nothing is promised, and nobody waits: nothing has to be known of it.
     if wanted.goal == Goal::Async && known.record.is_none() && sql.synchronous_standby_names.is_empty() {
-        return context.world.clear("synchrony_changes");
+        return Some((known, Step::Done));
     }
     let senders = goal::senders(&sql.replicas);
     let inputs = Inputs {
@@ -53,18 +79,8 @@ pub(crate) fn keep(context: &mut Context<'_>, lock: LockIdentity) {
         in_force: &server.in_force,
         senders: &senders,
     };
-    match synchrony::step(&inputs) {
-        Step::Done => context.world.clear("synchrony_changes"),
-        Step::Wait(why) => context.world.set_info("synchrony_changes", why),
-        Step::Record(record) => {
-            write(context, lock, known, record);
-            context.world.synchrony.hurries_until = context.now + HURRY;
-        }
-        Step::Names(names) => {
-            set(context, names);
-            context.world.synchrony.hurries_until = context.now + HURRY;
-        }
-    }
+    let step = synchrony::step(&inputs);
+    Some((known, step))
 }
 
 /// A server that this daemon did not start: what it goes by is known as far as `sync` says it.

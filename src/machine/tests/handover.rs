@@ -13,11 +13,14 @@ use crate::facts::guard::{PostmasterFacts, Rung, StartId, Word};
 use crate::facts::lease::LeaseEvent;
 use crate::facts::postgres::{DataDirectory, DatabaseState, SqlFacts, Survey};
 use crate::facts::requests::{Ask, RequestKey, RequestProgress, RequestRecord};
+use crate::facts::synchrony::{Acks, FEATURE, Names, SyncRecord};
 use crate::machine::action::{Action, Operation, StopMode};
 use crate::machine::event::{Event, Finished};
 use crate::machine::state::{HandOver, HandOverStage, State};
+use crate::machine::synchrony::OfServer;
 use crate::machine::world::World;
-use crate::types::{Lsn, Revision};
+use crate::policy::synchrony::InForce;
+use crate::types::{Epoch, Lsn, Revision};
 
 fn asked(progress: RequestProgress, to: &str, by: &str, mod_revision: i64) -> RequestKey {
     let record = RequestRecord { ask: Ask::Switchover { to: name(to) }, by: by.to_owned(), at: String::new(), progress };
@@ -90,11 +93,64 @@ fn row_70_a_checkpoint_that_fails_or_a_target_that_is_gone_by_then_costs_no_outa
     {
         let mut checked = makes_checkpoint();
         let mut actions = if target_is_gone { checked.handle(T0 + s(1), gone()) } else { Vec::new() };
+        assert_eq!(checked.state() == &State::Primary, target_is_gone, "the checkpoint is not waited for when nothing comes of it");
         actions.extend(checked.handle(T0 + s(1), Event::Finished(Finished::Checkpointed(checkpoint))));
         assert_eq!((checked.state(), stops(&actions)), (&State::Primary, Vec::new()), "{actions:?}");
         let answered = answers(&actions);
         let [("1", RequestProgress::Refused { reason })] = answered.as_slice() else { panic!("{answered:?}") };
         assert!(reason.contains(because) && reason.contains("was not stopped"), "{reason}");
+    }
+}
+
+/// As [`makes_checkpoint`], or because the daemon is to stop; and commits wait for `c`.
+fn makes_checkpoint_while_commits_wait(asked_for: bool) -> Checked {
+    let request = [("1", asked(claimed("a"), "c", "anna", 450))];
+    let mut world = leads_with(&request[..usize::from(asked_for)]);
+    world.requests.claimed.insert("1".to_owned());
+    let mut view = ClusterView::clone(world.view.as_deref().unwrap());
+    view.members.values_mut().for_each(|key| key.record.features.push(FEATURE.to_owned()));
+    view.sync = Some(SyncRecord { leader: name("a"), epoch: Epoch(300), members: [name("a"), name("c")].into(), copies: 2 });
+    view.sync_revision = Revision(310);
+    world.view = Some(Arc::new(view));
+    world.spec = Some((1, spec_with(&["a", "b", "c"], "replication: { mode: quorum }")));
+    let names = Names::Any(Acks { members: [name("c")].into(), acks: 1 });
+    world.probe = Some(probe(T0, SqlFacts { synchronous_standby_names: names.to_string(), ..streams() }));
+    world.synchrony.server = Some(OfServer::new(StartId(1), InForce::since_start(names), T0));
+    let mut checked = Checked::resume(world, State::Primary);
+    checked.handle(T0, if asked_for { Event::Tick } else { Event::StopRequested });
+    assert_eq!(checked.state().name(), "handing_over");
+    checked
+}
+
+/// While the checkpoint is made the names cannot be set: commits would hang for as long as it takes.
+#[test]
+fn row_70_the_checkpoint_is_not_waited_for_while_commits_wait_for_a_standby_that_is_gone() {
+    let both = || vec![streaming("b", 1_000), streaming("c", 1_000)];
+    for (asked_for, replicas, state, stopped) in [
+        (true, Vec::new(), "primary", Vec::new()),
+        (false, Vec::new(), "handing_over", vec![StopMode::Fast { patience: s(30) }]),
+        // The names are to be changed then too, but nobody waits for that.
+        (true, both(), "handing_over", Vec::new()),
+    ] {
+        let mut checked = makes_checkpoint_while_commits_wait(asked_for);
+        let mut actions = Vec::new();
+        for second in 1..=4 {
+            let now = T0 + s(second);
+            actions.extend(checked.handle(now, renewed(now)));
+            let shown = checked.world().sql().unwrap().clone();
+            actions.extend(checked.handle(now, Event::Probed(probe(now, SqlFacts { replicas: replicas.clone(), ..shown }))));
+        }
+        assert_eq!(checked.state().name(), state);
+        let modes: Vec<_> = stops(&actions).into_iter().map(|mode| std::mem::discriminant(&mode)).collect();
+        assert_eq!(modes.first(), stopped.first().map(std::mem::discriminant).as_ref(), "{actions:?}");
+        let cancelled = actions.iter().any(|action| matches!(action, Action::CancelJob));
+        assert_eq!(cancelled, replicas.is_empty(), "{actions:?}");
+        if state == "primary" {
+            let answered = answers(&actions);
+            let Some(("1", RequestProgress::Refused { reason })) = answered.last() else { panic!("{answered:?}") };
+            assert!(reason.contains("commits wait for") && reason.contains("was not stopped"), "{reason}");
+            assert!(actions.iter().any(|action| matches!(action, Action::Do(Operation::WriteSync { .. }))), "{actions:?}");
+        }
     }
 }
 

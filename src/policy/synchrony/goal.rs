@@ -86,6 +86,11 @@ impl Standbys {
         self.0.get(name).is_some_and(|standing| standing.connected)
     }
 
+    /// Whether this one does.
+    pub fn counts(&self, name: &MemberName) -> bool {
+        self.0.get(name).is_some_and(|standing| standing.counts)
+    }
+
     /// Those that count.
     fn counting(&self) -> impl Iterator<Item = &MemberName> {
         self.0.iter().filter(|(_, standing)| standing.counts).map(|(name, _)| name)

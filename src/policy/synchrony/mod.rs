@@ -15,6 +15,7 @@ pub mod goal;
 
 use std::collections::BTreeSet;
 
+use self::goal::Standbys;
 use crate::facts::synchrony::{Acks, Names, Sender, SyncRecord};
 use crate::mutants::{Mutant, mutant};
 use crate::types::{Epoch, Lsn, MemberName};
@@ -165,6 +166,12 @@ impl InForce {
     /// Some backend may go by empty names, and wait for nobody.
     pub fn may_not_wait(&self) -> bool {
         self.earlier.iter().chain(&self.set).any(|names| *names == Names::Nobody)
+    }
+
+    /// Whether commits go through when these standbys flush what is written.
+    pub fn is_served_by(&self, standbys: &Standbys) -> bool {
+        let are_there = |acks: &Acks| acks.members.iter().filter(|name| standbys.counts(name)).count() >= acks.acks as usize;
+        self.earlier.iter().chain(&self.set).all(|names| *names != Names::Block && names.acks().is_none_or(are_there))
     }
 
     /// What is set, or was and may be read still, does not make every commit wait for so many.
