@@ -89,7 +89,7 @@ impl World {
                 self.judge(now, Kind::EnsureRoles, result, "roles_failed");
             }
             Finished::Checkpointed(result) => {
-                self.checkpointed = result.is_ok();
+                self.checkpointed = result.is_ok().then_some(now);
                 self.judge(now, Kind::Checkpoint, result, "checkpoint_failed");
             }
             Finished::MemberPut(outcome) => self.absorb_put(now, outcome),

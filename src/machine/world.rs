@@ -191,8 +191,8 @@ pub struct World {
     pub rejoin: Option<Rejoin>,
     /// What lies beside the data directory, as last looked at.
     pub kept: Kept,
-    /// The checkpoint before a planned stop was made.
-    pub checkpointed: bool,
+    /// When the checkpoint before a planned stop was made.
+    pub checkpointed: Option<BootTime>,
     /// What etcd was asked for.
     pub asked: Asked,
     /// The leadership that was given back last.
@@ -302,7 +302,7 @@ impl World {
             promoted: None,
             rejoin: None,
             kept: Kept::default(),
-            checkpointed: false,
+            checkpointed: None,
             asked: Asked::default(),
             released: None,
             sure_of: None,

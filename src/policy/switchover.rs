@@ -9,8 +9,8 @@ use crate::facts::requests::Candidate;
 use crate::spec::cluster::ClusterSpec;
 use crate::types::MemberName;
 
-/// WAL segments that may wait for the archiver without a word: the last one always does.
-const READY_SEGMENTS_MAX: u64 = 8;
+/// WAL segments that may wait for the archiver without a word: it sends one off while PostgreSQL is stopped.
+const READY_SEGMENTS_MAX: u64 = 1;
 
 /// WAL that a target may have received and not replayed: about a second of replay, in which nobody can write.
 const REPLAY_BEHIND_MAX_BYTES: u64 = 128 << 20;
@@ -100,6 +100,11 @@ fn of_the_stream(inputs: &Inputs<'_>, to: &MemberName, own: &str) -> Option<Obst
             format!("`{to}` has not replayed {behind} bytes of what it has, and nobody could write until it had: is a query in its way?");
         Obstacle::Passing(why)
     })
+}
+
+/// More waits for the archiver than it sends off while PostgreSQL is stopped, and it comes on.
+pub fn archiver_comes_on(survey: &Survey) -> bool {
+    survey.archiver.as_ref().is_some_and(|archiver| !archiver.failing && archiver.ready > READY_SEGMENTS_MAX)
 }
 
 /// What a hand-over from this leader costs, whoever follows.

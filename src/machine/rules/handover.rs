@@ -19,7 +19,7 @@ use crate::machine::rules::{primary, requests, standby, synchrony};
 use crate::machine::state::{Demotion, HandOver, HandOverStage, Promotion, State, Then, Way};
 use crate::machine::world::Lock;
 use crate::mutants::{Mutant, mutant};
-use crate::policy::switchover::Obstacle;
+use crate::policy::switchover::{self, Obstacle};
 use crate::types::MemberName;
 
 /// How long the checkpoint before the stop may take when the daemon is to stop: then PostgreSQL is stopped all the same.
@@ -27,6 +27,12 @@ const CHECKPOINT_PATIENCE_S: u64 = 30;
 
 /// How long it may take when an operator asked: a stop would have to write the same again while nobody can write, so nothing is stopped.
 pub(crate) const ASKED_CHECKPOINT_PATIENCE_S: u64 = 100;
+
+/// How long an archiver that comes on is waited for before the stop.
+const ARCHIVER_CATCHES_UP_S: u64 = 10;
+
+/// How often it is looked at meanwhile.
+const ARCHIVER_LOOK_MS: u64 = 500;
 
 /// How long a successor may take to have the shutdown checkpoint. One that streams has it before the stop ends.
 const SUCCESSOR_PATIENCE_MS: u64 = 3_000;
@@ -83,7 +89,7 @@ pub(crate) fn checkpointed(context: &mut Context<'_>, since: BootTime, patience:
     if context.world.running().is_none() {
         return Before::Ended;
     }
-    if context.world.checkpointed {
+    if context.world.checkpointed.is_some() {
         return Before::Made;
     }
     if !late && !failed {
@@ -116,12 +122,18 @@ fn checkpoint(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<St
     }
     // On the way out of the daemon there is no way back: what hangs hangs no longer than it must.
     let before = if held_up { Before::Ended } else { checkpointed(context, hand_over.since, patience) };
+    let in_time = context.now.since(hand_over.since) <= patience;
+    if let Some(since) = context.world.checkpointed.filter(|_| matches!(before, Before::Made) && in_time)
+        && archiver_is_waited_for(context, since, asked)
+    {
+        return Handled;
+    }
     match before {
         Before::Waits => return Handled,
         Before::Failed(why) if asked => return back_to_work(hand_over, context, why),
         // It may have taken long, and this is the last moment in which nothing has to be taken back.
         Before::Made if asked => match hand_over.to.as_ref().and_then(|to| requests::why_not(context, to)) {
-            Some(Obstacle::Passing(_)) if context.now.since(hand_over.since) <= patience => return Handled,
+            Some(Obstacle::Passing(_)) if in_time => return Handled,
             Some(Obstacle::Passing(why) | Obstacle::Lasting(why)) => return back_to_work(hand_over, context, why),
             None => {}
         },
@@ -130,6 +142,28 @@ fn checkpoint(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<St
     standby::cancel_job(context);
     hand_over.enter(HandOverStage::Stop, context.now);
     stop(hand_over, context)
+}
+
+/// What is not archived when PostgreSQL has ended is archived by nobody: one that is behind and comes on is given a moment, in which
+/// writes go on.
+fn archiver_is_waited_for(context: &mut Context<'_>, since: BootTime, asked: bool) -> bool {
+    let requests = &context.world.requests;
+    let known = requests.survey.as_ref().filter(|(asked, _)| *asked >= since);
+    let comes_on = known.map(|(_, survey)| switchover::archiver_comes_on(survey));
+    let late = context.now.since(since) >= Duration::from_secs(ARCHIVER_CATCHES_UP_S);
+    // Who asked is told what is under way, and so it has to be known once more; a daemon that is to stop does not wait for that.
+    let is_over = match comes_on {
+        Some(comes_on) => late || !comes_on,
+        None => !asked && (late || context.world.failures(OperationKind::Survey) > 0),
+    };
+    if is_over {
+        return false;
+    }
+    let again = context.now.since(requests.survey_asked) >= Duration::from_millis(ARCHIVER_LOOK_MS);
+    if (known.is_none() || again) && context.start(Operation::Survey) {
+        context.world.requests.survey_asked = context.now;
+    }
+    true
 }
 
 /// Why the rest of the checkpoint is not waited for.

@@ -217,7 +217,7 @@ pub(crate) fn hand_over(context: &mut Context<'_>, to: Option<MemberName>, reque
         let why = "the lock is not ours".to_owned();
         return Transition(State::Demoting { demotion: Demotion { why, then: Then::Follow } });
     };
-    context.world.checkpointed = false;
+    context.world.checkpointed = None;
     context.world.forget_failures(OperationKind::Checkpoint);
     Transition(State::HandingOver { hand_over: HandOver::new(lock, to, request, context.now) })
 }

@@ -357,7 +357,7 @@ pub(crate) fn of_primary(context: &mut Context<'_>) -> Outcome<State> {
         (ours && in_vain(context, Part::Leader, *if_leader, *if_pending).is_none()).then(|| (id.clone(), key.record.by.clone()))
     });
     let Some((id, by)) = taken_up.filter(|(id, _)| may_begin(context, &view, id) && !context.world.stop_requested) else { return Handled };
-    context.world.checkpointed = false;
+    context.world.checkpointed = None;
     context.world.forget_failures(OperationKind::Checkpoint);
     begin(context, &id, RestartStage::Checkpoint);
     context.decide("restart", format!("PostgreSQL is started again under the lock that it has, asked for by {by}"));

@@ -11,7 +11,7 @@ use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, MemberRole};
 use crate::facts::guard::{PostmasterFacts, Rung, StartId, Word};
 use crate::facts::lease::LeaseEvent;
-use crate::facts::postgres::{DataDirectory, DatabaseState, SqlFacts, Survey};
+use crate::facts::postgres::{Archiver, DataDirectory, DatabaseState, SqlFacts, Survey};
 use crate::facts::requests::{Ask, RequestKey, RequestProgress, RequestRecord};
 use crate::facts::synchrony::{Acks, FEATURE, Names, SyncRecord};
 use crate::machine::action::{Action, Operation, StopMode};
@@ -238,6 +238,38 @@ fn a_look_that_began_before_postgresql_ended_is_not_taken_for_how_it_ended() {
     assert!(actions.iter().any(|action| matches!(action, Action::Do(Operation::Release { .. }))), "{actions:?}");
 }
 
+/// What is not archived when PostgreSQL ends is archived by nobody.
+#[test]
+fn row_59_an_archiver_that_comes_on_is_given_a_moment_before_the_stop_and_one_that_fails_or_is_too_slow_is_not_waited_for() {
+    let archiver = |failing, ready| Ok(Survey { archiver: Some(Archiver { failing, ready }), ..Survey::default() });
+    let done = || Ok(Survey::default());
+    for (said, stopped_after_s) in [
+        (vec![done()], 0),
+        (vec![archiver(false, 1)], 0),
+        (vec![archiver(true, 3)], 0),
+        (vec![Err("no answer".to_owned()), done()], 1),
+        (vec![archiver(false, 3), archiver(false, 2), archiver(false, 1)], 2),
+        (vec![archiver(false, 3); 20], 10),
+    ] {
+        let mut checked = makes_checkpoint();
+        let mut said = said.into_iter();
+        let begun = T0 + ms(10);
+        let mut actions = checked.handle(begun, Event::Finished(Finished::Checkpointed(Ok(()))));
+        for second in 0..=10 {
+            let now = begun + s(second);
+            actions.extend(checked.handle(now, renewed(now)));
+            if actions.drain(..).any(|action| matches!(action, Action::Do(Operation::Survey))) {
+                let answered = checked.handle(now, Event::Finished(Finished::Surveyed(said.next().unwrap())));
+                actions.extend(answered);
+            }
+            assert_eq!(checked.state().ends_postgres(), second >= stopped_after_s, "after {second} s: {actions:?}");
+            if second >= stopped_after_s {
+                break;
+            }
+        }
+    }
+}
+
 #[test]
 fn row_71_while_one_switchover_is_under_way_another_is_refused_at_once_and_says_whose() {
     let mut checked = makes_checkpoint();
@@ -283,7 +315,8 @@ fn row_70_what_a_leader_took_up_that_is_gone_is_answered_by_the_next_one() {
 #[test]
 fn each_stage_and_how_long_it_took_stands_in_the_request() {
     let mut checked = makes_checkpoint();
-    let actions = checked.handle(T0 + ms(40), Event::Finished(Finished::Checkpointed(Ok(()))));
+    checked.handle(T0 + ms(40), Event::Finished(Finished::Checkpointed(Ok(()))));
+    let actions = checked.handle(T0 + ms(40), Event::Finished(Finished::Surveyed(Ok(Survey::default()))));
     let answered = answers(&actions);
     let [("1", RequestProgress::Claimed { stage, stages, .. })] = answered.as_slice() else { panic!("{answered:?}") };
     let stages: Vec<_> = stages.iter().map(|over| (over.stage.as_str(), over.ms)).collect();
