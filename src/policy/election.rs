@@ -10,6 +10,7 @@ use crate::clock::BootTime;
 use crate::facts::cluster::{ClusterView, DataDirectoryReport, HistoryEntry, Initialize, MemberKey, MemberRecord, ReleaseRecord, Vote};
 use crate::mutants::{Mutant, mutant};
 use crate::policy::failsafe::{self, HeldBack, Promise};
+use crate::policy::switchover::replay_is_paused;
 use crate::spec::cluster::{ClusterSpec, Member};
 use crate::types::{Epoch, Lsn, MemberName, SystemId, TimelineId};
 
@@ -216,11 +217,11 @@ fn by_rank(inputs: &Inputs<'_>, initialize: Option<SystemId>) -> Verdict {
     if !silent.is_empty() && inputs.now < voters_until {
         return wait(voters_until, format!("no final position yet from {}", silent.join(", ")));
     }
-    let own_rank = rank(inputs.spec, inputs.me, inputs.own);
+    let own_rank = rank(inputs, inputs.me, inputs.own);
     let better: Vec<&MemberName> = valid_votes(inputs)
         .filter(|(name, _)| *name != inputs.me && may_lead(inputs.spec, name))
         .filter(|(_, vote)| off_lineage(inputs.view, inputs.own).is_some() || off_lineage(inputs.view, *vote).is_none())
-        .filter(|(name, vote)| rank(inputs.spec, name, *vote) > own_rank)
+        .filter(|(name, vote)| rank(inputs, name, *vote) > own_rank)
         .map(|(name, _)| name)
         .collect();
     let turn = voters_until + Duration::from_millis(RANK_STEP_MS * better.len() as u64);
@@ -231,14 +232,16 @@ fn by_rank(inputs: &Inputs<'_>, initialize: Option<SystemId>) -> Verdict {
     Verdict::Run { why: why.to_owned(), initialize }
 }
 
-type Rank = (TimelineId, Lsn, u32, std::cmp::Reverse<usize>);
+type Rank = (bool, TimelineId, Lsn, u32, std::cmp::Reverse<usize>);
 
-/// Sync membership comes first once it exists; then position, priority, and the order in the spec.
-fn rank(spec: &ClusterSpec, name: &MemberName, vote: Vote) -> Rank {
+/// Who would come out of recovery comes first; then position, priority, and the order in the spec. All of it as the keys have it, also our
+/// own: everybody has to come to the same order.
+fn rank(inputs: &Inputs<'_>, name: &MemberName, vote: Vote) -> Rank {
+    let spec = inputs.spec;
     let order = spec.members.iter().position(|member| member.name == *name).unwrap_or(usize::MAX);
     let priority = spec.member(name).map_or(0, |member| member.failover_priority);
     let timeline = if mutant(Mutant::PositionsWithoutTimeline) { TimelineId(0) } else { vote.timeline };
-    (timeline, vote.lsn, priority, std::cmp::Reverse(order))
+    (!replay_is_paused(inputs.view, name), timeline, vote.lsn, priority, std::cmp::Reverse(order))
 }
 
 fn may_lead(spec: &ClusterSpec, name: &MemberName) -> bool {

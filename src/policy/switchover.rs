@@ -79,6 +79,11 @@ pub fn obstacles(inputs: &Inputs<'_>, to: &MemberName) -> Vec<Obstacle> {
 /// The condition of a member whose replay is paused: it would not come out of recovery, or not soon.
 pub const REPLAY_PAUSED: &str = "replay_paused";
 
+/// Whether a member says so of itself: it is the last that is to lead.
+pub fn replay_is_paused(view: &ClusterView, name: &MemberName) -> bool {
+    view.members.get(name).is_some_and(|key| key.record.conditions.iter().any(|condition| condition.kind == REPLAY_PAUSED))
+}
+
 fn of_the_stream(inputs: &Inputs<'_>, to: &MemberName, own: &str) -> Option<Obstacle> {
     // A walsender of a connection that is half gone can stand beside the one at work.
     let of_it = || inputs.sql.replicas.iter().filter(|replica| replica.application_name == to.as_str());

@@ -244,10 +244,14 @@ fn wait(hand_over: &mut HandOver, since: BootTime, context: &mut Context<'_>) ->
     if mutant(Mutant::ReleasedBeforeTheCheckpointArrived) && hand_over.to.is_some() {
         return begin_release(hand_over, context, &control, hand_over.to.clone());
     }
-    if let Some(successor) = successor(hand_over, &control, context) {
+    let in_time = context.now.since(since) < Duration::from_millis(SUCCESSOR_PATIENCE_MS);
+    let successor = successor(hand_over, &control, context);
+    // One that may not come out of recovery is not the first to be handed to for having received a moment sooner.
+    let better = |to: &MemberName| in_time && is_paused(context, to) && could(hand_over, context).any(|other| !is_paused(context, other));
+    if let Some(successor) = successor.filter(|to| !better(to)) {
         return begin_release(hand_over, context, &control, Some(successor));
     }
-    if context.now.since(since) < Duration::from_millis(SUCCESSOR_PATIENCE_MS) && somebody_could(hand_over, context) {
+    if in_time && could(hand_over, context).next().is_some() {
         return Handled;
     }
     if hand_over.request.is_some() && !context.world.stop_requested {
@@ -271,18 +275,25 @@ fn successor(hand_over: &HandOver, control: &ControlFacts, context: &Context<'_>
                     && key.record.receive_lsn.is_some_and(|lsn| lsn > control.checkpoint)
             })
         })
-        .max_by_key(|member| member.failover_priority)
+        .max_by_key(|member| (!is_paused(context, &member.name), member.failover_priority))
         .map(|member| member.name.clone())
 }
 
-fn somebody_could(hand_over: &HandOver, context: &Context<'_>) -> bool {
-    let (Some(view), Some(spec)) = (context.world.fresh_view(), context.world.spec()) else { return false };
-    view.members.iter().any(|(name, key)| {
-        *name != context.world.me.name
+/// Who may have all of it in a moment.
+fn could<'a>(hand_over: &'a HandOver, context: &'a Context<'_>) -> impl Iterator<Item = &'a MemberName> {
+    let known = context.world.fresh_view().zip(context.world.spec());
+    let candidates = known.into_iter().flat_map(|(view, spec)| view.members.iter().map(move |(name, key)| (name, key, spec)));
+    let could = candidates.filter(|(name, key, spec)| {
+        **name != context.world.me.name
             && key.record.role == MemberRole::Replica
             && spec.member(name).is_some_and(|member| !member.nofailover())
-            && hand_over.to.as_ref().is_none_or(|to| to == name)
-    })
+            && hand_over.to.as_ref().is_none_or(|to| to == *name)
+    });
+    could.map(|(name, ..)| name)
+}
+
+fn is_paused(context: &Context<'_>, name: &MemberName) -> bool {
+    context.world.fresh_view().is_some_and(|view| switchover::replay_is_paused(view, name))
 }
 
 fn begin_release(hand_over: &mut HandOver, context: &mut Context<'_>, control: &ControlFacts, to: Option<MemberName>) -> Outcome<State> {

@@ -8,7 +8,7 @@ use super::fixtures::*;
 use super::reactions::worlds::{full, leads, led_by_us, ours};
 use super::toy::Toy;
 use crate::clock::BootTime;
-use crate::facts::cluster::{ClusterView, MemberRole};
+use crate::facts::cluster::{ClusterView, Condition, MemberRole, Severity};
 use crate::facts::guard::{PostmasterFacts, Rung, StartId, Word};
 use crate::facts::lease::LeaseEvent;
 use crate::facts::postgres::{Archiver, DataDirectory, DatabaseState, SqlFacts, Survey};
@@ -19,6 +19,7 @@ use crate::machine::event::{Event, Finished};
 use crate::machine::state::{HandOver, HandOverStage, State};
 use crate::machine::synchrony::OfServer;
 use crate::machine::world::World;
+use crate::policy::switchover::REPLAY_PAUSED;
 use crate::policy::synchrony::InForce;
 use crate::types::{Epoch, Lsn, Revision};
 
@@ -223,6 +224,37 @@ fn a_slow_archiver_holds_the_switchover_no_longer_than_a_second_and_one_whose_su
         }
         assert!(!actions.iter().any(|action| matches!(action, Action::Do(Operation::Release { .. }))), "a process is still there");
         assert_eq!(checked.state().name(), "handing_over");
+    }
+}
+
+/// A member that may not come out of recovery is the last that is handed to, also when the others take a moment longer to have everything.
+#[test]
+fn row_50_a_daemon_that_is_stopped_hands_over_to_a_member_whose_replay_is_paused_only_if_no_other_gets_everything_in_time() {
+    for (b_gets_it, to) in [(true, "b"), (false, "c")] {
+        let view = |b_received: u64| {
+            let mut view = view_with(&[]);
+            view.members.insert(name("b"), key(record(MemberRole::Replica, 2, b_received), 8));
+            let mut paused = record(MemberRole::Replica, 2, 1_100);
+            let (kind, message) = (REPLAY_PAUSED.to_owned(), "replay is paused".to_owned());
+            paused.conditions.push(Condition { kind, severity: Severity::Warning, message });
+            view.members.insert(name("c"), key(paused, 9));
+            Arc::new(view)
+        };
+        let spec = Some((1, spec(&["a", "b", "c, failover_priority: 200"])));
+        let world = World { guard: Some(guard(1, nothing_runs())), probe: None, spec, view: Some(view(1_000)), ..leads() };
+        let world = World { data: full(DatabaseState::ShutDown).data, stop_requested: true, ..world };
+        let hand_over = HandOver { stage: HandOverStage::Wait { since: T0 }, ..HandOver::new(ours(), None, None, T0) };
+        let mut checked = Checked::resume(world, State::HandingOver { hand_over });
+        let released = |actions: &[Action]| {
+            actions.iter().find_map(|action| match action {
+                Action::Do(Operation::Release { record: Some(record), .. }) => Some(record.to.clone()),
+                _ => None,
+            })
+        };
+        assert_eq!(released(&checked.handle(T0 + ms(100), Event::Tick)), None, "`b` may have it in a moment");
+        let now = T0 + if b_gets_it { ms(200) } else { ms(3_000) };
+        let actions = checked.handle(now, Event::View(view(if b_gets_it { 1_100 } else { 1_000 }), now));
+        assert_eq!(released(&actions), Some(Some(name(to))), "{actions:?}");
     }
 }
 

@@ -5,8 +5,9 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::facts::cluster::{FailsafeRecord, MemberRole, ReleaseRecord, StatusRecord};
+use crate::facts::cluster::{Condition, FailsafeRecord, MemberRole, ReleaseRecord, Severity, StatusRecord};
 use crate::machine::tests::fixtures::{SYSTEM, T0, empty_record, entry, key, ms, name, record, recorded, spec, view};
+use crate::policy::switchover::REPLAY_PAUSED;
 use crate::types::{Epoch, Revision};
 
 mod by_hand;
@@ -457,4 +458,19 @@ proptest! {
         });
         prop_assert_eq!(running.count(), 1);
     }
+}
+
+/// A parameter that is lower than the primary's, and the promotion would fail.
+#[test]
+fn row_50_a_member_whose_replay_is_paused_runs_after_all_others_and_still_runs() {
+    let paused = |view: &mut ClusterView, member: &str| {
+        let (kind, message) = (REPLAY_PAUSED.to_owned(), "replay is paused".to_owned());
+        let condition = Condition { kind, severity: Severity::Warning, message };
+        view.members.get_mut(&name(member)).unwrap().record.conditions.push(condition);
+    };
+    let ahead = || Vacant::new().voted("b", vote(1, LSN + 8)).with(|view| paused(view, "b"));
+    assert!(ahead().of_member("c").runs_after(0), "the farthest one would not come out of recovery");
+    assert!(!ahead().runs_after(1_999));
+    assert!(ahead().runs_after(2_000), "the others did not");
+    assert!(ahead().with(|view| paused(view, "c")).runs_after(0), "all are");
 }
