@@ -195,10 +195,12 @@ fn not_known_to_hold_all(inputs: &Inputs<'_>) -> Option<Verdict> {
 /// and so it is no witness of what was acknowledged. A leader had at least what it had sent to any standby.
 pub fn was_put_back(view: &ClusterView, member: &MemberName, end: Lsn) -> bool {
     let (Some(record), Some(status)) = (&view.sync, &view.status) else { return false };
-    if record.epoch != status.epoch || mutant(Mutant::PutBackCounts) {
+    if record.epoch < status.epoch || mutant(Mutant::PutBackCounts) {
         return false;
     }
-    let known = if *member == record.leader { status.replayed.values().max() } else { status.replayed.get(member) };
+    // Whoever takes `sync` over writes nothing of positions before it is promoted: till then those of the leader before it are what is known.
+    let led = *member == record.leader || view.history.iter().any(|entry| entry.is_of(status.epoch) && entry.member == *member);
+    let known = if led { status.replayed.values().max() } else { status.replayed.get(member) };
     known.is_some_and(|known| end < *known)
 }
 

@@ -227,7 +227,7 @@ impl Sim {
             let has_nothing = host.server.data.is_none() && says(host, "waiting_to_initialize", Severity::Info);
             warns("waiting_to_lead") || warns("waiting_to_initialize") || warns("start_failed") || waits || has_nothing
         };
-        let possible = self.checks.data_was_lost || self.checks.etcd_forgot;
+        let possible = self.checks.data_was_lost || self.checks.etcd_forgot || self.checks.put_back.is_some();
         possible && self.leader().is_none() && self.hosts.iter().all(says_why)
     }
 

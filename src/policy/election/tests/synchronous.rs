@@ -121,7 +121,13 @@ fn row_27_i5_a_leader_that_was_put_back_in_time_does_not_lead_by_having_led() {
 }
 
 #[test]
-fn row_27_what_a_leadership_before_the_last_one_knew_says_nothing() {
-    let later = known(Vacant::new().with(on(2, &["a", "b", "c"])), &[("c", LSN + 64)]);
-    assert!(later.with(|view| view.status.as_mut().unwrap().epoch = Epoch(9)).runs_after(60_000));
+fn row_27_i5_what_a_leadership_before_the_last_one_knew_counts_until_that_one_has_said_more() {
+    // `c` was put back; `b` took `sync` over since, with `c` in it, and came to nothing before it said a position.
+    let taken_over = |epoch: u64| {
+        let put_back = Vacant::new().with(on(2, &["a", "c"])).gone("b").voted("a", vote(1, LSN - 64)).voted("c", vote(1, LSN - 64));
+        let known = known(put_back, &[("c", LSN)]);
+        known.with(move |view| view.status.as_mut().unwrap().epoch = Epoch(i64::try_from(epoch).unwrap())).of_member("c")
+    };
+    assert!(!taken_over(9).runs_after(60_000));
+    assert!(taken_over(11).runs_after(60_000), "a leadership of which `sync` says nothing");
 }
