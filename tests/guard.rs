@@ -43,6 +43,20 @@ fn refused_for(answer: Result<impl std::fmt::Debug, GuardError>, expected: Refus
 // The postmaster.
 
 #[test]
+fn a_lock_file_whose_number_is_another_process_by_now_keeps_nobody_from_starting() {
+    let world = World::new();
+    let (_, postmaster) = world.primary(300);
+    signal(postmaster, Signal::SIGKILL);
+    world.proved_empty();
+    let path = world.data_dir.join("postmaster.pid");
+    let left = std::fs::read_to_string(&path).unwrap();
+    // As after a loss of power: this process is of the same user, lives, and is no PostgreSQL.
+    std::fs::write(&path, left.replacen(&postmaster.to_string(), &std::process::id().to_string(), 1)).unwrap();
+    running(&world.order(&Request::Start(world.start_order(Word::Writable))));
+    world.accepts(|| {});
+}
+
+#[test]
 fn row_6_a_killed_postmaster_is_proved_dead_with_its_busy_backends_and_starts_again_under_the_same_lock() {
     let world = World::new();
     let (_, postmaster) = world.primary(300);

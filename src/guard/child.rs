@@ -10,7 +10,7 @@
 use std::convert::Infallible;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
@@ -19,11 +19,12 @@ use std::path::Path;
 use nix::fcntl::OFlag;
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
-use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, execve, getpid, getppid, pipe2, setsid};
 
 use super::protocol::StartOrder;
+use super::scan;
 use super::sys::{self, Scheduling};
 
 /// Exit status of a child that did not get as far as being PostgreSQL, as in a shell.
@@ -33,6 +34,9 @@ pub const OOM_SCORE: &str = "/proc/self/oom_score_adj";
 
 /// How each line of a child begins: conditions of the last start, forgotten with the next.
 pub const NOTE: &str = "PostgreSQL ";
+
+/// The first line of PostgreSQL's lock file is all that is wanted of it.
+const LOCK_FILE_READ_BYTES: u64 = 64;
 
 /// A limit that the guard changed for itself, as it was before: `RLIMIT_CORE`.
 pub type CoreLimit = (rlim_t, rlim_t);
@@ -85,6 +89,9 @@ pub fn spawn(order: &StartOrder, core: Option<CoreLimit>) -> io::Result<Spawned>
         for refused in give_up_privileges(core) {
             let _ = writeln!(tell, "{refused}");
         }
+        if let Some(pid) = forget_another_process(&order.data_dir) {
+            let _ = writeln!(tell, "{NOTE}was started although postmaster.pid named process {pid}, which is none of its own");
+        }
         let Err(error) = execute(&exec, order.stderr.as_deref(), guard);
         let _ = writeln!(tell, "{NOTE}was not executed as {}: {error}", order.program.display());
         NOT_EXECUTED
@@ -112,6 +119,18 @@ fn give_up_privileges(core: Option<CoreLimit>) -> Vec<String> {
     note("signals blocked", sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None).map_err(io::Error::from));
     umask(Mode::S_IRWXG | Mode::S_IRWXO);
     refused
+}
+
+/// After a loss of power the number of the postmaster that was may be another process's by now, and PostgreSQL does not start beside a living
+/// process of its user that its lock file names (miscinit.c, CreateLockFile). That nothing of PostgreSQL is there was proved a moment ago; one
+/// that a person starts right now is PostgreSQL in this directory, and its file stays.
+fn forget_another_process(data_dir: &Path) -> Option<i32> {
+    let path = data_dir.join("postmaster.pid");
+    let mut text = String::new();
+    File::open(&path).ok()?.take(LOCK_FILE_READ_BYTES).read_to_string(&mut text).ok()?;
+    let pid: i32 = text.lines().next()?.trim().parse().ok().filter(|pid| *pid > 1)?;
+    let lives = kill(Pid::from_raw(pid), None).is_ok();
+    (lives && !scan::is_postgres_in(pid, data_dir) && std::fs::remove_file(&path).is_ok()).then_some(pid)
 }
 
 fn reset_oom_score() -> io::Result<()> {
