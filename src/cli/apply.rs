@@ -106,6 +106,11 @@ fn plan(
     {
         return Err(format!("`{}` leads and the document does not name it: switch over to another member first", leader.holder));
     }
+    if let Some(name) = view.suspended.iter().find(|name| !spec.members.iter().any(|member| member.name == **name)) {
+        return Err(format!(
+            "PostgreSQL on `{name}` may write without a lock in maintenance mode, and the document does not name it: `pgherd resume` first"
+        ));
+    }
     match in_force {
         Ok(Some(record)) if record.document == text => Ok(Plan::Unchanged(record.generation)),
         _ => Ok(Plan::Replace(from)),

@@ -18,7 +18,7 @@ use crate::etcd::Etcd;
 use crate::facts::cluster::ClusterView;
 use crate::facts::maintenance::{FEATURE, MaintenanceRecord, Phase};
 use crate::facts::requests::RequestProgress;
-use crate::policy::maintenance::{Awaited, awaited, has_heard, is_ending};
+use crate::policy::maintenance::{Awaited, WAITS_KIND, awaited, has_heard, is_ending};
 use crate::spec::cluster;
 use crate::types::{MemberName, Revision};
 
@@ -70,17 +70,32 @@ fn may_pause(view: &ClusterView, without_leader: bool) -> Result<String, String>
     if !older.is_empty() {
         return Err(format!("the daemon of {} does not know maintenance mode: bring it up to date first", older.join(", ")));
     }
-    let under_way = view.requests.values().find(|key| matches!(key.record.progress, RequestProgress::Claimed { .. }));
+    // One whose member is gone is carried on by nobody now.
+    let is_at_work = |progress: &RequestProgress| matches!(progress, RequestProgress::Claimed { by, .. } if view.members.contains_key(by));
+    let under_way = view.requests.values().find(|key| is_at_work(&key.record.progress));
     if let Some(key) = under_way {
         return Err(format!("what {} asked for is being carried out: wait for its end (`pgherd events`)", one_line(&key.record.by)));
     }
+    if let Some((name, key)) = view.leader_member().filter(|(_, key)| !["primary", "paused"].contains(&key.record.machine_state.as_str())) {
+        return Err(format!("{name} leads and is {} now: try again when it is at rest", one_line(&key.record.machine_state)));
+    }
+    let absent: Vec<String> =
+        declared(view).into_iter().filter(|name| !view.members.contains_key(name)).map(|name| name.to_string()).collect();
+    let absent = if absent.is_empty() {
+        String::new()
+    } else {
+        format!(
+            " The daemon of {} is not there: an older version that does not know maintenance mode must not be started in it.",
+            absent.join(", ")
+        )
+    };
     match &view.leader {
         Some(leader) => Ok(format!(
             "Set maintenance mode? Until `pgherd resume` nobody is elected, and nothing is started, stopped or copied: if {} fails, nothing \
-             replaces it.",
+             replaces it.{absent}",
             one_line(&leader.holder)
         )),
-        None if without_leader => Ok("Set maintenance mode? Nobody leads, and nobody will until `pgherd resume`.".to_owned()),
+        None if without_leader => Ok(format!("Set maintenance mode? Nobody leads, and nobody will until `pgherd resume`.{absent}")),
         None => Err("nobody leads, and in maintenance mode nobody would: add --without-leader if that is meant".to_owned()),
     }
 }
@@ -141,7 +156,9 @@ fn on(view: &ClusterView) -> Seen {
     }
     let leader = view.leader_member();
     let suspends = leader.is_none_or(|(_, key)| key.record.maintenance.is_some_and(|word| word.suspends));
-    let silent: Vec<&str> = view.members.keys().filter(|name| !has_heard(view, name)).map(MemberName::as_str).collect();
+    // A member that is not in the document any more does not follow it.
+    let present = declared(view).into_iter().filter(|name| view.members.contains_key(name));
+    let silent: Vec<String> = present.filter(|name| !has_heard(view, name)).map(|name| name.to_string()).collect();
     if !silent.is_empty() {
         return Seen::Waits(format!("{} has not heard of maintenance mode yet", silent.join(", ")));
     }
@@ -179,19 +196,24 @@ pub fn resume(connection: &Connection, insist: bool, how: Asking) -> Outcome {
     })
 }
 
+/// Who is in the document; where that cannot be read, who has a key.
+fn declared(view: &ClusterView) -> Vec<MemberName> {
+    let document = view.spec.as_ref().and_then(|spec| cluster::load("spec in etcd", &spec.document).ok());
+    let named = |spec: &cluster::ClusterSpec| spec.members.iter().map(|member| member.name.clone()).collect();
+    document.map_or_else(|| view.members.keys().cloned().collect(), |loaded| named(&loaded.spec))
+}
+
 /// Who is waited for, and why.
 fn waits_for(view: &ClusterView) -> Vec<(MemberName, String)> {
-    let document = view.spec.as_ref().and_then(|spec| cluster::load("spec in etcd", &spec.document).ok());
-    let declared: Vec<MemberName> = document
-        .map_or_else(|| view.members.keys().cloned().collect(), |loaded| loaded.spec.members.iter().map(|m| m.name.clone()).collect());
+    let declared = declared(view);
     let said = |name: &MemberName| {
         let conditions = view.members.get(name).map(|key| key.record.conditions.as_slice()).unwrap_or_default();
-        conditions.iter().find(|condition| condition.kind == "maintenance_waits").map(|condition| one_line(&condition.message))
+        conditions.iter().find(|condition| condition.kind == WAITS_KIND).map(|condition| one_line(&condition.message))
     };
     let why = |name: &MemberName, why: Awaited| match (why, said(name), view.members.contains_key(name)) {
         (_, Some(said), _) => said,
         (Awaited::MaySuspend, None, false) => "its daemon is not there, and its guard may let PostgreSQL write without the lock".to_owned(),
-        (Awaited::NotHeard, None, false) => "its daemon is not there, and nobody holds the lock".to_owned(),
+        (Awaited::SaysSo | Awaited::NotHeard, None, false) => "its daemon is not there, and nobody holds the lock".to_owned(),
         (_, None, true) => "has not said yet that it has heard of it".to_owned(),
     };
     awaited(view, declared.iter()).into_iter().map(|(name, what)| (name.clone(), why(name, what))).collect()

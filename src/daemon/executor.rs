@@ -137,6 +137,7 @@ impl Executor {
             Action::CancelJob => drop(self.cancel.take()),
             Action::Lease(order) => self.order_lease(order),
             Action::Stop(mode) => self.guard.stop(mode),
+            Action::AskGuard => self.guard.order(Request::Facts),
             Action::Maintain(word) => self.guard.order(Request::Maintain(word)),
             Action::ForgetLock(epoch) => self.guard.order(Request::NoLock { epoch }),
             Action::Record(decision) => self.record(decision),

@@ -28,6 +28,8 @@ pub enum Action {
     Lease(LeaseOrder),
     /// Tell the guard to end PostgreSQL.
     Stop(StopMode),
+    /// Ask the guard to look at the process table, and to say what it sees.
+    AskGuard,
     /// Tell the guard of maintenance mode. That its deadlines are suspended only after etcd has noted it ([`Operation::NoteSuspension`]).
     Maintain(Maintenance),
     /// Tell the guard that the lock is not ours any more. Only after the proof of death, or for a standby.

@@ -50,6 +50,8 @@ pub struct Asked {
     pub recording: Option<Epoch>,
     /// The member key was moved to another lease, as it was when that began: what it said since is written again.
     pub moved: bool,
+    /// When the guard was asked last what it sees.
+    pub guard_looked: Option<BootTime>,
     /// The revision of `maintenance` at which it is being noted in etcd that our guard may suspend.
     pub suspending: Option<Revision>,
     /// The one at which it was. The guard may be told.

@@ -161,6 +161,8 @@ impl Node {
     fn primary(context: &mut Context<'_>, event: &Input) -> Outcome<State> {
         match event {
             Input::Observe => unless_maintained(context, primary::rule),
+            // In maintenance mode the daemon leaves, and nothing is handed over.
+            Input::Stop if context.world.is_maintained() => Transition(State::Paused),
             Input::Stop => primary::hand_over(context, None, None),
             Input::LockGone(_) | Input::Unlawful => Super,
         }

@@ -27,7 +27,7 @@ impl World {
         let credited = setup.has(Mutant::OldAnswerCreditedToANewerRenewal);
         // A keepalive that comes late only makes etcd's lease longer; the stranger's renewals cover that.
         self.net.retain(|m| m.awaited || credited || !matches!(m.ask, Ask::Proof { .. } | Ask::Keepalive { .. }));
-        // Its answer is heard by who waits for it, and it changes nothing in etcd.
+        // One that nobody waits for is lost: a note too many only has the key stay longer.
         self.net.retain(|m| m.awaited || !matches!(m.ask, Ask::Suspend { .. }));
         if let Some(daemon) = self.daemon.as_mut().filter(|_| !setup.has(Mutant::PromoteWhateverRuns)) {
             daemon.vouched = daemon.vouched.filter(|start| self.pg.as_ref().is_some_and(|pg| pg.start == *start));
@@ -139,7 +139,7 @@ struct Key {
 impl Key {
     fn pause(&mut self, pause: Option<Pause>) {
         self.small(pause.map_or(-1, |pause| pause.revision));
-        self.small(pause.map_or(-1, |pause| i64::from(pause.ending) * 2 + i64::from(pause.acknowledged)));
+        self.small(pause.map_or(-1, |pause| i64::from(pause.ending) * 4 + i64::from(pause.noted) * 2 + i64::from(pause.acknowledged)));
     }
 
     fn small(&mut self, number: i64) {

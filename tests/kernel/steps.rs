@@ -88,15 +88,17 @@ impl<'a> Next<'a> {
     fn operator(&mut self) {
         self.step("a person sets maintenance mode", self.from.pause.is_none() && self.from.paused < PAUSES_MAX, |w, _| {
             w.paused += 1;
-            w.pause = Some(Pause { revision: w.paused, ending: false, acknowledged: false });
+            w.pause = Some(Pause { revision: w.paused, ending: false, noted: false, acknowledged: false });
             true
         });
         self.step("a person ends maintenance mode", self.from.pause.is_some_and(|pause| !pause.ending), |w, _| {
             w.paused += 1;
-            w.pause = Some(Pause { revision: w.paused, ending: true, acknowledged: false });
+            let noted = w.pause.is_some_and(|pause| pause.noted);
+            w.pause = Some(Pause { revision: w.paused, ending: true, noted, acknowledged: false });
             true
         });
-        self.step("maintenance mode is over, all have said so", self.from.pause.is_some_and(|pause| pause.acknowledged), |w, _| {
+        let over = |pause: Pause| pause.ending && (pause.acknowledged || !pause.noted);
+        self.step("maintenance mode is over, all have said so", self.from.pause.is_some_and(over), |w, _| {
             w.pause = None;
             true
         });
@@ -108,6 +110,10 @@ impl<'a> Next<'a> {
             w.lock = Some(EtcdLock { epoch: w.newest, lease: STRANGE_LEASE, by: Who::Stranger });
             true
         });
+        // What more it does is explored where nobody pauses.
+        if self.setup.pauses {
+            return;
+        }
         self.step("the stranger leaves", self.setup.stranger, |w, _| w.lock.take_if(|lock| lock.by == Who::Stranger).is_some());
         self.step("the stranger renews our lease", self.setup.stranger, |w, setup| {
             let Some(lock) = w.lock.filter(|lock| lock.by == Who::Us) else { return false };
@@ -244,7 +250,7 @@ impl<'a> Next<'a> {
         let Some(daemon) = &self.from.daemon else { return };
         let (sees, says, known) = (daemon.sees, daemon.says, self.from.state.maintenance);
         self.step("the daemon sees the key `maintenance` as it is", true, |w, _| {
-            let now = w.pause.map(|pause| Pause { acknowledged: false, ..pause });
+            let now = w.pause.map(|pause| Pause { noted: false, acknowledged: false, ..pause });
             w.daemon.as_mut().is_some_and(|daemon| std::mem::replace(&mut daemon.sees, now) != now)
         });
         let asked = self.from.net.iter().any(|m| m.awaited && matches!(m.ask, Ask::Suspend { .. } | Ask::Acknowledge { .. }));
@@ -371,18 +377,6 @@ impl<'a> Next<'a> {
 }
 
 impl World {
-    /// The pause is over and has left nothing behind: what can happen from here is explored where nobody pauses.
-    fn is_as_if_nobody_had_paused(&self) -> bool {
-        let asks = |message: &Message| matches!(message.ask, Ask::Suspend { .. } | Ask::Acknowledge { .. });
-        let idle = self.daemon.as_ref().is_none_or(|daemon| daemon.says.is_none() && daemon.sees.is_none());
-        self.paused == PAUSES_MAX && self.pause.is_none() && !self.state.maintenance.suspends && idle && !self.net.iter().any(asks)
-    }
-
-    /// The guard has the word for a server that is in recovery yet.
-    fn is_being_promoted(&self) -> bool {
-        self.state.may_write() && self.pg.as_ref().is_some_and(|pg| pg.recovering)
-    }
-
     fn send(&mut self, ask: Ask, awaited: bool) -> bool {
         self.net.push(Message { ask, answer: None, awaited });
         true
@@ -414,7 +408,10 @@ impl World {
                 i64::from(alive || strange || lie)
             }
             Ask::Proof { epoch, lease, .. } => i64::from(self.lock.is_some_and(|lock| lock.epoch == epoch && lock.lease == lease)),
-            Ask::Suspend { revision } => i64::from(self.pause.is_some_and(|pause| pause.revision == revision && !pause.ending)),
+            Ask::Suspend { revision } => {
+                let found = self.pause.as_mut().filter(|pause| pause.revision == revision && !pause.ending);
+                i64::from(found.map(|pause| pause.noted = true).is_some())
+            }
             Ask::Acknowledge { revision } => {
                 let found = self.pause.as_mut().filter(|pause| pause.revision == revision && pause.ending);
                 i64::from(found.map(|pause| pause.acknowledged = true).is_some())

@@ -98,6 +98,8 @@ pub struct Pause {
     pub revision: i64,
     /// A person has ended it: it stays until this member has said that its guard fences again.
     pub ending: bool,
+    /// etcd has a note that our guard may suspend: it has to be heard of before the key goes.
+    pub noted: bool,
     pub acknowledged: bool,
 }
 
@@ -235,6 +237,18 @@ impl World {
 
     pub fn violate(&mut self, what: impl Into<String>) {
         self.violated.get_or_insert(what.into());
+    }
+
+    /// The pause is over and has left nothing behind: what can happen from here is explored where nobody pauses.
+    pub fn is_as_if_nobody_had_paused(&self) -> bool {
+        let asks = |message: &Message| matches!(message.ask, Ask::Suspend { .. } | Ask::Acknowledge { .. });
+        let idle = self.daemon.as_ref().is_none_or(|daemon| daemon.says.is_none() && daemon.sees.is_none());
+        self.paused == PAUSES_MAX && self.pause.is_none() && !self.state.maintenance.suspends && idle && !self.net.iter().any(asks)
+    }
+
+    /// The guard has the word for a server that is in recovery yet.
+    pub fn is_being_promoted(&self) -> bool {
+        self.state.may_write() && self.pg.as_ref().is_some_and(|pg| pg.recovering)
     }
 
     /// What must hold at every instant.

@@ -332,6 +332,7 @@ impl Sim {
                 self.guard_ask(host, GuardAsk::Stop(order), AskedBy::Order, ms(ORDER_TIMEOUT_MS));
             }
             Action::ForgetLock(epoch) => self.guard_ask(host, GuardAsk::NoLock { epoch }, AskedBy::Order, ms(ORDER_TIMEOUT_MS)),
+            Action::AskGuard => self.guard_ask(host, GuardAsk::Facts, AskedBy::Order, ms(ORDER_TIMEOUT_MS)),
             Action::Maintain(word) => self.guard_ask(host, GuardAsk::Maintain(word), AskedBy::Order, ms(ORDER_TIMEOUT_MS)),
             Action::Leave => self.leaves_as_it_is(host),
             Action::Record(_) => {}

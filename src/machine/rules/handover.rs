@@ -106,7 +106,8 @@ fn is_overtaken(context: &Context<'_>) -> bool {
 }
 
 fn checkpoint(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<State> {
-    if is_overtaken(context) {
+    // Also when the daemon is to stop: in maintenance mode it leaves, and PostgreSQL stays.
+    if context.world.is_maintained() && context.world.running().is_some() {
         return back_to_work(hand_over, context, MAINTAINED.to_owned());
     }
     let asked = hand_over.request.is_some() && !context.world.stop_requested;

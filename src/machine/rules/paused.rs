@@ -8,6 +8,7 @@
 //! What surprises: a primary whose lock ran out here takes it anew, on the timeline that it wrote on all the while.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use statig::prelude::*;
 
@@ -20,17 +21,18 @@ use crate::machine::rules::{primary, slots, starting, synchrony};
 use crate::machine::state::State;
 use crate::machine::world::Lock;
 use crate::mutants::{Mutant, mutant};
-use crate::policy::maintenance::{awaited, is_ending};
+use crate::policy::maintenance::{WAITS_KIND, awaited, is_ending};
 use crate::types::{Epoch, LeaseId, MemberName, Revision};
 
-/// What has to happen on this member before maintenance mode is over.
-const WAITS: &str = "maintenance_waits";
+/// How often the guard is asked what it sees.
+const GUARD_LOOKS_EVERY_MS: u64 = 1_000;
 
 pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
     starting::adopt_or_ask_for_a_lease(context);
     if !context.world.is_maintained() {
         return over(context);
     }
+    look_again(context);
     take_lock_anew(context);
     tell_guard(context);
     take_note_back(context);
@@ -44,7 +46,7 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
 fn over(context: &mut Context<'_>) -> Outcome<State> {
     let world = &mut *context.world;
     world.asked.suspended = None;
-    for kind in ["maintenance", WAITS] {
+    for kind in ["maintenance", WAITS_KIND] {
         world.clear(kind);
     }
     let writes = matches!(world.running(), Some((_, Word::Writable)));
@@ -52,10 +54,13 @@ fn over(context: &mut Context<'_>) -> Outcome<State> {
     Transition(if leads { State::Primary } else { State::Starting })
 }
 
-/// SIGTERM. The lock runs out while no daemon keeps it up, and the next one takes it anew.
+/// SIGTERM. The lock runs out while no daemon keeps it up, and the next one takes it anew. So that the guard ends nothing meanwhile, it is told
+/// first; if that cannot be, the lock is over before long, and PostgreSQL with it.
 pub(crate) fn leave(context: &mut Context<'_>) -> Outcome<State> {
-    if !context.world.exited {
-        context.world.exited = true;
+    let world = &mut *context.world;
+    let writes = matches!(world.running(), Some((_, Word::Writable)));
+    if !world.exited && (world.suspends() || !writes) {
+        world.exited = true;
         context.decide("leaves", "the daemon leaves in maintenance mode: guard and PostgreSQL stay as they are");
         context.actions.push(Action::Leave);
     }
@@ -66,7 +71,11 @@ pub(crate) fn leave(context: &mut Context<'_>) -> Outcome<State> {
 fn tell_guard(context: &mut Context<'_>) {
     let Some(guard) = context.world.guard.as_ref().filter(|_| !context.world.guard_gone) else { return };
     let known = guard.maintenance;
-    let Some(word) = word(context) else { return };
+    let Some(mut word) = word(context) else { return };
+    // An etcd that was restored counts from an older revision: the guard fences all the same.
+    if !word.suspends {
+        word.revision = word.revision.max(known.revision);
+    }
     if word.revision > known.revision || word.revision == known.revision && word != known {
         context.actions.push(Action::Maintain(word));
     }
@@ -83,6 +92,10 @@ fn word(context: &mut Context<'_>) -> Option<Maintenance> {
     if is_ending(&view) {
         let ready = context.world.by_hand().is_none() && may_fence(context, &view);
         return ready.then_some(Maintenance { revision, suspends: false });
+    }
+    // By an operator's word, or by a daemon that knows nothing of this: then nobody waits for us.
+    if another_leads(context, &view) {
+        return Some(Maintenance { revision, suspends: false });
     }
     if mutant(Mutant::SuspendsByWhatItSaw) && writes_under_the_lock(context) {
         return Some(Maintenance { revision, suspends: true });
@@ -110,8 +123,20 @@ fn writes_under_the_lock(context: &Context<'_>) -> bool {
 fn may_fence(context: &Context<'_>, view: &ClusterView) -> bool {
     let world = &context.world;
     let proved = world.is_proved_by_etcd() && matches!(world.lock, Lock::Proved { announce_at, .. } if context.now < announce_at);
-    let another_leads = view.leader.as_ref().is_some_and(|leader| leader.holder != world.me.name.as_str());
-    !world.suspends() || proved || another_leads || world.cannot_write(context.now) || mutant(Mutant::FencesWithAnOldProof)
+    !world.suspends() || proved || another_leads(context, view) || world.cannot_write(context.now) || mutant(Mutant::FencesWithAnOldProof)
+}
+
+fn another_leads(context: &Context<'_>, view: &ClusterView) -> bool {
+    view.leader.as_ref().is_some_and(|leader| leader.holder != context.world.me.name.as_str())
+}
+
+/// The guard looks at the process table when it is asked: what a person starts here is seen, and so is a guard that was late once.
+fn look_again(context: &mut Context<'_>) {
+    let asked = context.world.asked.guard_looked;
+    if asked.is_none_or(|at| context.now.since(at) >= Duration::from_millis(GUARD_LOOKS_EVERY_MS)) {
+        context.world.asked.guard_looked = Some(context.now);
+        context.actions.push(Action::AskGuard);
+    }
 }
 
 /// Our guard fences again: etcd's note that it may not goes.
@@ -192,7 +217,7 @@ fn say(context: &mut Context<'_>) {
         format!("maintenance mode ({}: {}): nothing is started, stopped, copied or elected here{suspended}{ends}", record.by, record.why);
     context.world.set_info("maintenance", message);
     let waits = if context.world.maintenance_ends() { waits(context) } else { context.world.by_hand().map(str::to_owned) };
-    context.world.set_or_clear(WAITS, waits);
+    context.world.set_or_clear(WAITS_KIND, waits);
 }
 
 /// Of whom something has to be heard. None = it is on, or nobody knows.

@@ -136,6 +136,7 @@ impl Checked {
                 let fenced = word.suspends || !world.suspends() || proved_now(world, now) || world.cannot_write(now);
                 assert!(fenced || view.maintenance.is_none() || view.leader.is_some(), "P2: ends a primary that could go on, {context}");
             }
+            Action::AskGuard => {}
             Action::Leave => {
                 assert_eq!(*before, State::Paused, "leaves PostgreSQL behind, {context}");
                 self.exited = true;

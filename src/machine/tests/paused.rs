@@ -1,12 +1,20 @@
 //! Maintenance mode in small clusters: nothing is elected, started or ended in it, and nobody leads after it before all who have to have heard.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use super::checked::Checked;
 use super::fixtures::*;
+use super::reactions::worlds::{leads, led_by_b, maintained, ours, suspended};
 use super::toy::Toy;
+use crate::facts::guard::{Maintenance, Rung};
 use crate::facts::maintenance::Phase;
 use crate::facts::requests::{Ask, RequestProgress};
-use crate::machine::action::OperationKind;
+use crate::machine::action::{Action, OperationKind};
+use crate::machine::event::Event;
+use crate::machine::state::{HandOver, State};
+use crate::machine::world::{Lock, World};
+use crate::types::Revision;
 
 fn secs(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
@@ -130,7 +138,7 @@ fn an_operator_that_insists_has_it_over_whoever_was_not_heard_and_a_guard_that_c
     toy.kill_daemon("a");
     toy.until("the lock has run out", secs(30), |toy| toy.leader().is_none());
     let pause_gone = |keys: &mut crate::facts::cluster::ClusterView| {
-        (keys.maintenance, keys.maintenance_revision) = (None, crate::types::Revision(0));
+        (keys.maintenance, keys.maintenance_revision) = (None, Revision(0));
         keys.suspended.clear();
     };
     // What `resume --insist` says has to be seen to first: nothing of PostgreSQL is left there.
@@ -167,8 +175,56 @@ fn a_standby_that_a_person_promotes_in_maintenance_mode_is_left_alone_and_holds_
     toy.promote_by_hand("b");
     toy.run(secs(20));
     assert!(!toy.host("b").server.in_recovery(), "{}", toy.story());
-    // `a` leads on, so that nobody waits for `b` to have heard; it is fenced as ever once it is over.
     resume(&mut toy);
-    toy.until("it is ended there", secs(20), |toy| !toy.hosts[&name("b")].server.promoted_by_hand);
+    toy.run(secs(20));
+    assert!(toy.etcd.keys.maintenance.is_some() && toy.host("b").server.promoted_by_hand, "nobody ends what a person promoted");
+    let now = toy.now;
+    toy.host("b").server.end(now, Rung::FastStop);
+    toy.until("it is over when the person has stopped it", secs(20), |toy| toy.etcd.keys.maintenance.is_none());
     assert_eq!((toy.leader(), toy.primary()), (Some("a"), Some("a")));
+}
+
+#[test]
+fn i1_a_guard_that_suspends_fences_when_another_leads_although_maintenance_mode_was_set_again() {
+    let mut toy = paused();
+    toy.host("a").connected = false;
+    toy.until("the lock has run out", secs(30), |toy| toy.leader().is_none());
+    // An operator insists, another is elected, and the next work begins. Then `a` is back.
+    toy.etcd.by_hand(|keys| {
+        (keys.maintenance, keys.maintenance_revision, keys.release) = (None, Revision(0), None);
+        keys.suspended.clear();
+    });
+    let now = toy.now;
+    toy.host("a").server.end(now, Rung::FastStop);
+    toy.until("another leads", secs(60), |toy| toy.leader().is_some() && toy.primary() == toy.leader());
+    toy.etcd.maintain(Phase::On);
+    toy.run(secs(2));
+    toy.host("a").connected = true;
+    toy.until("its guard suspends no more", secs(10), |toy| !toy.hosts[&name("a")].server.suspends());
+}
+
+#[test]
+fn i1_where_etcd_was_restored_to_before_it_the_guard_is_told_to_fence_all_the_same() {
+    let world = suspended(maintained(leads(), Phase::On));
+    let mut restored = led_by_b();
+    restored.revision = Revision(100);
+    let mut checked = Checked::resume(World { lock: Lock::None, holding: None, ..world }, State::Paused);
+    let actions = checked.handle(T0 + ms(10), Event::View(Arc::new(restored), T0 + ms(10)));
+    let told = actions.iter().find_map(|action| if let Action::Maintain(word) = action { Some(*word) } else { None });
+    assert_eq!(told, Some(Maintenance { revision: Revision(390), suspends: false }), "{actions:?}");
+}
+
+#[test]
+fn a_daemon_that_is_told_to_stop_when_maintenance_mode_has_just_been_set_hands_nothing_over() {
+    for state in [State::Primary, State::HandingOver { hand_over: HandOver::new(ours(), None, None, T0) }] {
+        let mut checked = Checked::resume(maintained(leads(), Phase::On), state);
+        checked.handle(T0 + ms(10), Event::StopRequested);
+        let actions = checked.handle(T0 + ms(20), Event::Tick);
+        assert_eq!(checked.state().name(), "paused", "{actions:?}");
+        assert!(!checked.world().exited && !actions.iter().any(|action| matches!(action, Action::Stop(_))), "its guard is told first");
+        let mut facts = checked.world().guard.clone().unwrap();
+        (facts.sequence, facts.maintenance) = (9, Maintenance { revision: Revision(390), suspends: true });
+        checked.handle(T0 + ms(30), Event::Guard(facts));
+        assert!(checked.world().exited);
+    }
 }

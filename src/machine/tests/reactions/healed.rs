@@ -183,6 +183,7 @@ impl Healed {
             }
             Action::Stop(_) => self.end(),
             Action::ForgetLock(_) => self.guard.lock = None,
+            Action::AskGuard => {}
             Action::Maintain(word) => self.guard.maintenance = word,
             Action::Leave => self.exit = true,
             Action::Exit(code) => {

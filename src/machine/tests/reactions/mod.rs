@@ -39,6 +39,7 @@ fn order(action: &Action) -> Option<String> {
         Action::Record(_)
         | Action::Do(Operation::PutMember(_))
         | Action::Lease(LeaseOrder::Grant | LeaseOrder::Failsafe(_))
+        | Action::AskGuard
         | Action::AnswerPromise { .. } => None,
         Action::Do(operation) => Some(format!("{:?}", operation.kind())),
         Action::CancelJob => Some("CancelJob".to_owned()),

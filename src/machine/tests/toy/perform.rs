@@ -83,6 +83,7 @@ impl Toy {
             }
             Action::Stop(mode) => host.server.order_stop(now, mode),
             Action::ForgetLock(epoch) => host.server.forget_lock(epoch),
+            Action::AskGuard => host.server.sequence += 1,
             Action::Maintain(word) => host.server.maintain(word),
             // As SIGUSR2: guard and PostgreSQL stay, and the lease runs out.
             Action::Leave => {
