@@ -164,7 +164,8 @@ impl<'a> Next<'a> {
             w.guard_duties(setup);
             gone
         });
-        self.step("the postmaster is killed, a backend lives on", self.from.pg.is_some(), |w, setup| {
+        let crashes = self.from.pg.is_some() && !self.setup.pauses;
+        self.step("the postmaster is killed, a backend lives on", crashes, |w, setup| {
             let Some(pg) = w.pg.as_mut().filter(|pg| pg.postmaster) else { return false };
             pg.postmaster = false;
             w.guard_duties(setup);
