@@ -72,11 +72,9 @@ impl Sim {
         }
     }
 
-    /// `pgherd resume`. What the person promoted by hand is stopped first, as the daemons ask.
+    /// `pgherd resume`. What the person promoted by hand is stopped first, as the daemons ask, and later if it was promoted later.
     pub fn person_resumes(&mut self) {
-        if self.etcd.view.maintenance.as_ref().is_none_or(|record| record.phase == Phase::Ending) {
-            return;
-        }
+        let Some(phase) = self.etcd.view.maintenance.as_ref().map(|record| record.phase) else { return };
         let now = self.now;
         for host in 0..self.hosts.len() {
             if self.hosts[host].server.postmaster.as_ref().is_some_and(|postmaster| postmaster.promoted_by_hand.is_some()) {
@@ -84,8 +82,10 @@ impl Sim {
                 self.server_changed(host);
             }
         }
-        self.etcd.maintain(Phase::Ending);
-        self.etcd_changed();
+        if phase == Phase::On {
+            self.etcd.maintain(Phase::Ending);
+            self.etcd_changed();
+        }
     }
 
     /// Suspended by a word that etcd has forgotten: what its guard takes with it needs a moment to end.
