@@ -186,17 +186,17 @@ pub(crate) async fn follow(etcd: &Etcd, id: &str, deadline: BootTime, until: &Un
 
 /// The time is over. What nobody has taken up is taken back, but only as it was seen: somebody may take it up at this very moment.
 async fn too_late(etcd: &Etcd, id: &str, mut told: String) -> Result<Answer, Failure> {
+    let taken_back = || Failure::new(TIMED_OUT, "no member took the request up in time; it was taken back: look at `pgherd status`");
     for _ in 0..LAST_LOOKS {
         let found = etcd.read_request(id).await?;
         match (judge(found.as_ref().map(|found| &found.record.progress)), found) {
             (Seen::Waiting, Some(found)) => {
                 if etcd.cancel_request(id, found.mod_revision).await? {
-                    return Err(Failure::new(
-                        TIMED_OUT,
-                        "no member took the request up in time; it was taken back: look at `pgherd status`",
-                    ));
+                    return Err(taken_back());
                 }
             }
+            // Its lease has run out in this very moment: the same, but that etcd did it.
+            (_, None) if told.is_empty() => return Err(taken_back()),
             (Seen::Working(line), _) => {
                 told = line;
                 break;
