@@ -20,7 +20,7 @@ use crate::rig::world::{MustSucceed, Setup, World};
 /// Slow enough to be met in the middle, and fast enough for a test.
 fn slow_copies(document: &mut ClusterDocument) {
     document.mode = "quorum".into();
-    document.replication.push("basebackup: {max_rate: 24MB, checkpoint: fast}".to_owned());
+    document.replication.push("basebackup: {max_rate: 10MB, checkpoint: fast}".to_owned());
 }
 
 fn quorum(document: &mut ClusterDocument) {
