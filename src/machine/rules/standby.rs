@@ -20,7 +20,10 @@ use crate::machine::world::{Etcd, Lock};
 use crate::mutants::{Mutant, mutant};
 use crate::policy::election::{self, Inputs, Verdict};
 use crate::policy::rejoin;
-use crate::types::{LeaseId, MemberName, TimelineId};
+use crate::types::{LeaseId, Lsn, MemberName, TimelineId};
+
+/// PostgreSQL's XLOG_BLCKSZ, as it is built.
+const WAL_PAGE_BYTES: u64 = 8_192;
 
 /// Files that were judged fit to follow the leader are not doubted for so long.
 const JUDGED_FOR_S: u64 = 20;
@@ -231,9 +234,16 @@ fn is_past_the_switch(context: &Context<'_>) -> bool {
         std::cmp::Ordering::Equal => false,
         std::cmp::Ordering::Less => recorded && view.leader.as_ref().is_some_and(|lock| is_of(view, leader, lock.epoch)),
         std::cmp::Ordering::Greater => {
-            recorded && election::switch_from(&view.history, leader, sql.timeline).is_none_or(|switch| sql.end_of_wal() > switch)
+            recorded && election::switch_from(&view.history, leader, sql.timeline).is_none_or(|switch| is_past(sql.end_of_wal(), switch))
         }
     }
+}
+
+/// WAL is sent in whole pages where its end is not known: to the end of the page that the switch is on there may be nothing but zeros.
+/// If there is more, PostgreSQL does not stream, and the files tell when it is started again.
+fn is_past(end: Lsn, switch: Lsn) -> bool {
+    let fills_the_page = end.0.is_multiple_of(WAL_PAGE_BYTES) && end.0.saturating_sub(switch.0) < WAL_PAGE_BYTES;
+    end > switch && !fills_the_page
 }
 
 fn is_of(view: &ClusterView, timeline: TimelineId, epoch: crate::types::Epoch) -> bool {
@@ -430,5 +440,18 @@ pub(crate) fn with_reservation(
 pub(crate) fn cancel_job(context: &mut Context<'_>) {
     if context.world.job().is_some() {
         context.actions.push(Action::CancelJob);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wal_that_only_fills_the_page_of_the_switch_is_not_past_it() {
+        let switch = Lsn(0x5CA_BF88);
+        assert!(!is_past(Lsn(0x5CA_C000), switch), "as it is received from a server that was killed");
+        assert!(is_past(Lsn(0x5CA_BF90), switch) && is_past(Lsn(0x5CA_E000), switch));
+        assert!(!is_past(switch, switch));
     }
 }
