@@ -160,7 +160,7 @@ fn on(view: &ClusterView) -> Seen {
     let present = declared(view).into_iter().filter(|name| view.members.contains_key(name));
     let silent: Vec<String> = present.filter(|name| !has_heard(view, name)).map(|name| name.to_string()).collect();
     if !silent.is_empty() {
-        return Seen::Waits(format!("{} has not heard of maintenance mode yet", silent.join(", ")));
+        return Seen::Waits(format!("waits for {} to hear of maintenance mode", silent.join(", ")));
     }
     match leader {
         Some((name, _)) if !suspends => Seen::Waits(format!("the guard of {name} would still end PostgreSQL with the lock")),
@@ -296,7 +296,7 @@ mod tests {
     #[test]
     fn it_is_on_when_all_have_heard_of_it_and_the_leaders_guard_suspends() {
         let mut view = maintained(Phase::On);
-        assert_eq!(on(&view), Seen::Waits("mdw, standby, standby1 has not heard of maintenance mode yet".to_owned()));
+        assert_eq!(on(&view), Seen::Waits("waits for mdw, standby, standby1 to hear of maintenance mode".to_owned()));
         ["mdw", "standby", "standby1"].iter().for_each(|who| heard(&mut view, who, false));
         assert!(matches!(on(&view), Seen::Waits(line) if line.contains("the guard of mdw")));
         heard(&mut view, "mdw", true);
