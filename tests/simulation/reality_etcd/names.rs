@@ -160,8 +160,9 @@ impl Names {
     pub fn named_view(&self) -> ClusterView {
         let mut view = self.view.clone();
         view.etcd_cluster = Some(CLUSTER);
-        let ClusterView { revision, sync_revision, failsafe_revision, spec_revision, history_revision, .. } = &mut view;
-        for revision in [revision, sync_revision, failsafe_revision, spec_revision, history_revision] {
+        let ClusterView { revision, sync_revision, failsafe_revision, spec_revision, history_revision, maintenance_revision, .. } =
+            &mut view;
+        for revision in [revision, sync_revision, failsafe_revision, spec_revision, history_revision, maintenance_revision] {
             self.count(revision);
         }
         for key in view.members.values_mut() {

@@ -160,7 +160,12 @@ impl<'a> Real<'a> {
             }
             Step::Release { lock, record } => {
                 let left = record.then(|| names.release(*lock));
-                Said::Did(self.etcd.release(names.epoch(*lock), left.as_ref()).await.unwrap() == Released::Released)
+                match self.etcd.release(names.epoch(*lock), left.as_ref()).await {
+                    Ok(released) => Said::Did(released == Released::Released),
+                    // It was read back, and is there: in maintenance mode nothing is given back.
+                    Err(EtcdError::Unknown(_)) => Said::Did(false),
+                    Err(other) => panic!("{other}"),
+                }
             }
             Step::Reaffirm { member, lock } => Said::Did(self.etcd.reaffirm(names.epoch(*lock), &name(member)).await.unwrap().is_some()),
             Step::Move { member, lock, from, to } => {
