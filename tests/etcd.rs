@@ -4,11 +4,26 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
+use pgherd::facts::cluster::StatusRecord;
+use pgherd::types::{Epoch, Lsn, TimelineId};
+
 #[path = "support/mod.rs"]
 mod support;
 
 #[path = "rig/proxy.rs"]
 mod proxy;
+
+/// What a leader of this epoch reports, for a test to which only the epoch matters.
+fn status(epoch: Epoch) -> StatusRecord {
+    StatusRecord {
+        epoch,
+        timeline: TimelineId(1),
+        lsn: Lsn(1),
+        slots: Default::default(),
+        replayed: Default::default(),
+        conditions: Vec::new(),
+    }
+}
 
 /// Runs each test against both versions of etcd, with a cluster of its own: of so many members, with such arguments.
 macro_rules! against_both {

@@ -2,10 +2,9 @@
 
 use etcd_client::Permission;
 use pgherd::etcd::{Etcd, EtcdError, Fenced, Secret, Settings};
-use pgherd::facts::cluster::StatusRecord;
 use pgherd::facts::lease::LeaseEvent;
-use pgherd::types::{Epoch, Lsn, TimelineId};
 
+use crate::status;
 use crate::support::etcd_server::EtcdServer;
 use crate::support::{Keeper, lease_is_gone, take_lock};
 
@@ -16,17 +15,6 @@ against_both! { 1, &["--bcrypt-cost", "4", "--quota-backend-bytes", "2000000"];
 }
 
 const PASSWORD: &str = "canary-3f9a";
-
-fn status(epoch: Epoch) -> StatusRecord {
-    StatusRecord {
-        epoch,
-        timeline: TimelineId(1),
-        lsn: Lsn(1),
-        slots: Default::default(),
-        replayed: Default::default(),
-        conditions: Vec::new(),
-    }
-}
 
 /// Passwords are wanted from now on; `pgherd` may touch its own cluster's keys only (SAFETY row 78).
 async fn lock_up(server: &EtcdServer) -> Settings {

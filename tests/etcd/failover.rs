@@ -4,11 +4,10 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::time::Duration;
 
 use pgherd::etcd::{Etcd, EtcdError, Fenced};
-use pgherd::facts::cluster::StatusRecord;
 use pgherd::facts::lease::LeaseEvent;
-use pgherd::types::{Epoch, Lsn, TimelineId};
 
 use crate::proxy::{Network, Proxy};
+use crate::status;
 use crate::support::etcd_server::{EtcdServer, settings};
 use crate::support::{Keeper, lease_of_a_minute, take_lock};
 
@@ -34,17 +33,6 @@ fn hanging(server: &EtcdServer) -> (Proxy, String) {
     proxy.set(Network::Silent);
     let url = format!("http://{}", proxy.address());
     (proxy, url)
-}
-
-fn status(epoch: Epoch) -> StatusRecord {
-    StatusRecord {
-        epoch,
-        timeline: TimelineId(1),
-        lsn: Lsn(1),
-        slots: Default::default(),
-        replayed: Default::default(),
-        conditions: Vec::new(),
-    }
 }
 
 async fn a_dead_endpoint_is_passed_over(server: EtcdServer) {

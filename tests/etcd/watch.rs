@@ -173,14 +173,7 @@ async fn an_etcd_that_was_rebuilt_is_not_believed(mut server: EtcdServer) {
 }
 
 fn status(view: &ClusterView) -> pgherd::facts::cluster::StatusRecord {
-    pgherd::facts::cluster::StatusRecord {
-        epoch: view.leader.as_ref().unwrap().epoch,
-        timeline: pgherd::types::TimelineId(1),
-        lsn: pgherd::types::Lsn(1),
-        slots: Default::default(),
-        replayed: Default::default(),
-        conditions: Vec::new(),
-    }
+    crate::status(view.leader.as_ref().unwrap().epoch)
 }
 
 async fn unreadable_records_cost_only_themselves(server: EtcdServer) {
