@@ -15,8 +15,8 @@ use crate::machine::event::{Configured, Event, Finished};
 use crate::policy::rejoin::{self, OwnPromotion};
 use crate::policy::{parameters, slots};
 use crate::postgres::{
-    InitdbJob, Outcome, Watch, configure, data_directory, history_files, initdb, postmaster_command, recover_interrupted_swap, rewind,
-    set_standby,
+    InitdbJob, Outcome, Watch, configure, data_directory, half_segment, history_files, initdb, postmaster_command,
+    recover_interrupted_swap, rewind, set_standby,
 };
 use crate::spec::cluster::ClusterSpec;
 use crate::types::{LockIdentity, TimelineId};
@@ -42,7 +42,7 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, operation: 
     let finished = match operation {
         Operation::Look => look(&host).await,
         Operation::Start { role, spec, generation, fall_back, names, closed } => {
-            start(&host, &guard, role, &spec, generation, fall_back, (&names, closed)).await
+            start(&host, (&guard, &sink), role, &spec, generation, fall_back, (&names, closed)).await
         }
         Operation::Open { spec } => open(&host, &spec).await.map(|()| Finished::Opened(Ok(()))),
         Operation::Configure { spec, generation, upstream, anew } => {
@@ -58,8 +58,10 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, operation: 
             let kept = |writes| sink(Event::Finished(Finished::WritesLost(Box::new(writes))));
             rejoining::rewind(&host, &from, &spec, (why, lost), &history, (kept, watched(&sink))).await.map(|()| Finished::Rewound(Ok(())))
         }
-        Operation::PlanRejoin { leader, spec, history, rewinds_failed, .. } => {
-            rejoining::plan(&host, &leader, &spec, &history, rewinds_failed).await.map(|plan| Finished::RejoinPlanned(Ok(plan)))
+        Operation::PlanRejoin { leader, spec, history, rewinds_failed, starts_in_vain, .. } => {
+            rejoining::plan(&host, &leader, &spec, &history, (rewinds_failed, starts_in_vain))
+                .await
+                .map(|plan| Finished::RejoinPlanned(Ok(plan)))
         }
         Operation::Promote { lock, timeline, parent } => {
             promote(&host, &guard, lock, timeline, parent).await.map(|()| Finished::PromotionAsked(Ok(())))
@@ -104,7 +106,7 @@ pub(super) async fn control(host: &Host) -> anyhow::Result<ControlFacts> {
 
 async fn start(
     host: &Host,
-    guard: &Arc<GuardLink>,
+    (guard, sink): (&Arc<GuardLink>, &Sink),
     role: StartAs,
     spec: &ClusterSpec,
     generation: u64,
@@ -133,6 +135,7 @@ async fn start(
         if let Some(timeline) = rejoin::promoted_by_hand(&control) {
             host.layout.promotion_file().write(&OwnPromotion::by_hand(timeline))?;
         }
+        complete_segments(host, sink).await?;
     }
     let word = if role == StartAs::Primary { Word::Writable } else { Word::Standby };
     let start = spawn_postmaster(host, guard, &parameters::command_line(&inputs), word).await?;
@@ -140,6 +143,17 @@ async fn start(
         None => Finished::Started(Ok(start)),
         Some(why) => Finished::StartedOnOldFiles { generation, start, why },
     })
+}
+
+/// A failure is no reason not to start: most standbys have nothing to complete.
+async fn complete_segments(host: &Host, sink: &Sink) -> anyhow::Result<()> {
+    match half_segment::complete(&host.settled()?.installation, host.layout.data_dir()).await {
+        Ok(halves) => sink(Event::Finished(Finished::SegmentsCompleted(halves))),
+        Err(error) => {
+            tracing::warn!(error = format!("{error:#}"), "whether a WAL segment was received in part could not be looked at");
+        }
+    }
+    Ok(())
 }
 
 /// Some = the files that served before are used, and why.

@@ -12,8 +12,8 @@ use crate::policy::rejoin::rewind::{BrokenOff, Rewinding, go_on};
 use crate::policy::rejoin::{self, Inputs, LeaderLineage, LostRange, Rejoin};
 use crate::policy::upstream;
 use crate::postgres::{
-    CloneJob, Keep, LeaderFacts, RewindJob, Watch, basebackup, clone_from, data_directory, history_files, recover_interrupted_swap, rewind,
-    swap, wal,
+    CloneJob, Keep, LeaderFacts, RewindJob, Watch, basebackup, clone_from, data_directory, half_segment, history_files,
+    recover_interrupted_swap, rewind, swap, wal,
 };
 use crate::spec::cluster::{Checkpoint, ClusterSpec};
 
@@ -28,7 +28,13 @@ const CLONE_LIMIT: Duration = Duration::from_secs(7 * 24 * 3600);
 const REWIND_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
 /// Judges the way back.
-pub async fn plan(host: &Host, leader: &Upstream, spec: &ClusterSpec, history: &[HistoryEntry], failures: u32) -> anyhow::Result<Rejoin> {
+pub async fn plan(
+    host: &Host,
+    leader: &Upstream,
+    spec: &ClusterSpec,
+    history: &[HistoryEntry],
+    (failures, starts_in_vain): (u32, u32),
+) -> anyhow::Result<Rejoin> {
     let installation = &host.settled()?.installation;
     let rewinding = Rewinding {
         wanted: spec.postgres.use_pg_rewind,
@@ -47,6 +53,10 @@ pub async fn plan(host: &Host, leader: &Upstream, spec: &ClusterSpec, history: &
         }
         asked = server.look(LEADER_LIMIT).await.context("asking the leader for its history")?;
         plan = judge(host, &asked.lineage, history, &rewinding).await?;
+    }
+    if starts_in_vain > 0 && plan == Rejoin::Follow {
+        let halves = half_segment::look(installation, host.layout.data_dir()).await.context("looking for WAL that was received in part")?;
+        plan = rejoin::unless_it_does_not_start(plan, starts_in_vain, halves.iter().find(|half| half.obstacle.is_some()));
     }
     if plan == Rejoin::Follow {
         history_files::bring(host.layout.data_dir(), &asked.history_files)?;

@@ -32,6 +32,33 @@ pub struct LostRange {
     pub to: Option<Lsn>,
 }
 
+/// A WAL segment that a timeline begins in and that was received in part, so that PostgreSQL cannot read it up to where the timeline begins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HalfSegment {
+    /// The file.
+    pub file: String,
+    /// Its timeline.
+    pub timeline: TimelineId,
+    /// From where on it lacks something.
+    pub missing: Lsn,
+    /// Where the timeline begins.
+    pub switch: Lsn,
+    /// The file of the timeline before, which it is completed from.
+    pub older: String,
+    /// Why it is not; None = it was, or can be.
+    pub obstacle: Option<String>,
+}
+
+impl HalfSegment {
+    /// What is wrong with it.
+    pub fn sentence(&self) -> String {
+        let Self { file, timeline, missing, switch, .. } = self;
+        format!(
+            "the WAL segment {file}, in which timeline {timeline} begins at {switch}, was received in part: it lacks what is at {missing}"
+        )
+    }
+}
+
 /// The marker of a rewind under way, written before pg_rewind touches anything and removed when all of it is done (Patroni #2302).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RewindAttempt {

@@ -232,13 +232,19 @@ impl World {
         if let (Some(start), PostmasterFacts::ProvedEmpty { last: Some(end) }) = (was.0, &facts.postmaster)
             && end.start == start
             && end.rung.is_none()
-            && !served
         {
-            let how = end.exit_status.map_or_else(|| format!("signal {}", end.signal.unwrap_or(0)), |status| format!("status {status}"));
-            self.failed(now, OperationKind::Start);
             // By itself, and not by somebody's signal: the files may be to blame.
-            self.files_failed = end.exit_status.is_some_and(|status| status != 0);
-            self.warn("start_failed", format!("PostgreSQL ended with {how} before it took connections; see its log"));
+            let by_itself = end.exit_status.is_some_and(|status| status != 0);
+            if !served {
+                let how =
+                    end.exit_status.map_or_else(|| format!("signal {}", end.signal.unwrap_or(0)), |status| format!("status {status}"));
+                self.failed(now, OperationKind::Start);
+                self.files_failed = by_itself;
+                self.warn("start_failed", format!("PostgreSQL ended with {how} before it took connections; see its log"));
+            }
+            if by_itself && matches!(self.running(), Some((_, Word::Standby))) {
+                self.standby_ended(now);
+            }
         }
         // As long as this daemon has no proof of its own, it goes by the guard's deadline: half way between A and E the guard has begun.
         let may_write = matches!(
@@ -293,6 +299,9 @@ impl World {
             ProbeOutcome::Accepting(sql) => sql.streams(),
             ProbeOutcome::NotYet(_) | ProbeOutcome::Unknown(_) => false,
         };
+        if streaming {
+            self.standby_streams(now);
+        }
         self.receiving.not_streaming_since = if streaming { None } else { self.receiving.not_streaming_since.or(Some(now)) };
         self.probe = Some(probe);
         // Before it has, it asks nobody for more.

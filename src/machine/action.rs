@@ -222,6 +222,8 @@ pub enum Operation {
         history: Vec<HistoryEntry>,
         /// How often a rewind failed in a row.
         rewinds_failed: u32,
+        /// How often PostgreSQL ended by itself in a row, as a standby.
+        starts_in_vain: u32,
     },
     /// Have the guard acknowledge "writable until E", lay reserved history files, note the promotion on disk, promote.
     Promote {

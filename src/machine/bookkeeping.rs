@@ -39,6 +39,11 @@ pub(crate) const MEMBER_KEY_FAILED: &str = "member_key_failed";
 /// Nothing is started on what could not be read.
 const UNREAD: &str = "the data directory could not be read, and PostgreSQL is not started; the log of this daemon says why";
 
+/// How long is waited after so many failures in a row.
+fn backoff_ms(failures: u32) -> u64 {
+    (BACKOFF_FIRST_MS << failures.min(10).saturating_sub(1)).min(BACKOFF_MAX_MS)
+}
+
 /// What etcd was asked for, as far as its answer does not say it.
 #[derive(Debug, Clone, Default)]
 pub struct Asked {
@@ -150,8 +155,35 @@ impl World {
 
     pub(super) fn failed(&mut self, now: BootTime, kind: OperationKind) {
         let failures = self.backoff.get(&kind).map_or(0, |backoff| backoff.failures) + 1;
-        let wait_ms = (BACKOFF_FIRST_MS << failures.min(10).saturating_sub(1)).min(BACKOFF_MAX_MS);
-        self.backoff.insert(kind, Backoff { failures, not_before: now + Duration::from_millis(wait_ms) });
+        self.backoff.insert(kind, Backoff { failures, not_before: now + Duration::from_millis(backoff_ms(failures)) });
+    }
+
+    /// A standby ended by itself, with an error. It may have taken connections before: recovery opens, and then meets what it cannot read.
+    pub(super) fn standby_ended(&mut self, now: BootTime) {
+        self.receiving.ends += 1;
+        let ends = self.receiving.ends;
+        self.pause(now, OperationKind::Start, backoff_ms(ends));
+        if ends >= rejoin::STARTS_IN_VAIN {
+            let name = &self.me.name;
+            let message = format!(
+                "PostgreSQL ended by itself {ends} times in a row as a standby, and is started again: its log says why; if nothing helps, `pgherd reinit {name}` copies it anew"
+            );
+            self.warn("standby_ends", message);
+        }
+    }
+
+    /// It does for a while.
+    pub(super) fn standby_streams(&mut self, now: BootTime) {
+        if self.receiving.ends > 0 && now.since(self.postmaster_since) >= Duration::from_secs(CRASH_WINDOW_S) {
+            self.forget_ends();
+        }
+    }
+
+    /// Other files, or a server that is well.
+    pub(super) fn forget_ends(&mut self) {
+        self.receiving.ends = 0;
+        self.clear("standby_ends");
+        self.clear("wal_incomplete");
     }
 
     /// Whether an operation may be started: not under way, not before its back-off is over, and no other job if it is one.

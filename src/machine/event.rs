@@ -12,7 +12,7 @@ use crate::facts::failsafe::PromiseAsk;
 use crate::facts::guard::{GuardFacts, StartId};
 use crate::facts::lease::LeaseEvent;
 use crate::facts::lost::LostWrites;
-use crate::facts::postgres::{DataDirectory, Probe, Survey};
+use crate::facts::postgres::{DataDirectory, HalfSegment, Probe, Survey};
 use crate::policy::rejoin::Rejoin;
 use crate::spec::cluster::ClusterSpec;
 use crate::types::{LeaseId, LockIdentity, MemberName, Revision};
@@ -162,6 +162,8 @@ pub enum Finished {
     KeptSeen(Box<Kept>),
     /// What only this member had was kept before it was taken away: told once.
     WritesLost(Box<LostWrites>),
+    /// Segments that were received in part, looked at before a standby's start.
+    SegmentsCompleted(Vec<HalfSegment>),
     /// The guard was asked to start a postmaster.
     Started(Result<StartId, Failure>),
     /// A postmaster was started, with the files that served before: those of this generation are not wanted by PostgreSQL.
@@ -243,7 +245,7 @@ impl Finished {
     pub fn kind(&self) -> Option<OperationKind> {
         use OperationKind as Kind;
         Some(match self {
-            Finished::KeptSeen(_) | Finished::WritesLost(_) | Finished::GotOn(_) => return None,
+            Finished::KeptSeen(_) | Finished::WritesLost(_) | Finished::GotOn(_) | Finished::SegmentsCompleted(_) => return None,
             Finished::Looked(_) => Kind::Look,
             Finished::Started(_) | Finished::StartedOnOldFiles { .. } => Kind::Start,
             Finished::Configured { .. } => Kind::Configure,

@@ -26,6 +26,12 @@ impl World {
             Finished::Looked(data) => self.looked(now, data),
             Finished::KeptSeen(kept) => self.kept_was_seen(*kept),
             Finished::WritesLost(lost) => self.kept.untold.push(*lost),
+            Finished::SegmentsCompleted(halves) => {
+                if halves.iter().all(|half| half.obstacle.is_none()) {
+                    self.clear("wal_incomplete");
+                }
+                self.receiving.half_segments = halves;
+            }
             Finished::Started(result) => {
                 if result.is_err() {
                     self.in_force = None;
@@ -58,6 +64,7 @@ impl World {
                 self.receiving.copying = None;
                 self.data = DataDirectory::Unknown;
                 if result.is_ok() {
+                    self.forget_ends();
                     self.requests.copy_is_there(now);
                 }
                 self.judge(now, Kind::Clone, result, "clone_failed");
@@ -66,6 +73,9 @@ impl World {
                 self.rejoin = None;
                 self.receiving.copying = None;
                 self.data = DataDirectory::Unknown;
+                if result.is_ok() {
+                    self.forget_ends();
+                }
                 self.judge(now, Kind::Rewind, result, "rewind_failed");
             }
             Finished::RejoinPlanned(result) => {

@@ -169,6 +169,7 @@ impl Machine {
         asked_for::settle(&mut context, &state);
         restart::settle(&mut context, &state);
         rejoining::tell_what_was_lost(&mut context);
+        rejoining::tell_what_was_completed(&mut context);
         publish::publish(&mut context, &state);
         leave_if_name_is_taken(&mut context);
     }

@@ -1,6 +1,7 @@
 //! How this member's standby receives: what is remembered between two looks. Decides nothing: [`super::rules::receiving`] does.
 
 use crate::clock::BootTime;
+use crate::facts::postgres::HalfSegment;
 use crate::policy::{receiving, upstream};
 
 use super::copying::Progress;
@@ -17,6 +18,10 @@ pub struct Receiving {
     pub upstream: upstream::Remembered,
     /// Whether the leader's server took a connection from here, and when that was known.
     pub reached: Option<(BootTime, Result<(), Failure>)>,
+    /// How often in a row a standby ended by itself, with an error, before it had got anywhere.
+    pub ends: u32,
+    /// Segments that were received in part, as found before the last start, and not told yet.
+    pub half_segments: Vec<HalfSegment>,
     /// The copy, or the rewind, that is under way.
     pub copying: Option<Progress>,
 }

@@ -8,11 +8,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::facts::cluster::HistoryEntry;
 pub use crate::facts::postgres::LostRange;
-use crate::facts::postgres::{ControlFacts, DatabaseState};
+use crate::facts::postgres::{ControlFacts, DatabaseState, HalfSegment};
 use crate::mutants::{Mutant, mutant};
 use crate::policy::rejoin::rewind::{Divergence, Rewinding};
 pub use crate::policy::timelines::{Switch, TimelineHistory};
 use crate::types::{Epoch, Lsn, SystemId, TimelineId};
+
+/// Starts that ended by themselves, one after the other, before something else is tried.
+pub const STARTS_IN_VAIN: u32 = 3;
 
 /// This member's own record of its last promotion, written before promote.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -164,6 +167,22 @@ pub fn decide(inputs: Inputs<'_>) -> Rejoin {
             let lost = LostRange { timeline, from, to: known_end(local, wal) };
             rewind::or_clone(local, leader, inputs.rewinding, Divergence { why, timeline, from, blind }, lost)
         }
+    }
+}
+
+/// Fit to follow by all that is judged, and yet PostgreSQL ends again and again, by a segment that cannot be completed: it is copied, and not
+/// started for ever. What it has is kept whole.
+pub fn unless_it_does_not_start(plan: Rejoin, starts_in_vain: u32, incomplete: Option<&HalfSegment>) -> Rejoin {
+    match (plan, incomplete) {
+        (Rejoin::Follow, Some(half)) if starts_in_vain >= STARTS_IN_VAIN => Rejoin::Clone {
+            why: format!(
+                "PostgreSQL ended {starts_in_vain} times by itself: {}, and {}",
+                half.sentence(),
+                half.obstacle.as_deref().unwrap_or("it was not completed")
+            ),
+            lost: None,
+        },
+        (plan, _) => plan,
     }
 }
 

@@ -187,11 +187,7 @@ pub(super) fn copy_file(from: &Path, to: &Path) -> Result<()> {
 fn segments(pg_wal: &Path, pieces: &[Piece], to: Lsn) -> Result<Vec<(String, u64)>> {
     let found = wal::segments_in(pg_wal)?;
     let size = found.iter().find(|file| !file.is_partial()).map(|file| file.bytes).context("there is no WAL segment in pg_wal")?;
-    ensure!(
-        (SEGMENT_BYTES_MIN..=SEGMENT_BYTES_MAX).contains(&size) && size.is_power_of_two(),
-        "WAL segments in {} are of {size} bytes, which PostgreSQL does not have",
-        pg_wal.display()
-    );
+    ensure!(is_segment_size(size), "WAL segments in {} are of {size} bytes, which PostgreSQL does not have", pg_wal.display());
     let in_it = |segment: &wal::Segment| {
         let (begins, ends) = segment.range(size);
         pieces.iter().any(|piece| piece.timeline == segment.timeline && ends > piece.from && begins <= piece.to.unwrap_or(to))
@@ -214,6 +210,11 @@ fn segments(pg_wal: &Path, pieces: &[Piece], to: Lsn) -> Result<Vec<(String, u64
     }
     let histories = history_files::sizes(pg_wal)?;
     Ok(kept.into_iter().map(|file| (file.name, file.bytes)).chain(histories).collect())
+}
+
+/// Whether PostgreSQL has WAL segments of that size.
+pub(super) fn is_segment_size(bytes: u64) -> bool {
+    (SEGMENT_BYTES_MIN..=SEGMENT_BYTES_MAX).contains(&bytes) && bytes.is_power_of_two()
 }
 
 fn has_room(layout: &Layout, bytes: u64) -> Result<()> {

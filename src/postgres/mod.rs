@@ -11,6 +11,7 @@ pub mod configure;
 pub mod conninfo;
 pub mod data_directory;
 pub mod files;
+pub mod half_segment;
 pub mod history_files;
 pub mod initdb;
 pub mod installation;

@@ -81,13 +81,31 @@ async fn last_record(
 /// Start of the last record that pg_waldump prints from `start` on; None when it prints none.
 async fn read_on(installation: &Installation, data_dir: &Path, timeline: TimelineId, start: Lsn, limit: Duration) -> Result<Option<Lsn>> {
     let piece = Piece { timeline, from: start, to: None };
-    tokio::time::timeout(limit, dump(installation, &data_dir.join("pg_wal"), piece, |_| {}))
+    Ok(dump_within(installation, &data_dir.join("pg_wal"), piece, limit).await?.last)
+}
+
+/// Whether every record from the first one in a piece up to its end can be read. A piece without a record cannot.
+pub async fn reads_through(installation: &Installation, pg_wal: &Path, piece: Piece) -> Result<bool> {
+    let dumped = dump_within(installation, pg_wal, piece, WAL_LIMIT).await?;
+    Ok(dumped.to_the_end && dumped.last.is_some())
+}
+
+async fn dump_within(installation: &Installation, pg_wal: &Path, piece: Piece, limit: Duration) -> Result<Dumped> {
+    tokio::time::timeout(limit, dump(installation, pg_wal, piece, |_| {}))
         .await
         .with_context(|| format!("pg_waldump did not end within {} s", limit.as_secs()))?
 }
 
-/// Hands every record that pg_waldump prints to `each`. Gives the start of the last one; None when there was none.
-async fn dump(installation: &Installation, pg_wal: &Path, piece: Piece, mut each: impl FnMut(&str)) -> Result<Option<Lsn>> {
+/// What pg_waldump printed.
+struct Dumped {
+    /// Start of the last record; None when there was none.
+    last: Option<Lsn>,
+    /// It came to the end that it was told. Where the WAL ends before that, it ends with an error.
+    to_the_end: bool,
+}
+
+/// Hands every record that pg_waldump prints to `each`.
+async fn dump(installation: &Installation, pg_wal: &Path, piece: Piece, mut each: impl FnMut(&str)) -> Result<Dumped> {
     let pg_waldump = installation.program("pg_waldump");
     ensure!(is_executable(&pg_waldump), "there is no {}", pg_waldump.display());
     let mut program = Program::new(pg_waldump)
@@ -123,7 +141,7 @@ async fn dump(installation: &Installation, pg_wal: &Path, piece: Piece, mut each
         bail!("pg_waldump was ended by a signal");
     }
     drop(stderr);
-    Ok(last)
+    Ok(Dumped { last, to_the_end: status.success() })
 }
 
 /// The files that a piece begins and ends in. Without them pg_waldump takes the size of a segment from the header of whichever file the directory
@@ -161,7 +179,7 @@ pub async fn commits(installation: &Installation, pg_wal: &Path, pieces: &[Piece
     let mut commits = Commits::default();
     let mut reached = None;
     for piece in pieces {
-        let last = dump(installation, pg_wal, *piece, |line| {
+        let dumped = dump(installation, pg_wal, *piece, |line| {
             if let Some(at) = commit_time(line) {
                 commits.count += 1;
                 commits.first.get_or_insert_with(|| at.clone());
@@ -169,7 +187,7 @@ pub async fn commits(installation: &Installation, pg_wal: &Path, pieces: &[Piece
             }
         })
         .await?;
-        reached = last.or(reached);
+        reached = dumped.last.or(reached);
     }
     ensure!(reached.is_some_and(|reached| reached >= last_record), "its WAL could be read to {reached:?} and not to {last_record}");
     Ok(commits)

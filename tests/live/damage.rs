@@ -4,6 +4,8 @@ use std::fs;
 
 use nix::sys::signal::Signal;
 use pgherd::cli::demo::documents::ClusterDocument;
+use pgherd::postgres::{history_files, wal};
+use pgherd::types::TimelineId;
 
 use crate::rig::wait::{A_WHILE, holds_throughout};
 use crate::rig::world::{Setup, World};
@@ -55,6 +57,58 @@ fn row_33_a_backup_label_that_is_there_after_a_crash_is_left_to_normal_start_up(
     }
     assert_eq!(world.decided(standby, "reclone"), Vec::<String>::new(), "and nothing was copied");
     world.finish();
+}
+
+/// The last failover's timeline, on this node whose power is gone: of the segment that it begins in there is only what is in front of the page
+/// of the switch, as when the node was stopped while it received that. Gives a sentence.
+fn cut_off_the_first_segment(world: &World, index: usize) -> String {
+    const PAGE_BYTES: u64 = 8192;
+    let timeline = TimelineId(world.timeline());
+    let switch = history_files::read(&world.cluster.data_dir(index), timeline).unwrap().unwrap().0.last().unwrap().at;
+    let pg_wal = world.cluster.data_dir(index).join("pg_wal");
+    let files = wal::segments_in(&pg_wal).unwrap();
+    let of = |file: &&wal::SegmentFile| {
+        let (begins, ends) = file.segment.range(file.bytes);
+        file.segment.timeline == timeline && (begins..ends).contains(&switch)
+    };
+    let file = files.iter().find(of).expect("it received some of it");
+    let (begins, _) = file.segment.range(file.bytes);
+    let kept = usize::try_from(switch.bytes_since(begins) / PAGE_BYTES * PAGE_BYTES).unwrap();
+    let path = pg_wal.join(&file.name);
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[kept..].fill(0);
+    write(world, index, &format!("pg_wal/{}", file.name), &bytes);
+    format!("{} begins at {begins}, timeline {timeline} at {switch}; its first {kept} bytes are there", file.name)
+}
+
+fn a_standby_comes_back_that_was_stopped_in_a_new_timelines_first_segment(postgres_17: bool) {
+    let world = World::up(&Setup { postgres_17, document: quorum, ..Setup::default() });
+    let former = world.leader();
+    world.cluster.cut_power(former);
+    let leader = world.wait_another_leads(former);
+    world.cluster.start_node(former).unwrap();
+    world.wait_whole("after a failover");
+    let standby = world.others(leader).into_iter().find(|index| *index != former).unwrap();
+    world.cluster.cut_power(standby);
+    let file = cut_off_the_first_segment(&world, standby);
+    println!("{file}");
+    world.cluster.start_node(standby).unwrap();
+    world.settle("the standby streams", || world.json(standby, "/patroni")["replication_state"] == "streaming");
+    world.wait_whole("after the standby came back");
+    world.wait_synchronous("after the standby came back");
+    assert_eq!(world.decided(standby, "wal_completed").len(), 1, "it is said");
+    assert_eq!(world.decided(standby, "reclone"), Vec::<String>::new(), "and nothing was copied");
+    world.finish();
+}
+
+#[test]
+fn a_standby_that_was_stopped_in_a_new_timelines_first_segment_comes_back_by_itself() {
+    a_standby_comes_back_that_was_stopped_in_a_new_timelines_first_segment(false);
+}
+
+#[test]
+fn on_17_too_a_standby_that_was_stopped_in_a_new_timelines_first_segment_comes_back_by_itself() {
+    a_standby_comes_back_that_was_stopped_in_a_new_timelines_first_segment(true);
 }
 
 /// Not started, and it says why.

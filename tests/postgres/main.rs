@@ -12,6 +12,7 @@ mod wait;
 mod cloning;
 mod configuration;
 mod directories;
+mod half_segment;
 mod harness;
 mod lineage;
 mod rewinding;

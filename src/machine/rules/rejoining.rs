@@ -152,12 +152,26 @@ pub(crate) fn tell_what_was_lost(context: &mut Context<'_>) {
     }
 }
 
+/// In every state: what was made of a segment that was received in part, before PostgreSQL was started on it.
+pub(crate) fn tell_what_was_completed(context: &mut Context<'_>) {
+    for half in std::mem::take(&mut context.world.receiving.half_segments) {
+        match &half.obstacle {
+            None => context.decide("wal_completed", format!("{}; it was filled up from {}", half.sentence(), half.older)),
+            Some(why) => {
+                let message = format!("{}, and cannot be filled up: {why}; PostgreSQL may end at it", half.sentence());
+                context.world.warn("wal_incomplete", message);
+            }
+        }
+    }
+}
+
 fn plan(context: &mut Context<'_>, leader: crate::machine::action::Upstream) {
     let (Some(view), Some(spec)) = (context.world.fresh_view().cloned(), context.world.spec().cloned()) else { return };
     let Some(leader_timeline) = context.world.other_leader().and_then(|(_, key)| key.record.timeline) else { return };
     let epoch = view.leader.as_ref().map(|leader| leader.epoch);
-    let rewinds_failed = context.world.failures(OperationKind::Rewind);
-    if context.start(Operation::PlanRejoin { leader, spec, leader_timeline, history: view.history.clone(), rewinds_failed }) {
+    let (rewinds_failed, starts_in_vain) = (context.world.failures(OperationKind::Rewind), context.world.receiving.ends);
+    let history = view.history.clone();
+    if context.start(Operation::PlanRejoin { leader, spec, leader_timeline, history, rewinds_failed, starts_in_vain }) {
         context.world.planned_for = epoch;
     }
 }

@@ -12,8 +12,8 @@ use crate::facts::failsafe::FEATURE;
 use crate::facts::guard::{GuardFacts, LockFacts, Maintenance, PostmasterFacts, StartId, Word};
 use crate::facts::lost::LostWrites;
 use crate::facts::postgres::{
-    ControlFacts, DataDirectory, DatabaseState, LostRange, Probe, ProbeOutcome, ReplicaFacts, RewindAttempt, SqlFacts, StandbyFloor,
-    WalReceiverFacts,
+    ControlFacts, DataDirectory, DatabaseState, HalfSegment, LostRange, Probe, ProbeOutcome, ReplicaFacts, RewindAttempt, SqlFacts,
+    StandbyFloor, WalReceiverFacts,
 };
 use crate::machine::action::Operation;
 use crate::machine::event::{AcquireOutcome, Finished, PeersAnswer, PutOutcome};
@@ -304,6 +304,18 @@ pub(crate) fn failed(operation: &Operation, why: String) -> Finished {
         }
         Operation::ReachLeader(_) => Finished::LeaderReached(Err(why)),
         Operation::FenceByScan => Finished::FencedByScan(Err(why)),
+    }
+}
+
+/// A segment that was received in part; `obstacle` is why it cannot be completed.
+pub(crate) fn half_segment(obstacle: Option<&str>) -> HalfSegment {
+    HalfSegment {
+        file: "000000020000000000000003".to_owned(),
+        timeline: TimelineId(2),
+        missing: Lsn(0x300_2000),
+        switch: Lsn(0x300_4000),
+        older: "000000010000000000000003".to_owned(),
+        obstacle: obstacle.map(str::to_owned),
     }
 }
 

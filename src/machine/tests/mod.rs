@@ -7,6 +7,7 @@ mod toy;
 
 mod adoption;
 mod cluster;
+mod endings;
 mod found;
 mod gate;
 mod handover;

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::facts::postgres::RewindAttempt;
 use crate::facts::postgres::StandbyFloor;
-use crate::machine::tests::fixtures::{control, entry, half_rewound, recorded};
+use crate::machine::tests::fixtures::{control, entry, half_rewound, half_segment, recorded};
 use crate::policy::rejoin::rewind::{ATTEMPTS_MAX, BrokenOff, go_on};
 use crate::spec::cluster::OnRewindFailure;
 
@@ -460,4 +460,15 @@ fn a_rewind_that_broke_off_goes_on_only_where_nothing_has_changed_and_is_bounded
         (attempt.finished, broken_off.same_boot, broken_off.checkpoint) = (true, false, Some(Lsn(991)));
     });
     assert!(matches!(finished, Rejoin::Rewind { .. }), "it is all on disk: {finished:?}");
+}
+
+#[test]
+fn what_can_be_followed_and_does_not_start_is_copied_only_for_a_segment_that_cannot_be_completed() {
+    let incomplete = half_segment(Some("it is no better"));
+    assert_eq!(unless_it_does_not_start(Rejoin::Follow, 30, None), Rejoin::Follow, "the cause may be another, and a copy no help");
+    assert_eq!(unless_it_does_not_start(Rejoin::Follow, STARTS_IN_VAIN - 1, Some(&incomplete)), Rejoin::Follow);
+    let copied = unless_it_does_not_start(Rejoin::Follow, STARTS_IN_VAIN, Some(&incomplete));
+    assert!(matches!(&copied, Rejoin::Clone { why, lost: None } if why.contains("it is no better")), "{copied:?}");
+    let waits = Rejoin::Wait { why: "a test".to_owned() };
+    assert_eq!(unless_it_does_not_start(waits.clone(), STARTS_IN_VAIN, Some(&incomplete)), waits);
 }

@@ -177,6 +177,7 @@ fn answers() -> Vec<Finished> {
         Finished::KeptSeen(Box::new(Kept { directory: Some("/kept".to_owned()), lost: vec![lost_writes()], ..Kept::default() })),
         Finished::KeptSeen(Box::default()),
         Finished::WritesLost(Box::new(lost_writes())),
+        Finished::SegmentsCompleted(Vec::new()),
         Finished::Started(Ok(StartId(2))),
         Finished::StartedOnOldFiles { generation: 1, start: StartId(2), why: why() },
         Finished::MemberPut(PutOutcome::Written),
