@@ -55,6 +55,10 @@ enumerated! {
         RestartOfEitherRole,
         /// Who else is being restarted does not matter.
         RestartsAtOnce,
+        /// A switchover does not wait for a restart that was claimed before.
+        SwitchesOverInARestart,
+        /// A standby that its own restart has taken down stays down when maintenance mode is set in that moment.
+        PausedInARestart,
         /// A release that is carried out late deletes the lock although its holder went on with it.
         LateReleaseObeyed,
         /// A lock is used before its key was written again, although a release of it may be on its way.

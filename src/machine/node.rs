@@ -135,7 +135,7 @@ impl Node {
 
     #[state(superstate = "standby")]
     fn following(context: &mut Context<'_>, event: &Input) -> Outcome<State> {
-        observe(context, event, |context| unless_maintained(context, standby::following))
+        observe(context, event, |context| unless_maintained_or_down(context, standby::following))
     }
 
     #[state(superstate = "standby")]
@@ -145,7 +145,7 @@ impl Node {
 
     #[state(superstate = "standby")]
     fn rejoining(context: &mut Context<'_>, event: &Input) -> Outcome<State> {
-        observe(context, event, |context| unless_maintained(context, rejoining::rule))
+        observe(context, event, |context| unless_maintained_or_down(context, rejoining::rule))
     }
 
     #[state(superstate = "leading")]
@@ -227,6 +227,11 @@ fn observe(context: &mut Context<'_>, event: &Input, rule: fn(&mut Context<'_>) 
 fn unless_maintained(context: &mut Context<'_>, rule: fn(&mut Context<'_>) -> Outcome<State>) -> Outcome<State> {
     let guarded = context.world.guard.is_some() || context.world.guard_gone;
     if context.world.is_maintained() && guarded { Transition(State::Paused) } else { rule(context) }
+}
+
+/// As [`unless_maintained`]: a standby that its own restart has taken down runs again first.
+fn unless_maintained_or_down(context: &mut Context<'_>, rule: fn(&mut Context<'_>) -> Outcome<State>) -> Outcome<State> {
+    if restart::is_in_the_middle(context) { rule(context) } else { unless_maintained(context, rule) }
 }
 
 /// What every state does with the three inputs that must always win.

@@ -1,7 +1,8 @@
 //! Whose turn it is to have its PostgreSQL started again. Never talks to etcd or PostgreSQL.
 //!
 //! One member at a time, standbys in the order of their names, the leader last. What is scheduled for one time goes on only as long as all
-//! that went before came back.
+//! that went before came back. A switchover has its turn as one more: of a restart and a switchover that were claimed at the same moment the
+//! one that was claimed first goes on, and the other waits.
 
 use crate::facts::cluster::ClusterView;
 use crate::facts::requests::{Ask, RequestKey, RequestProgress};
@@ -27,9 +28,16 @@ fn others<'a>(view: &'a ClusterView, me: &'a MemberName, id: &'a str) -> impl It
     all.filter_map(move |(_, key)| Some((of(key)?, key))).filter(move |(on, _)| *on != me)
 }
 
-fn switches_over(view: &ClusterView) -> bool {
+/// Switchovers that a leader has taken up, and which.
+fn switchovers(view: &ClusterView) -> impl Iterator<Item = (&MemberName, &RequestKey)> {
     let hand_over = |ask: &Ask| matches!(ask, Ask::Switchover { .. } | Ask::ScheduledSwitchover { .. });
-    view.requests.values().any(|key| hand_over(&key.record.ask) && key.record.progress.claimed_by().is_some())
+    view.requests.values().filter(move |key| hand_over(&key.record.ask)).filter_map(|key| Some((key.record.progress.claimed_by()?, key)))
+}
+
+/// Whether it was claimed before `claimed`, or is at it already: what was written since does not make it the later one.
+fn comes_before(key: &RequestKey, claimed: Revision) -> bool {
+    let begun = matches!(&key.record.progress, RequestProgress::Claimed { stage, .. } if stage != CLAIMED);
+    key.record.progress.claimed_by().is_some() && (begun || key.mod_revision < claimed)
 }
 
 /// Why a restart of this member is not to be taken up yet.
@@ -37,7 +45,7 @@ pub fn waits_for(view: &ClusterView, me: &MemberName, id: &str, wall_s: Option<u
     if mutant(Mutant::RestartsAtOnce) {
         return None;
     }
-    if switches_over(view) {
+    if switchovers(view).next().is_some() {
         return Some("a switchover is under way".to_owned());
     }
     let rank = |member: &MemberName| (view.leader.as_ref().is_some_and(|leader| leader.holder == member.as_str()), member.clone());
@@ -48,15 +56,28 @@ pub fn waits_for(view: &ClusterView, me: &MemberName, id: &str, wall_s: Option<u
     })
 }
 
-/// Who claimed a restart before this one was claimed, or is at it already. Our own claim has to be in the view, and not begun.
+/// Who claimed a restart or a switchover before this restart was claimed, or is at it already. Our own claim has to be in the view, and not
+/// begun.
 pub fn yields_to<'a>(view: &'a ClusterView, me: &'a MemberName, id: &'a str) -> Option<&'a MemberName> {
     let claimed: Revision = view.requests.get(id)?.mod_revision;
-    let begun = |key: &RequestKey| matches!(&key.record.progress, RequestProgress::Claimed { stage, .. } if stage != CLAIMED);
-    let first = |key: &RequestKey| key.record.progress.claimed_by().is_some() && (begun(key) || key.mod_revision < claimed);
-    others(view, me, id).find(|(_, key)| first(key) && !mutant(Mutant::RestartsAtOnce)).map(|(on, _)| on)
+    let all = others(view, me, id).chain(switchovers(view));
+    all.into_iter().find(|(_, key)| comes_before(key, claimed) && !mutant(Mutant::RestartsAtOnce)).map(|(by, _)| by)
 }
 
-/// The stage of a restart that was claimed and has not begun.
+/// The member whose restart a switchover waits for: one that was claimed before the switchover was, or any that is claimed while it is not.
+pub fn before_switchover(view: &ClusterView, claimed: Option<Revision>) -> Option<&MemberName> {
+    if mutant(Mutant::SwitchesOverInARestart) {
+        return None;
+    }
+    let restarted = |key: &RequestKey| matches!(key.record.ask, Ask::Restart { .. });
+    let first = |key: &&RequestKey| match claimed {
+        Some(claimed) => comes_before(key, claimed),
+        None => key.record.progress.claimed_by().is_some(),
+    };
+    view.requests.values().filter(|key| restarted(key)).find(first)?.record.ask.of_member()
+}
+
+/// The stage of a restart or a switchover that was claimed and has not begun.
 pub const CLAIMED: &str = "checked";
 
 /// Why one that was scheduled does not take place any more.

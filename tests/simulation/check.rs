@@ -111,6 +111,7 @@ impl Checks {
             self.fail("L5", format!("{} actions at one event", actions.len()));
         }
         for action in actions {
+            self.begins_maintenance(now, daemon, action);
             let Action::Do(operation) = action else { continue };
             let kind = operation.kind();
             if daemon.under_way.contains(&kind) {
@@ -129,7 +130,7 @@ impl Checks {
 
     /// A proof that has run out counts as none, before anything else is looked at (SAFETY 5).
     pub fn after_event(&mut self, now: BootTime, daemon: &Daemon, view: &ClusterView) {
-        self.carries_out(daemon);
+        self.carries_out(daemon, view);
         self.restarts(daemon, view);
         if let Lock::Proved { until, .. } = daemon.machine.world().lock
             && now >= until

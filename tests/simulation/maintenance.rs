@@ -4,8 +4,10 @@ use pgherd::clock::BootTime;
 use pgherd::facts::cluster::ClusterView;
 use pgherd::facts::guard::Maintenance;
 use pgherd::facts::maintenance::{MaintenanceRecord, Phase};
-use pgherd::machine::action::Operation;
+use pgherd::machine::action::{Action, Decision, Operation, OperationKind};
+use pgherd::machine::requests::RestartStage;
 use pgherd::machine::state::State;
+use pgherd::policy::rejoin::Rejoin;
 use pgherd::types::{MemberName, Revision};
 
 use super::check::{AWAKE_MS, Checks};
@@ -14,6 +16,9 @@ use super::etcd::Etcd;
 use super::host::{Daemon, Host};
 use super::plan::{Fault, Kind};
 use super::world::Sim;
+
+/// What a restart has stopped is given so long before it is left to whoever set maintenance mode: less than the rule's own.
+const PATIENCE_S: u64 = 20;
 
 impl Etcd {
     fn maintain(&mut self, phase: Phase) {
@@ -134,6 +139,22 @@ impl Checks {
         );
         if works && *daemon.machine.state() == State::Paused {
             self.fail("row 68", format!("{:?} is ordered in maintenance mode", operation.kind()));
+        }
+    }
+
+    /// A standby that its own restart has taken down is started before maintenance mode begins there, unless it does not start.
+    pub fn begins_maintenance(&mut self, now: BootTime, daemon: &Daemon, action: &Action) {
+        let begins = |decision: &Decision| {
+            let is = |key: &str, state: &str| decision.facts.get(key).is_some_and(|fact| fact == state);
+            decision.kind == "transition" && is("to", "paused") && (is("from", "following") || is("from", "rejoining"))
+        };
+        let world = daemon.machine.world();
+        let restart = world.requests.restart.as_ref().filter(|restart| restart.end.is_none() && !restart.leads);
+        let (Action::Record(decision), Some(restart)) = (action, restart) else { return };
+        let stopped = matches!(restart.stage, RestartStage::Stop | RestartStage::Start) && world.running().is_none();
+        let could = world.failures(OperationKind::Start) == 0 && matches!(world.rejoin, None | Some(Rejoin::Follow));
+        if begins(decision) && stopped && could && world.requests.reinit.is_none() && now.since(restart.stage_since) < secs(PATIENCE_S) {
+            self.fail("row 68", format!("{} is left down by its own restart in maintenance mode", world.me.name));
         }
     }
 

@@ -23,6 +23,8 @@ const REQUEST_TTL_S: u64 = 120;
 const SCHEDULED_AHEAD_MAX_S: u64 = 15;
 /// Where a choice says what kind of request it is.
 const KIND_SHIFT: u32 = 40;
+/// One restart and nothing else, as the choice of a fault that follows another.
+const RESTARTS_ONE: u64 = 7;
 /// A failover by hand, as the choice of a fault that follows another.
 const BY_HAND: u64 = 7;
 /// By then the guards have ended what they kept, and the lock is gone.
@@ -71,15 +73,21 @@ impl Checks {
         }
     }
 
-    /// What an operator asked for is carried out once (rows 70 and 71).
-    pub fn carries_out(&mut self, daemon: &Daemon) {
+    /// What an operator asked for is carried out once (rows 70 and 71), and a switchover not while a member is being restarted.
+    pub fn carries_out(&mut self, daemon: &Daemon, view: &ClusterView) {
         let State::HandingOver { hand_over } = daemon.machine.state() else { return };
         let Some(request) = &hand_over.request else { return };
         let now = (daemon.machine.world().me.name.clone(), hand_over.since);
+        let begins = !self.asked.carried_out.contains_key(request);
         let first = self.asked.carried_out.entry(request.clone()).or_insert_with(|| now.clone());
         if *first != now && !self.restored {
             let what = format!("request {request} is carried out a second time");
             self.fail("L4", what);
+        }
+        let goes_on = |id: &String, by: &MemberName| view.requests.get(id).and_then(|key| key.record.progress.claimed_by()) == Some(by);
+        let restart = self.asked.begun.iter().find(|(id, (by, _))| goes_on(id, by)).map(|(id, _)| id.clone());
+        if let Some(restart) = restart.filter(|_| begins && goes_on(request, &now.0) && !self.restored) {
+            self.fail("L4", format!("switchover {request} begins while restart {restart} goes on"));
         }
     }
 }
@@ -105,7 +113,11 @@ impl Checks {
             view.requests.get(id).is_some_and(|key| key.record.progress.claimed_by() == Some(by) && key.record.ask.of_member() == Some(by))
         };
         let other = self.asked.begun.iter().find(|(id, (by, _))| *by != world.me.name && goes_on(id, by)).map(|(id, _)| id.clone());
-        if let Some(other) = other.filter(|_| begins) {
+        let switches = |(id, (by, _)): &(&String, &(MemberName, BootTime))| {
+            view.requests.get(*id).is_some_and(|key| key.record.progress.claimed_by() == Some(by))
+        };
+        let switchover = self.asked.carried_out.iter().find(switches).map(|(id, _)| id.clone());
+        if let Some(other) = other.or(switchover).filter(|_| begins) {
             self.fail("L4", format!("restart {request} begins while {other} goes on"));
         }
     }
@@ -170,6 +182,14 @@ impl Sim {
                 let if_leader = Some(leads(self, host));
                 self.request(plain(host, if_leader, None));
             }
+            // One of who is to lead, or leads, a moment before or after a switchover.
+            4 => {
+                let switchover = (Kind::Switchover, (host as u64) << 8 | 4 << KIND_SHIFT);
+                self.follows(ms(how % 400), switchover, host, ms(0));
+                let on = if how.is_multiple_of(3) { host } else { (host + how as usize) % self.hosts.len() };
+                self.follows(ms((how >> 4) % 400), (Kind::Restart, RESTARTS_ONE << KIND_SHIFT), on, ms(0));
+            }
+            RESTARTS_ONE => self.request(plain(host, None, None)),
             3 => (0..self.hosts.len()).for_each(|on| self.request(Ask::Reload { on: member(on) })),
             _ => {
                 let if_leader = how.is_multiple_of(2).then(|| leads(self, host));
@@ -186,10 +206,14 @@ impl Sim {
                     Kind::StartRefused,
                     Kind::FreezeDaemon,
                     Kind::DiskFull,
+                    Kind::Maintenance,
+                    Kind::Maintenance,
                 ];
                 if let Some(kind) = kinds.get((fault.choice >> 8) as usize % (kinds.len() + 3)) {
                     let lasts = if *kind == Kind::LockDeleted { ms(0) } else { ms(800 + (fault.choice >> 16) % 9_000) };
-                    self.follows(ms(how % 1_200), (*kind, fault.choice), host, lasts);
+                    // What it meets in the middle is over in a moment.
+                    let within = if *kind == Kind::Maintenance { 300 } else { 1_200 };
+                    self.follows(ms(how % within), (*kind, fault.choice), host, lasts);
                 }
             }
         }

@@ -17,8 +17,9 @@ use crate::machine::rules::{primary, reinit, standby};
 use crate::machine::state::{HandOver, State};
 use crate::mutants::{Mutant, mutant};
 use crate::policy::election::Verdict;
+use crate::policy::restart;
 use crate::policy::switchover::{self, Inputs, Obstacle};
-use crate::types::MemberName;
+use crate::types::{MemberName, Revision};
 
 /// So long a standby that says that it streams is given to be seen streaming by the primary: the primary looks once a second, and a
 /// standby that has just come catches up first.
@@ -120,7 +121,7 @@ pub(crate) fn taken_up(context: &mut Context<'_>) -> Outcome<State> {
     if let Some((id, key, to)) = open.iter().copied().find(created)
         && nothing_in_the_way(context, id, key, to)
     {
-        let claim = RequestProgress::Claimed { by: me, stage: "checked".to_owned(), stages: Vec::new() };
+        let claim = RequestProgress::Claimed { by: me, stage: restart::CLAIMED.to_owned(), stages: Vec::new() };
         if answer(context, id, key, claim) {
             context.world.requests.claimed.insert(id.clone());
         }
@@ -162,7 +163,14 @@ fn nothing_in_the_way(context: &mut Context<'_>, id: &str, key: &RequestKey, to:
     }
     let seen = context.world.requests.seen.get(id).copied().unwrap_or(context.now);
     let in_time = context.now.since(seen) < Duration::from_millis(SEEN_STREAMING_MS);
-    match why_not(context, to) {
+    let claimed = claimed_by(key).map(|_| key.mod_revision);
+    // A member that is being restarted does not stream either: it is better said by its name.
+    let obstacle = match (why_not(context, to), being_restarted(context, claimed)) {
+        (Some(Obstacle::Lasting(why)), _) => Some(Obstacle::Lasting(why)),
+        (_, Some(why)) => Some(Obstacle::Passing(why)),
+        (found, None) => found,
+    };
+    match obstacle {
         None => return true,
         Some(Obstacle::Passing(_)) if in_time => {}
         Some(Obstacle::Passing(reason) | Obstacle::Lasting(reason)) => {
@@ -170,6 +178,12 @@ fn nothing_in_the_way(context: &mut Context<'_>, id: &str, key: &RequestKey, to:
         }
     }
     false
+}
+
+/// A restart that a switchover has to wait for, which was claimed then, or not yet.
+fn being_restarted(context: &Context<'_>, claimed: Option<Revision>) -> Option<String> {
+    let on = restart::before_switchover(context.world.fresh_view()?, claimed)?;
+    Some(format!("PostgreSQL of `{on}` is being restarted, as an operator asked: ask again when that is over"))
 }
 
 /// SAFETY row 69: refused before the primary is touched, with all that is in the way.
@@ -219,6 +233,8 @@ fn judge(context: &mut Context<'_>, id: &str, key: &RequestKey, to: Option<&Memb
                     candidates.push(Candidate { name: to.clone(), obstacles, warnings: Vec::new() });
                 }
             }
+            let restarts = being_restarted(context, None);
+            candidates.iter_mut().for_each(|candidate| candidate.obstacles.extend(restarts.clone()));
             RequestProgress::Judged { candidates, warnings: switchover::costs(&inputs) }
         }
     };

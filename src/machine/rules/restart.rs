@@ -24,6 +24,7 @@ use crate::machine::rules::{primary, requests, standby};
 use crate::machine::state::{Demotion, HandOver, HandOverStage, Promotion, State, Then, Way};
 use crate::machine::world::{Lock, World};
 use crate::mutants::{Mutant, mutant};
+use crate::policy::rejoin::Rejoin;
 use crate::policy::restart::{self as policy, Part};
 use crate::policy::switchover::Obstacle;
 use crate::policy::synchrony::goal;
@@ -32,6 +33,9 @@ use crate::types::MemberName;
 
 /// A restart that is not over by then is answered as one that is not: recovery of a standby that was far from its last restartpoint takes long.
 const RESTART_PATIENCE_S: u64 = 600;
+
+/// A standby that was stopped to be started again has so long to end, and so long to run, before maintenance mode that was set meanwhile begins.
+const STARTED_WITHIN_S: u64 = 30;
 
 /// Files are written, tried and read within this, or it is not known.
 const RELOAD_PATIENCE_S: u64 = 90;
@@ -242,6 +246,22 @@ pub(crate) fn told_to_stop(context: &mut Context<'_>) -> Outcome<State> {
     Transition(State::Restarting)
 }
 
+/// PostgreSQL of this standby is down because we stopped it to start it again. Maintenance mode that is set in that moment does not leave it so;
+/// whoever set it is told when it runs. One that does not start at once is left to whoever set it.
+pub(crate) fn is_in_the_middle(context: &Context<'_>) -> bool {
+    let world = &*context.world;
+    let Some(restart) = world.requests.restart.as_ref().filter(|restart| restart.end.is_none() && !restart.leads) else { return false };
+    let down = match restart.stage {
+        RestartStage::Stop => true,
+        RestartStage::Start => world.running().is_none(),
+        RestartStage::Checkpoint | RestartStage::Return => false,
+    };
+    // A start is all that it comes to its end by.
+    let starts = matches!(world.rejoin, None | Some(Rejoin::Follow)) && world.requests.reinit.is_none();
+    let soon = context.now.since(restart.stage_since) < Duration::from_secs(STARTED_WITHIN_S);
+    down && starts && soon && world.failures(OperationKind::Start) == 0 && !mutant(Mutant::PausedInARestart)
+}
+
 fn stop_standby(context: &mut Context<'_>) {
     standby::cancel_job(context);
     context.stop(StopMode::Fast { patience: Duration::from_secs(standby::STANDBY_STOP_S) });
@@ -298,25 +318,29 @@ fn how_it_ended(context: &Context<'_>, state: &State, restart: &mut Restart) -> 
     late.then(|| refused(format!("PostgreSQL of `{me}` is not back after {RESTART_PATIENCE_S} s (stage: {stage})")))
 }
 
-/// It is what it was before: nobody has to wait for it any more.
+/// It is what it was before, or more: nobody has to wait for it any more. In maintenance mode it goes on being what it is.
 fn is_back(context: &Context<'_>, state: &State, restart: &Restart) -> bool {
     let world = &*context.world;
-    let Some(sql) = world.sql() else { return false };
-    let nostream = world.declared().is_some_and(|member| member.tags.nostream);
+    let in_recovery = world.sql().is_none_or(|sql| sql.in_recovery);
     match state {
-        State::Primary => {
-            let proved = matches!(world.lock, Lock::Proved { announce_at, .. } if context.now < announce_at);
-            proved && !sql.in_recovery && !world.may_be_closed()
-        }
-        State::Following => {
-            if world.fresh_view().is_none() {
-                return false;
-            }
-            let near = lag(world).is_none_or(|lag| lag <= restart.lag.max(LAG_BACK_BYTES));
-            !restart.leads && sql.in_recovery && (sql.streams() || nostream) && counts_again(world, restart.copies) && near
-        }
+        State::Primary => writes_again(context),
+        State::Paused if !in_recovery => writes_again(context),
+        State::Following | State::Paused if !restart.leads => streams_again(world, restart),
         _ => false,
     }
+}
+
+fn writes_again(context: &Context<'_>) -> bool {
+    let world = &*context.world;
+    let proved = matches!(world.lock, Lock::Proved { announce_at, .. } if context.now < announce_at);
+    proved && world.sql().is_some_and(|sql| !sql.in_recovery) && !world.may_be_closed()
+}
+
+fn streams_again(world: &World, restart: &Restart) -> bool {
+    let (Some(sql), Some(_)) = (world.sql(), world.fresh_view()) else { return false };
+    let nostream = world.declared().is_some_and(|member| member.tags.nostream);
+    let near = lag(world).is_none_or(|lag| lag <= restart.lag.max(LAG_BACK_BYTES));
+    sql.in_recovery && (sql.streams() || nostream) && counts_again(world, restart.copies) && near
 }
 
 fn sync_of(world: &World) -> Option<&SyncRecord> {

@@ -5,15 +5,19 @@ use std::time::Duration;
 
 use super::checked::Checked;
 use super::fixtures::*;
-use super::reactions::worlds::{leads, led_by_b, maintained, ours, suspended};
+use super::found::operations;
+use super::reactions::worlds::{full, leads, led_by_b, maintained, ours, restarts, suspended};
 use super::toy::Toy;
-use crate::facts::guard::{Maintenance, Rung};
+use crate::facts::guard::{Maintenance, PostmasterFacts, Rung};
 use crate::facts::maintenance::Phase;
+use crate::facts::postgres::DatabaseState;
 use crate::facts::requests::{Ask, RequestProgress};
 use crate::machine::action::{Action, OperationKind};
 use crate::machine::event::Event;
+use crate::machine::requests::{Requests, Restart, RestartStage};
 use crate::machine::state::{HandOver, State};
 use crate::machine::world::{Lock, World};
+use crate::policy::rejoin::Rejoin;
 use crate::types::Revision;
 
 fn secs(seconds: u64) -> Duration {
@@ -167,6 +171,48 @@ fn a_switchover_that_maintenance_mode_overtakes_is_given_up_and_the_primary_goes
         toy.until("all are in maintenance mode", secs(20), |toy| ["a", "b", "c"].iter().all(|member| toy.state(member) == "paused"));
         assert_eq!((toy.leader(), toy.primary()), (Some("a"), Some("a")), "{}", toy.story());
     }
+}
+
+#[test]
+fn what_its_own_restart_has_taken_down_runs_again_before_maintenance_mode_begins_there() {
+    for (member, wait) in ["a", "b"].into_iter().flat_map(|member| [0, 5, 20, 60, 100, 200].map(|wait| (member, wait))) {
+        let mut toy = Toy::working(&["a", "b", "c"]);
+        toy.ask("1", Ask::Restart { on: name(member), if_leader: None, if_pending: false, at_s: None });
+        toy.until("it has begun", secs(5), |toy| toy.daemon(member).checked.world().requests.restart.is_some());
+        toy.run(ms(wait));
+        toy.etcd.maintain(Phase::On);
+        toy.until("all are in maintenance mode", secs(20), |toy| ["a", "b", "c"].iter().all(|member| toy.state(member) == "paused"));
+        let runs = matches!(toy.hosts[&name(member)].server.facts().unwrap().postmaster, PostmasterFacts::Running { .. });
+        assert!(runs, "{member} after {wait} ms\n{}", toy.story());
+        toy.until("it is answered", secs(20), |toy| !toy.progress("1").is_open());
+        assert!(matches!(toy.progress("1"), RequestProgress::Done { .. }), "{:?}\n{}", toy.progress("1"), toy.story());
+        assert_eq!(toy.primary(), Some("a"));
+    }
+}
+
+/// The standby `a` was stopped to be started again, and maintenance mode is on.
+fn down_by_its_restart() -> World {
+    let world = restarts(maintained(full(DatabaseState::ShutDownInRecovery), Phase::On), RestartStage::Start);
+    let restart = world.requests.restart.clone().map(|restart| Restart { leads: false, ..restart });
+    World { requests: Requests { restart, ..world.requests.clone() }, ..world }
+}
+
+#[test]
+fn one_that_does_not_start_or_would_have_to_be_copied_is_left_to_whoever_set_maintenance_mode() {
+    let begins = |world: World, state: State, after| {
+        let mut checked = Checked::resume(world, state);
+        let actions = checked.handle(T0 + after, Event::Tick);
+        (operations(&actions).contains(&OperationKind::Start), checked.state().name())
+    };
+    assert_eq!(begins(down_by_its_restart(), State::Following, ms(10)), (true, "following"));
+    assert_eq!(begins(down_by_its_restart(), State::Following, secs(31)), (false, "paused"));
+    let mut failed = down_by_its_restart();
+    failed.retry_later(T0, OperationKind::Start);
+    assert_eq!(begins(failed, State::Following, secs(5)), (false, "paused"));
+    let copied = World { rejoin: Some(Rejoin::Clone { why: "a test".to_owned(), lost: None }), ..down_by_its_restart() };
+    assert_eq!(begins(copied, State::Rejoining, ms(10)), (false, "paused"));
+    let of_its_own = World { requests: Requests::default(), ..down_by_its_restart() };
+    assert_eq!(begins(of_its_own, State::Following, ms(10)), (false, "paused"), "nobody has begun to restart it");
 }
 
 #[test]

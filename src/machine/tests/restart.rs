@@ -7,17 +7,17 @@ use super::checked::{Checked, transitions};
 use super::cluster::{THREE, s};
 use super::fixtures::*;
 use super::found::operations;
-use super::reactions::worlds::{leads, led_by_us, ours, standby};
+use super::reactions::worlds::{leads, led_by_us, ours, restarts, standby};
 use super::toy::Toy;
 use crate::clock::BootTime;
 use crate::facts::cluster::ClusterView;
 use crate::facts::guard::{PostmasterFacts, Rung, StartId, Word};
 use crate::facts::lease::LeaseEvent;
-use crate::facts::postgres::SqlFacts;
-use crate::facts::requests::{Ask, RequestKey, RequestProgress, RequestRecord};
+use crate::facts::postgres::{SqlFacts, Survey};
+use crate::facts::requests::{Ask, Candidate, RequestKey, RequestProgress, RequestRecord};
 use crate::machine::action::{Action, Operation, OperationKind, StopMode};
 use crate::machine::event::{Configured, Event, Finished};
-use crate::machine::requests::RestartStage;
+use crate::machine::requests::{Restart, RestartStage};
 use crate::machine::state::State;
 use crate::machine::world::World;
 use crate::types::Revision;
@@ -283,6 +283,85 @@ fn what_is_scheduled_for_one_time_is_carried_out_one_after_the_other_once() {
     toy.until("all answers", s(60), |toy| ["1", "2", "3"].iter().all(|id| over(toy, id)));
     ["1", "2", "3"].iter().for_each(|id| drop(done(&toy, id)));
     toy.converges(s(20));
+}
+
+#[test]
+fn a_standby_that_leads_by_the_time_it_is_back_is_back() {
+    let restart = restarts(standby(), RestartStage::Return).requests.restart.map(|restart| Restart { leads: false, ..restart });
+    let mut world = World { view: Some(with(led_by_us(), &[("1", asked(self::restart("a"), claimed("a")))])), ..leads() };
+    world.requests.restart = restart;
+    let actions = Checked::resume(world, State::Primary).handle(T0, Event::Tick);
+    assert!(matches!(answered(&actions), Some(RequestProgress::Done { .. })), "{actions:?}");
+}
+
+fn switchover(to: &str, progress: RequestProgress, mod_revision: i64) -> RequestKey {
+    RequestKey { mod_revision: Revision(mod_revision), ..asked(Ask::Switchover { to: name(to) }, progress) }
+}
+
+/// `a` leads and sees `c` stream. `b` or `a` has claimed a restart, and a switchover to `c` was asked for.
+fn both_asked(restart_of: &str, stage: &str, switchover: RequestKey) -> Checked {
+    let stage = RequestProgress::Claimed { by: name(restart_of), stage: stage.to_owned(), stages: Vec::new() };
+    let mut view = led_by_us();
+    view.members.get_mut(&name("c")).unwrap().record.state = "streaming".to_owned();
+    let streams = probe(T0, SqlFacts { replicas: vec![streaming("c", 1_000)], ..sql(false, 2, 1_000) });
+    let view = with(view, &[("1", asked(restart(restart_of), stage)), ("2", switchover)]);
+    let mut world = World { view: Some(view), probe: Some(streams), ..leads() };
+    world.requests.survey = Some((T0, Survey::default()));
+    world.requests.claimed = ["1", "2"].map(str::to_owned).into_iter().collect();
+    Checked::resume(world, State::Primary)
+}
+
+#[test]
+fn row_71_a_switchover_that_comes_second_to_a_restart_waits_and_is_told() {
+    for (progress, mod_revision) in [(RequestProgress::Created, 440), (claimed("a"), 451)] {
+        let mut checked = both_asked("b", "stop", switchover("c", progress, mod_revision));
+        assert_eq!(answered(&checked.handle(T0, Event::Tick)), None, "it may be over in a moment");
+        let actions = checked.handle(T0 + s(3), renewed(T0 + s(3)));
+        assert!(refusal(&actions).contains("PostgreSQL of `b` is being restarted"), "{actions:?}");
+        assert_eq!((checked.state(), stops(&actions)), (&State::Primary, false));
+    }
+}
+
+#[test]
+fn row_71_of_a_restart_and_a_switchover_that_were_claimed_at_once_the_first_begins() {
+    for (restart_of, switchover_at, begins) in
+        [("b", 449, "handing_over"), ("b", 451, "primary"), ("a", 449, "handing_over"), ("a", 451, "restarting")]
+    {
+        let mut checked = both_asked(restart_of, "checked", switchover("c", claimed("a"), switchover_at));
+        checked.handle(T0, Event::Tick);
+        assert_eq!(checked.state().name(), begins, "`{restart_of}` claimed at 450, the switchover at {switchover_at}");
+    }
+}
+
+#[test]
+fn whoever_asks_what_a_switchover_would_meet_is_told_of_a_restart() {
+    let check = asked(Ask::CheckSwitchover { to: None }, RequestProgress::Created);
+    let actions = both_asked("b", "stop", check).handle(T0, Event::Tick);
+    let Some(RequestProgress::Judged { candidates, .. }) = answered(&actions) else { panic!("{actions:?}") };
+    let told = |candidate: &Candidate| candidate.obstacles.iter().any(|obstacle| obstacle.contains("`b` is being restarted"));
+    assert!(!candidates.is_empty() && candidates.iter().all(told), "{candidates:?}");
+}
+
+#[test]
+fn row_71_a_switchover_and_restarts_that_are_asked_for_at_once_are_never_at_it_at_once() {
+    for (restarted, to, later) in [("b", "c", 0), ("c", "c", 0), ("a", "b", 0), ("b", "b", 40), ("c", "b", 90), ("a", "c", 130)] {
+        let mut toy = Toy::working(&THREE);
+        toy.ask("1", restart(restarted));
+        toy.run(ms(later));
+        toy.ask("2", Ask::Switchover { to: name(to) });
+        toy.until("both answers", s(60), |toy| {
+            let down: Vec<_> = THREE.iter().filter(|member| !toy.hosts[&name(member)].server.accepting(toy.now)).collect();
+            assert!(down.len() < 2, "{down:?}\n{}", toy.story());
+            over(toy, "1") && over(toy, "2")
+        });
+        let refused = |id: &str| match toy.progress(id) {
+            RequestProgress::Refused { reason } => Some(reason.clone()),
+            _ => None,
+        };
+        assert_eq!(refused("1"), None, "{restarted}, {to}\n{}", toy.story());
+        assert!(refused("2").is_none_or(|reason| reason.contains("is being restarted")), "{:?}\n{}", refused("2"), toy.story());
+        toy.converges(s(30));
+    }
 }
 
 #[test]

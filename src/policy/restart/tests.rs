@@ -71,6 +71,34 @@ fn of_two_that_claimed_at_the_same_time_the_first_goes_on_and_the_other_waits() 
 }
 
 #[test]
+fn of_a_restart_and_a_switchover_that_were_claimed_at_the_same_time_the_first_goes_on_and_the_other_waits() {
+    let switchover = |stage, mod_revision| {
+        let mut key = asked("a", None, claimed("c", stage), mod_revision);
+        key.record.ask = Ask::Switchover { to: name("b") };
+        key
+    };
+    let both = |restart: RequestKey, switchover: RequestKey| {
+        let claimed = switchover.mod_revision;
+        let view = with("c", vec![("1", restart), ("2", switchover)]);
+        (yields_to(&view, &name("a"), "1").cloned(), before_switchover(&view, Some(claimed)).cloned())
+    };
+    let restart = |stage, mod_revision| asked("a", None, claimed("a", stage), mod_revision);
+    assert_eq!(both(restart(CLAIMED, 20), switchover(CLAIMED, 21)), (None, Some(name("a"))));
+    assert_eq!(both(restart(CLAIMED, 21), switchover(CLAIMED, 20)), (Some(name("c")), None));
+    assert_eq!(
+        both(restart(CLAIMED, 20), switchover("checkpoint", 30)).0,
+        Some(name("c")),
+        "what it wrote since does not make it the later one"
+    );
+    assert_eq!(both(restart("stop", 30), switchover(CLAIMED, 20)).1, Some(name("a")));
+    let created = asked("a", None, RequestProgress::Created, 10);
+    assert_eq!(before_switchover(&with("c", vec![("1", created)]), None), None, "nobody has taken it up");
+    assert_eq!(before_switchover(&with("c", vec![("1", restart(CLAIMED, 20))]), None), Some(&name("a")));
+    let of_our_own = with("a", vec![("1", restart(CLAIMED, 21)), ("2", switchover(CLAIMED, 20))]);
+    assert!(yields_to(&of_our_own, &name("a"), "1").is_some(), "the leader's own restart too");
+}
+
+#[test]
 fn what_was_scheduled_for_one_time_stops_at_the_first_that_fails_and_does_not_come_too_late() {
     let failed = RequestProgress::Refused { reason: "it is not back".to_owned() };
     let ours = asked("b", Some(900), RequestProgress::Created, 10);
