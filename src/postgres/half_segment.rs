@@ -17,7 +17,8 @@
 //!
 //! A file appears whole under its name or not at all, and is on disk before PostgreSQL is started. It needs no leader: also a member that
 //! nobody leads has to start, to be asked how far it is. What cannot be completed is told with its reason; after some starts in vain the
-//! member is copied ([`crate::policy::rejoin::unless_it_does_not_start`]).
+//! member is copied ([`crate::policy::rejoin::unless_it_does_not_start`]). Where the older file is not there at all, as with any former primary,
+//! the newer one is read only when starts have been in vain: reading a segment takes longer than comparing it.
 
 use std::fs::File;
 use std::io::{self, BufReader, ErrorKind, Read};
@@ -38,12 +39,13 @@ const CHUNK_BYTES: usize = 64 * 1024;
 /// Of this name PostgreSQL removes what is left over, when it starts (RemoveTempXlogFiles).
 const TEMPORARY: &str = "xlogtemp.pgherd";
 
-/// What is not whole, without changing anything.
+/// What is not whole, without changing anything. For a member that does not start: a segment without an older timeline's file, as many members
+/// have it, is read too.
 ///
 /// # Errors
 /// When something could not be read.
 pub async fn look(installation: &Installation, data_dir: &Path) -> Result<Vec<HalfSegment>> {
-    each(installation, data_dir, |_| Ok(())).await
+    each(installation, data_dir, None).await
 }
 
 /// Completes what can be completed; tells what was done, and what could not be. The server is stopped.
@@ -51,19 +53,22 @@ pub async fn look(installation: &Installation, data_dir: &Path) -> Result<Vec<Ha
 /// # Errors
 /// When something could not be read or written. Then that file is as it was.
 pub async fn complete(installation: &Installation, data_dir: &Path) -> Result<Vec<HalfSegment>> {
-    each(installation, data_dir, fill).await
+    each(installation, data_dir, Some(fill)).await
 }
 
 /// Oldest timeline first: several may begin in one segment, and each one's beginning is the one's before.
-async fn each(installation: &Installation, data_dir: &Path, fill: impl Fn(&Beginning) -> Result<()>) -> Result<Vec<HalfSegment>> {
+async fn each(installation: &Installation, data_dir: &Path, fill: Option<fn(&Beginning) -> Result<()>>) -> Result<Vec<HalfSegment>> {
     let pg_wal = data_dir.join("pg_wal");
     let segments: Vec<SegmentFile> = wal::segments_in(&pg_wal)?.into_iter().filter(|file| !file.is_partial()).collect();
     let mut found = Vec::new();
     for timeline in history_files::all(data_dir)?.into_keys() {
         let history = history_files::read(data_dir, timeline)?.unwrap_or_default();
         let Some(beginning) = history.0.last().and_then(|switch| Beginning::of(&pg_wal, &segments, timeline, switch)) else { continue };
+        if !beginning.older_is_there && fill.is_some() {
+            continue;
+        }
         let Some(half) = beginning.judge(installation, &pg_wal).await? else { continue };
-        if half.obstacle.is_none() {
+        if let (None, Some(fill)) = (&half.obstacle, fill) {
             fill(&beginning)?;
         }
         found.push(half);
@@ -79,28 +84,28 @@ struct Beginning {
     switch: Lsn,
     newer: PathBuf,
     older: PathBuf,
+    older_is_there: bool,
 }
 
 impl Beginning {
-    /// None = there is nothing to complete, or nothing to complete it with.
+    /// None = there is nothing to complete.
     fn of(pg_wal: &Path, segments: &[SegmentFile], timeline: TimelineId, switch: &Switch) -> Option<Beginning> {
-        let file = |timeline| {
-            let holds = |file: &&SegmentFile| {
-                let (begins, ends) = file.segment.range(file.bytes);
-                file.segment.timeline == timeline && is_segment_size(file.bytes) && begins < switch.at && switch.at < ends
-            };
-            segments.iter().find(holds)
+        let holds = |file: &&SegmentFile| {
+            let (begins, ends) = file.segment.range(file.bytes);
+            file.segment.timeline == timeline && is_segment_size(file.bytes) && begins < switch.at && switch.at < ends
         };
-        let (newer, older) = (file(timeline)?, file(switch.parent)?);
+        let newer = segments.iter().find(holds)?;
         let (begins, _) = newer.segment.range(newer.bytes);
-        let path = |file: &SegmentFile| pg_wal.join(&file.name);
-        (newer.bytes == older.bytes).then(|| Beginning {
+        // The same name but for the timeline in front.
+        let older = format!("{:08X}{}", switch.parent.0, newer.name.get(8..)?);
+        Some(Beginning {
             timeline,
             parent: switch.parent,
             begins,
             switch: switch.at,
-            newer: path(newer),
-            older: path(older),
+            newer: pg_wal.join(&newer.name),
+            older_is_there: segments.iter().any(|file| file.name == older && file.bytes == newer.bytes),
+            older: pg_wal.join(older),
         })
     }
 
@@ -108,7 +113,10 @@ impl Beginning {
     async fn judge(&self, installation: &Installation, pg_wal: &Path) -> Result<Option<HalfSegment>> {
         let bytes = self.switch.bytes_since(self.begins);
         let open = |path: &Path| File::open(path).map(BufReader::new).with_context(|| format!("reading {}", path.display()));
-        let differ = compare(open(&self.newer)?, open(&self.older)?, bytes).with_context(|| format!("reading {}", self.newer.display()))?;
+        let differ = match self.older_is_there {
+            true => compare(open(&self.newer)?, open(&self.older)?, bytes).with_context(|| format!("reading {}", self.newer.display()))?,
+            false => Differ { missing: Some(0), another: None },
+        };
         let Some(first) = differ.missing.or(differ.another) else { return Ok(None) };
         let readable = async |timeline| {
             let piece = Piece { timeline, from: self.begins, to: Some(self.switch) };
@@ -119,7 +127,9 @@ impl Beginning {
         }
         let name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let older = name(&self.older);
-        let obstacle = if let Some(at) = differ.another {
+        let obstacle = if !self.older_is_there {
+            Some(format!("{older} is not there"))
+        } else if let Some(at) = differ.another {
             Some(format!("at {} it has something else than {older}", Lsn(self.begins.0 + at)))
         } else if !readable(self.parent).await? {
             Some(format!("{older} cannot be read up to there either"))

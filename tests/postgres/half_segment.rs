@@ -189,5 +189,12 @@ async fn nothing_is_written_where_another_history_may_be_or_the_older_segment_is
         std::fs::remove_file(&pair.older).unwrap();
         assert_eq!(pair.complete(&installation).await, [], "there is nothing to complete it with");
         assert_eq!(pair.newer(), half);
+        let found = half_segment::look(&installation, pair.standby.data_dir()).await.unwrap();
+        assert!(
+            matches!(&found[..], [half] if half.obstacle.as_ref().is_some_and(|obstacle| obstacle.contains("is not there"))),
+            "{found:?}"
+        );
+        pair.receive(pair.leader.write_position().await);
+        assert_eq!(half_segment::look(&installation, pair.standby.data_dir()).await.unwrap(), [], "it is whole without the other");
     }
 }

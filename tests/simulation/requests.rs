@@ -23,6 +23,8 @@ const REQUEST_TTL_S: u64 = 120;
 const SCHEDULED_AHEAD_MAX_S: u64 = 15;
 /// Where a choice says what kind of request it is.
 const KIND_SHIFT: u32 = 40;
+/// A person who does nothing in maintenance mode, as the choice of that.
+const NOTHING_ELSE: u64 = 7;
 /// One restart and nothing else, as the choice of a fault that follows another.
 const RESTARTS_ONE: u64 = 7;
 /// A failover by hand, as the choice of a fault that follows another.
@@ -189,6 +191,12 @@ impl Sim {
                 let on = if how.is_multiple_of(3) { host } else { (host + how as usize) % self.hosts.len() };
                 self.follows(ms((how >> 4) % 400), (Kind::Restart, RESTARTS_ONE << KIND_SHIFT), on, ms(0));
             }
+            // Of a standby, and maintenance mode in the moment in which it is down.
+            5 => {
+                let on = if leads(self, host) { (host + 1) % self.hosts.len() } else { host };
+                self.request(plain(on, None, None));
+                self.follows(ms(how % 200), (Kind::Maintenance, NOTHING_ELSE << 16), on, ms(800 + (fault.choice >> 16) % 9_000));
+            }
             RESTARTS_ONE => self.request(plain(host, None, None)),
             3 => (0..self.hosts.len()).for_each(|on| self.request(Ask::Reload { on: member(on) })),
             _ => {
@@ -206,14 +214,10 @@ impl Sim {
                     Kind::StartRefused,
                     Kind::FreezeDaemon,
                     Kind::DiskFull,
-                    Kind::Maintenance,
-                    Kind::Maintenance,
                 ];
                 if let Some(kind) = kinds.get((fault.choice >> 8) as usize % (kinds.len() + 3)) {
                     let lasts = if *kind == Kind::LockDeleted { ms(0) } else { ms(800 + (fault.choice >> 16) % 9_000) };
-                    // What it meets in the middle is over in a moment.
-                    let within = if *kind == Kind::Maintenance { 300 } else { 1_200 };
-                    self.follows(ms(how % within), (*kind, fault.choice), host, lasts);
+                    self.follows(ms(how % 1_200), (*kind, fault.choice), host, lasts);
                 }
             }
         }
