@@ -48,10 +48,14 @@ fn a_lock_file_whose_number_is_another_process_by_now_keeps_nobody_from_starting
     let (_, postmaster) = world.primary(300);
     signal(postmaster, Signal::SIGKILL);
     world.proved_empty();
-    let path = world.data_dir.join("postmaster.pid");
-    let left = std::fs::read_to_string(&path).unwrap();
-    // As after a loss of power: this process is of the same user, lives, and is no PostgreSQL.
-    std::fs::write(&path, left.replacen(&postmaster.to_string(), &std::process::id().to_string(), 1)).unwrap();
+    let left = std::fs::read_to_string(world.data_dir.join("postmaster.pid")).unwrap();
+    let (port, sockets) = (left.lines().nth(3).unwrap(), left.lines().nth(4).unwrap());
+    let of_socket = Path::new(sockets).join(format!(".s.PGSQL.{port}.lock"));
+    for path in [world.data_dir.join("postmaster.pid"), of_socket] {
+        let left = std::fs::read_to_string(&path).unwrap();
+        // As after a loss of power: this process is of the same user, lives, and is no PostgreSQL.
+        std::fs::write(&path, left.replacen(&postmaster.to_string(), &std::process::id().to_string(), 1)).unwrap();
+    }
     running(&world.order(&Request::Start(world.start_order(Word::Writable))));
     world.accepts(|| {});
 }

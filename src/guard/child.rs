@@ -35,8 +35,8 @@ pub const OOM_SCORE: &str = "/proc/self/oom_score_adj";
 /// How each line of a child begins: conditions of the last start, forgotten with the next.
 pub const NOTE: &str = "PostgreSQL ";
 
-/// The first line of PostgreSQL's lock file is all that is wanted of it.
-const LOCK_FILE_READ_BYTES: u64 = 64;
+/// More than the lines of PostgreSQL's lock files that are wanted of them: numbers, and two paths of at most 1,024 bytes.
+const LOCK_FILE_READ_BYTES: u64 = 4_096;
 
 /// A limit that the guard changed for itself, as it was before: `RLIMIT_CORE`.
 pub type CoreLimit = (rlim_t, rlim_t);
@@ -126,11 +126,31 @@ fn give_up_privileges(core: Option<CoreLimit>) -> Vec<String> {
 /// that a person starts right now is PostgreSQL in this directory, and its file stays.
 fn forget_another_process(data_dir: &Path) -> Option<i32> {
     let path = data_dir.join("postmaster.pid");
-    let mut text = String::new();
-    File::open(&path).ok()?.take(LOCK_FILE_READ_BYTES).read_to_string(&mut text).ok()?;
+    let text = lock_file(&path)?;
     let pid: i32 = text.lines().next()?.trim().parse().ok().filter(|pid| *pid > 1)?;
     let lives = kill(Pid::from_raw(pid), None).is_ok();
-    (lives && !scan::is_postgres_in(pid, data_dir) && std::fs::remove_file(&path).is_ok()).then_some(pid)
+    if !lives || scan::is_postgres_in(pid, data_dir) {
+        return None;
+    }
+    // First, since where it is is said in the other.
+    forget_its_socket(&text);
+    std::fs::remove_file(&path).is_ok().then_some(pid)
+}
+
+/// The same postmaster's lock file beside its socket, which PostgreSQL goes by in the same way.
+fn forget_its_socket(text: &str) -> Option<()> {
+    let lines: Vec<&str> = text.lines().collect();
+    // Process, data directory, start, port, directory of the first socket (pidfile.h).
+    let [process, data_dir, _, port, sockets, ..] = lines[..] else { return None };
+    let path = Path::new(sockets).join(format!(".s.PGSQL.{port}.lock"));
+    let of_the_same = lock_file(&path)?.lines().take(2).eq([process, data_dir]);
+    if of_the_same { std::fs::remove_file(&path).ok() } else { None }
+}
+
+fn lock_file(path: &Path) -> Option<String> {
+    let mut text = String::new();
+    File::open(path).ok()?.take(LOCK_FILE_READ_BYTES).read_to_string(&mut text).ok()?;
+    Some(text)
 }
 
 fn reset_oom_score() -> io::Result<()> {
