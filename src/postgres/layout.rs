@@ -11,6 +11,7 @@
 //!                      swap.json       a swap under way: it is finished at the next start
 //!                      rewind/         a rewind under way: marker.json, and the configuration files as they were before
 //!                      lost/1/ …       WAL that a rewind took away, with report.json
+//!                      unarchived/     WAL that is to be archived and is not in pg_wal for long
 //! ```
 //!
 //! When the data directory is a mount point, what must be on its file system (initdb, clone, kept, discard) is in `.pgherd` inside it,
@@ -117,6 +118,11 @@ impl Layout {
     /// The WAL that rewinds took away, each in a directory of its own.
     pub fn lost_dir(&self) -> PathBuf {
         self.beside.join("lost")
+    }
+
+    /// WAL that this member wrote as a primary, and that is archived from there.
+    pub fn unarchived_dir(&self) -> PathBuf {
+        self.beside.join("unarchived")
     }
 
     /// The configuration files that served last.

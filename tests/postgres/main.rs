@@ -9,6 +9,7 @@
 #[allow(dead_code)]
 mod wait;
 
+mod archiving;
 mod cloning;
 mod configuration;
 mod directories;
