@@ -9,6 +9,7 @@
 //!                      kept/           the one diverged directory that was swapped out, with why.json
 //!                      discard/        a directory swapped out whose content is elsewhere, while it is being removed
 //!                      swap.json       a swap under way: it is finished at the next start
+//!                      tablespaces.json  what a copy under way has made in the directories of tablespaces
 //!                      rewind/         a rewind under way: marker.json, and the configuration files as they were before
 //!                      lost/1/ …       WAL that a rewind took away, with report.json
 //!                      unarchived/     WAL that is to be archived and is not in pg_wal for long
@@ -103,6 +104,11 @@ impl Layout {
     /// The journal of a swap under way.
     pub fn swap_journal(&self) -> PathBuf {
         self.beside.join("swap.json")
+    }
+
+    /// What a copy under way has made outside the data directory.
+    pub fn tablespaces_note(&self) -> PathBuf {
+        self.beside.join("tablespaces.json")
     }
 
     /// What is known of a rewind under way.

@@ -27,6 +27,7 @@ pub mod slots;
 pub mod sql;
 pub mod survey;
 pub mod swap;
+pub mod tablespaces;
 pub mod unarchived;
 pub mod wal;
 

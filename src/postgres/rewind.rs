@@ -17,7 +17,7 @@ use super::installation::Installation;
 use super::layout::{INSIDE_NAME, Layout};
 use super::leader::LeaderFacts;
 use super::program::{Program, Watch, is_executable};
-use super::{configure, data_directory, files, history_files, lost, postmaster, unarchived, wal};
+use super::{configure, data_directory, files, history_files, lost, postmaster, tablespaces, unarchived, wal};
 use crate::facts::lost::LostWrites;
 use crate::facts::postgres::{ControlFacts, DatabaseState, LostRange, RewindAttempt};
 use crate::types::Epoch;
@@ -162,6 +162,11 @@ async fn first(
     lock: &Arc<File>,
     kept: impl FnOnce(LostWrites) + Send,
 ) -> Result<RewindAttempt> {
+    let ours = tablespaces::links(layout.data_dir())?;
+    if let Some(unknown) = job.leader.tablespaces.iter().find(|tablespace| !ours.contains_key(&tablespace.oid)) {
+        // To the leader's path, where something else may be: what is kept of this member, for one.
+        bail!("the leader has a tablespace `{}` that is not here, and pg_rewind would make a link for it", unknown.name);
+    }
     let mut control = data_directory::control_file(installation, layout).await?;
     if !matches!(control.state, DatabaseState::ShutDown | DatabaseState::ShutDownInRecovery) {
         recover(installation, layout, &control, lock).await.context("recovering the server before it is rewound")?;

@@ -18,3 +18,4 @@ mod lineage;
 mod rewinding;
 mod sessions;
 mod synchronous;
+mod tablespaces;

@@ -40,14 +40,14 @@ async fn judge(member: &Server, leader: &Server) -> Rejoin {
     })
 }
 
-async fn what_is_lost(member: &Server, leader: &Server) -> (String, LostRange) {
+pub async fn what_is_lost(member: &Server, leader: &Server) -> (String, LostRange) {
     match judge(member, leader).await {
         Rejoin::Rewind { why, lost } => (why, lost),
         other => panic!("expected a rewind: {other:?}"),
     }
 }
 
-async fn job(member: &Server, leader: &Server, (why, lost): (String, LostRange)) -> RewindJob {
+pub async fn job(member: &Server, leader: &Server, (why, lost): (String, LostRange)) -> RewindJob {
     let passfile = member.layout.beside().with_extension("rewind.pgpass");
     write_passfile(&passfile, &[PassfileEntry { user: "rewinder", password: &Secret::new(REWIND_PASSWORD) }]).unwrap();
     let target = Target {
@@ -72,7 +72,7 @@ async fn job(member: &Server, leader: &Server, (why, lost): (String, LostRange))
 }
 
 /// Runs it. Gives what it told to be kept.
-async fn run(member: &Server, job: &RewindJob) -> (anyhow::Result<()>, Option<LostWrites>) {
+pub async fn run(member: &Server, job: &RewindJob) -> (anyhow::Result<()>, Option<LostWrites>) {
     let mut kept = None;
     let told = Arc::new(AtomicBool::new(false));
     let telling = Arc::clone(&told);
