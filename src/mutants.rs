@@ -103,6 +103,8 @@ enumerated! {
         ReinitWhileCountedOn,
         /// A copy is made in the data directory's own place, where what is half copied is taken for whole.
         CopyMadeInPlace,
+        /// What a primary's archiver did not get to is left to be removed by the standby that it becomes.
+        LeftUnarchived,
         /// The WAL that only this member has is not kept before a rewind.
         RewoundWalNotKept,
         /// Failsafe: E counts from the last answer and not from before the first call.

@@ -23,6 +23,7 @@ use crate::policy::renewal::Round;
 use crate::spec::cluster::ClusterSpec;
 use crate::types::{ClusterName, LeaseId, LeaseIdentity, LockIdentity, MemberName};
 
+use super::archiving;
 use super::guard_link::{GuardLink, Sink};
 use super::host::Host;
 use super::jobs;
@@ -279,6 +280,13 @@ impl Executor {
                         Err(error) => Err(format!("{error:#}")),
                     };
                     Event::Finished(Finished::Surveyed(surveyed))
+                });
+            }
+            Operation::ArchiveBeside { spec } => {
+                let host = Arc::clone(&self.host);
+                self.spawn(async move {
+                    let archived = archiving::beside(&host, &spec).await.map_err(|error| format!("{error:#}"));
+                    Event::Finished(Finished::BesideArchived(archived))
                 });
             }
             Operation::AskPeers { vacancy, peers } => self.spawn(ask_peers(vacancy, peers)),

@@ -21,7 +21,7 @@ use crate::policy::slots;
 use crate::postgres::conninfo::{self, PassfileEntry, Target};
 use crate::postgres::roles::{Account, Accounts};
 use crate::postgres::sql::DATABASE;
-use crate::postgres::{ConfigFiles, Installation, Layout, LeaderServer, Secret, Sql, files, lost, rewind};
+use crate::postgres::{ConfigFiles, Installation, Layout, LeaderServer, Secret, Sql, files, lost, rewind, unarchived};
 use crate::spec::cluster::{ClusterSpec, PermanentSlot};
 use crate::spec::node::{Credential, NodeSpec};
 use crate::types::{Incarnation, LeaseIdentity};
@@ -282,6 +282,10 @@ impl Host {
             directory: directory.exists().then(|| directory.display().to_string()),
             lost: lost::list(&self.layout),
             untold: Vec::new(),
+            unarchived: unarchived::beside(&self.layout).unwrap_or_else(|error| {
+                tracing::warn!(error = format!("{error:#}"), "what is to be archived from beside could not be read");
+                None
+            }),
             no_rewind: self.settled().ok().and_then(|settled| rewind::obstacle(&settled.installation, &self.layout)),
         }
     }

@@ -21,6 +21,7 @@ use crate::postgres::{
 use crate::spec::cluster::ClusterSpec;
 use crate::types::{LockIdentity, TimelineId};
 
+use super::archiving;
 use super::guard_link::{GuardLink, Sink};
 use super::host::Host;
 use super::rejoining;
@@ -62,6 +63,9 @@ pub async fn run(host: Arc<Host>, guard: Arc<GuardLink>, sink: Sink, operation: 
             rejoining::plan(&host, &leader, &spec, &history, (rewinds_failed, starts_in_vain))
                 .await
                 .map(|plan| Finished::RejoinPlanned(Ok(plan)))
+        }
+        Operation::ArchiveLeft { leader, spec, shared } => {
+            archiving::left(&host, &leader, &spec, shared).await.map(|archived| Finished::LeftArchived(Ok(archived)))
         }
         Operation::Promote { lock, timeline, parent } => {
             promote(&host, &guard, lock, timeline, parent).await.map(|()| Finished::PromotionAsked(Ok(())))
@@ -115,7 +119,11 @@ async fn start(
 ) -> anyhow::Result<Finished> {
     configure::write_names(&host.layout, names, host.has_failover_slots(spec)?)?;
     let (upstream, control) = match &role {
-        StartAs::Standby(upstream) => (upstream.as_ref(), Some(control(host).await?)),
+        StartAs::Standby(upstream) => {
+            // Nobody reads a segment for the archive any more that a standby may write over.
+            rewind::end_orphans(&host.layout).await?;
+            (upstream.as_ref(), Some(control(host).await?))
+        }
         // What the control file says matters to standbys only, and the machine starts a primary on nothing but what it has just read.
         StartAs::Primary => {
             ensure!(rewind::marker(&host.layout)?.is_none(), "it is half rewound: it is no primary's");

@@ -12,6 +12,7 @@
 //! The shell decides nothing. The clock is read once for each event, when it is taken from the queue: an event that waited is judged
 //! by the time at which it is judged.
 
+mod archiving;
 mod executor;
 mod guard_link;
 mod host;

@@ -120,7 +120,7 @@ pub async fn empty(host: &Host, leader: &Upstream) -> anyhow::Result<()> {
     rewind::end_orphans(&host.layout).await?;
     recover_interrupted_swap(&host.layout)?;
     let leader = host.leader_server(leader)?.look(LEADER_LIMIT).await.context("asking the leader before the directory is emptied")?;
-    basebackup::refuse_impossible(host.settled()?.installation.major, &leader)?;
+    basebackup::refuse_impossible(&host.layout, host.settled()?.installation.major, &leader, &host.node.postgres.tablespace_map)?;
     ensure!(!leader.lineage.in_recovery, "the leader is in recovery: the directory is not emptied");
     swap::empty(&host.layout).await
 }
@@ -151,6 +151,7 @@ pub async fn copy(host: &Host, (from, leader): (&Upstream, &Upstream), spec: &Cl
         compress: options.compress.clone(),
         checkpoint_fast: options.checkpoint == Checkpoint::Fast,
         keep,
+        tablespace_map: host.node.postgres.tablespace_map.clone(),
         limit: CLONE_LIMIT,
         watch,
     };

@@ -3,6 +3,7 @@
 //!
 //! What could not be read is absent or `Unknown`, never the value it had before.
 
+pub mod archiving;
 pub mod cluster;
 pub mod copying;
 pub mod failsafe;

@@ -115,6 +115,8 @@ pub struct ControlFacts {
     /// The timeline that this data directory was promoted to last, and under which leadership ([`Epoch::BY_HAND`] under none). None = no
     /// promotion of it is on record.
     pub promoted: Option<(TimelineId, Epoch)>,
+    /// Files of pg_wal that are marked as ready for the archive, and not as archived.
+    pub unarchived: usize,
 }
 
 /// Settings that must never be lower on a standby than on its primary (PostgreSQL manual, "Hot Standby: Administrator's Overview").

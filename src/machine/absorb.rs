@@ -14,9 +14,10 @@ use crate::mutants::{Mutant, mutant};
 use crate::types::{Epoch, Lsn};
 
 use super::action::OperationKind;
+use super::bookkeeping::knows_of;
 use super::event::{AcquireOutcome, Event, Finished};
 use super::hold::LadderDue;
-use super::world::{Etcd, Lock, Vacancy, World, knows_of};
+use super::world::{Etcd, Lock, Vacancy, World};
 
 impl World {
     /// Takes in an event. Returns why the lock is gone if this event took it away.

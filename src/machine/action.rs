@@ -15,7 +15,7 @@ use crate::facts::synchrony::{Names, SyncRecord};
 use crate::policy::rejoin::LostRange;
 use crate::policy::slots;
 use crate::spec::cluster::ClusterSpec;
-use crate::types::{Epoch, LeaseIdentity, LockIdentity, MemberName, Revision, SystemId, TimelineId};
+use crate::types::{Epoch, LeaseIdentity, LockIdentity, Lsn, MemberName, Revision, SystemId, TimelineId};
 
 /// An order.
 #[derive(Debug, Clone)]
@@ -225,6 +225,21 @@ pub enum Operation {
         /// How often PostgreSQL ended by itself in a row, as a standby.
         starts_in_vain: u32,
     },
+    /// Archive what this member wrote as a primary and its archiver did not get to, as far as the leader has it too; put beside what cannot
+    /// be archived in a moment.
+    ArchiveLeft {
+        /// Whose history says what belongs into the archive.
+        leader: Upstream,
+        /// The archive_command.
+        spec: Arc<ClusterSpec>,
+        /// How far the leader has what this member has; None = all of it.
+        shared: Option<Lsn>,
+    },
+    /// Archive what was put beside.
+    ArchiveBeside {
+        /// The archive_command.
+        spec: Arc<ClusterSpec>,
+    },
     /// Have the guard acknowledge "writable until E", lay reserved history files, note the promotion on disk, promote.
     Promote {
         /// Under which lock.
@@ -360,6 +375,8 @@ pub enum OperationKind {
     EmptyDirectory,
     Rewind,
     PlanRejoin,
+    ArchiveLeft,
+    ArchiveBeside,
     Promote,
     SetNames,
     KeepSlots,
@@ -397,6 +414,8 @@ impl Operation {
             Operation::EmptyDirectory { .. } => OperationKind::EmptyDirectory,
             Operation::Rewind { .. } => OperationKind::Rewind,
             Operation::PlanRejoin { .. } => OperationKind::PlanRejoin,
+            Operation::ArchiveLeft { .. } => OperationKind::ArchiveLeft,
+            Operation::ArchiveBeside { .. } => OperationKind::ArchiveBeside,
             Operation::Promote { .. } => OperationKind::Promote,
             Operation::SetNames { .. } => OperationKind::SetNames,
             Operation::KeepSlots(_) => OperationKind::KeepSlots,
@@ -428,10 +447,11 @@ impl OperationKind {
     pub fn is_job(self) -> bool {
         use OperationKind::*;
         match self {
-            Look | Start | Open | Configure | Initdb | Clone | EmptyDirectory | Rewind | PlanRejoin | Promote | SetNames | KeepSlots
-            | EnsureRoles | Checkpoint => true,
+            Look | Start | Open | Configure | Initdb | Clone | EmptyDirectory | Rewind | PlanRejoin | ArchiveLeft | Promote | SetNames
+            | KeepSlots | EnsureRoles | Checkpoint => true,
             PutMember | Acquire | Release | Reaffirm | WriteSync | WriteStatus | RecordPromotion | WriteFailsafe | NoteSuspension
-            | EndMaintenance | ClaimInitialize | GiveUpInitialize | AnswerRequest | Survey | AskPeers | ReachLeader | FenceByScan => false,
+            | EndMaintenance | ClaimInitialize | GiveUpInitialize | AnswerRequest | Survey | AskPeers | ReachLeader | ArchiveBeside
+            | FenceByScan => false,
         }
     }
 }

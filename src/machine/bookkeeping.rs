@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::clock::BootTime;
 use crate::facts::cluster::{Condition, HistoryEntry, Severity};
-use crate::facts::guard::{Rung, StartId};
+use crate::facts::guard::{GuardFacts, PostmasterFacts, Rung, StartId};
 use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState};
 use crate::policy::rejoin;
 use crate::types::{Epoch, Revision};
@@ -15,7 +15,7 @@ use super::action::{Operation, OperationKind, StopMode};
 use super::copying::Progress;
 use super::event::Kept;
 use super::finished::ANSWERED_PAUSE_MS;
-use super::world::{Backoff, World, knows_of};
+use super::world::{Backoff, World};
 
 /// Longest wait between two attempts of an operation that fails.
 const BACKOFF_MAX_MS: u64 = 10_000;
@@ -77,6 +77,15 @@ pub struct Looks {
     pub shut_down: Option<(BootTime, ControlFacts)>,
 }
 
+/// Whether what the guard says takes a start into account.
+pub(super) fn knows_of(guard: &GuardFacts, start: StartId) -> bool {
+    match &guard.postmaster {
+        PostmasterFacts::Running { start: known, .. } | PostmasterFacts::Ending { start: known, .. } => *known >= start,
+        PostmasterFacts::ProvedEmpty { last } => last.is_some_and(|last| last.start >= start),
+        PostmasterFacts::Unclaimed { .. } => false,
+    }
+}
+
 impl World {
     /// What will be needed when the answer comes.
     pub(super) fn note_asked(&mut self, operation: &Operation) {
@@ -106,6 +115,8 @@ impl World {
 
     /// PostgreSQL takes writes here from now on. Starts before the window are forgotten.
     pub(super) fn note_primary_start(&mut self, now: BootTime) {
+        // Whatever is left this time was not tried before.
+        self.forget_failures(OperationKind::ArchiveLeft);
         self.primary_starts.push(now);
         self.primary_starts.retain(|at| now.since(*at) < Duration::from_secs(CRASH_WINDOW_S));
     }
@@ -120,6 +131,7 @@ impl World {
         self.ended(now, OperationKind::Start, result.is_ok());
         match result {
             Ok(start) => {
+                self.started_without_what_is_left();
                 self.synchrony.started(now, start);
                 self.started = Some(start).filter(|start| !self.guard.as_ref().is_some_and(|guard| knows_of(guard, *start)));
             }
@@ -236,6 +248,7 @@ impl World {
                 DataDirectory::Empty => Some(None),
                 DataDirectory::Unknown | DataDirectory::Unusable(_) | DataDirectory::HalfRewound(_) => None,
             };
+            self.left_was_counted(&data);
             // Other files than those that were judged.
             self.judged = self.judged.filter(|_| self.promoted == before);
             self.data = data;
@@ -250,6 +263,7 @@ impl World {
         match data {
             DataDirectory::Full(control) => {
                 self.promoted = Some(control.promoted);
+                self.left.ready = control.unarchived;
                 self.clear("running_unread");
             }
             DataDirectory::Unusable(why) => {
@@ -288,6 +302,8 @@ impl World {
             ),
             None => self.clear("lost_writes"),
         }
+        self.left.beside.clone_from(&kept.unarchived);
+        self.say_what_is_beside();
         self.kept = Kept { untold: std::mem::take(&mut self.kept.untold), ..kept };
     }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::BootTime;
+use crate::facts::archiving::{Archived, Unarchived};
 use crate::facts::cluster::ClusterView;
 use crate::facts::copying::Bytes;
 use crate::facts::failsafe::PromiseAsk;
@@ -192,6 +193,10 @@ pub enum Finished {
     Rewound(Result<(), Failure>),
     /// How to get back behind the leader was judged.
     RejoinPlanned(Result<Rejoin, Failure>),
+    /// What was left to be archived was archived, or put beside.
+    LeftArchived(Result<Archived, Failure>),
+    /// What had been put beside was archived, or not yet.
+    BesideArchived(Result<Archived, Failure>),
     /// Promotion was asked for; whether it happened is seen by the probe.
     PromotionAsked(Result<(), Failure>),
     /// Roles and post_init were seen to.
@@ -254,6 +259,8 @@ impl Finished {
             Finished::Emptied(_) => Kind::EmptyDirectory,
             Finished::Rewound(_) => Kind::Rewind,
             Finished::RejoinPlanned(_) => Kind::PlanRejoin,
+            Finished::LeftArchived(_) => Kind::ArchiveLeft,
+            Finished::BesideArchived(_) => Kind::ArchiveBeside,
             Finished::PromotionAsked(_) => Kind::Promote,
             Finished::NamesSet(_) => Kind::SetNames,
             Finished::Opened(_) => Kind::Open,
@@ -290,6 +297,7 @@ impl Finished {
             OperationKind::EmptyDirectory => Finished::Emptied(Err(why)),
             OperationKind::Rewind => Finished::Rewound(Err(why)),
             OperationKind::PlanRejoin => Finished::RejoinPlanned(Err(why)),
+            OperationKind::ArchiveLeft => Finished::LeftArchived(Err(why)),
             OperationKind::Promote => Finished::PromotionAsked(Err(why)),
             OperationKind::Open => Finished::Opened(Err(why)),
             OperationKind::KeepSlots => Finished::SlotsKept(Err(why)),
@@ -312,6 +320,8 @@ pub struct Kept {
     pub untold: Vec<LostWrites>,
     /// What this host lacks for a rewind.
     pub no_rewind: Option<String>,
+    /// WAL that is to be archived from beside the data directory.
+    pub unarchived: Option<Unarchived>,
 }
 
 /// A member key of another run.

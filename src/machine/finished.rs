@@ -91,6 +91,8 @@ impl World {
                 self.rejoin = result.as_ref().ok().filter(|_| present.is_some()).cloned();
                 self.judge(now, Kind::PlanRejoin, result, "rejoin_unclear");
             }
+            Finished::LeftArchived(result) => self.left_was_archived(now, result),
+            Finished::BesideArchived(result) => self.beside_was_archived(now, result),
             Finished::PromotionAsked(result) => self.judge(now, Kind::Promote, result, "promotion_failed"),
             Finished::RolesEnsured(result) => {
                 if result.is_ok() {

@@ -8,6 +8,7 @@
 
 mod absorb;
 pub mod action;
+pub mod archiving;
 mod bookkeeping;
 pub mod copying;
 pub mod edges;
@@ -40,7 +41,7 @@ use crate::mutants::{Mutant, mutant};
 use self::action::{Action, LeaseOrder, Operation, OperationKind};
 use self::event::Event;
 use self::node::{Context, Input, Node};
-use self::rules::{failsafe as without_etcd, publish, rejoining, requests as asked_for, restart};
+use self::rules::{archiving as archiving_rules, failsafe as without_etcd, publish, rejoining, requests as asked_for, restart};
 use self::state::State;
 use self::world::{Etcd, Lock, Me, World};
 
@@ -170,6 +171,7 @@ impl Machine {
         restart::settle(&mut context, &state);
         rejoining::tell_what_was_lost(&mut context);
         rejoining::tell_what_was_completed(&mut context);
+        archiving_rules::settle(&mut context, &state);
         publish::publish(&mut context, &state);
         leave_if_name_is_taken(&mut context);
     }

@@ -17,6 +17,7 @@ use crate::spec::cluster::{ClusterSpec, Member};
 use crate::types::{Epoch, Incarnation, LeaseIdentity, LockIdentity, MemberName, Revision, TimelineId};
 
 use super::action::{OperationKind, StopMode, Upstream};
+use super::archiving::Left;
 use super::bookkeeping::{Asked, Looks};
 use super::event::{ForeignKey, Kept, PeersAnswer};
 use super::failsafe::Failsafe;
@@ -191,6 +192,8 @@ pub struct World {
     pub rejoin: Option<Rejoin>,
     /// What lies beside the data directory, as last looked at.
     pub kept: Kept,
+    /// What its archiver did not get to while this member was the primary.
+    pub left: Left,
     /// When the checkpoint before a planned stop was made.
     pub checkpointed: Option<BootTime>,
     /// What etcd was asked for.
@@ -252,15 +255,6 @@ pub struct World {
     pub synchrony: Synchrony,
 }
 
-/// Whether what the guard says takes a start into account.
-pub(super) fn knows_of(guard: &GuardFacts, start: StartId) -> bool {
-    match &guard.postmaster {
-        PostmasterFacts::Running { start: known, .. } | PostmasterFacts::Ending { start: known, .. } => *known >= start,
-        PostmasterFacts::ProvedEmpty { last } => last.is_some_and(|last| last.start >= start),
-        PostmasterFacts::Unclaimed { .. } => false,
-    }
-}
-
 impl World {
     /// Knows nothing but who it is.
     pub fn new(me: Me) -> Self {
@@ -302,6 +296,7 @@ impl World {
             promoted: None,
             rejoin: None,
             kept: Kept::default(),
+            left: Left::default(),
             checkpointed: None,
             asked: Asked::default(),
             released: None,

@@ -365,6 +365,7 @@ fn known_end(local: &ControlFacts, wal: &LocalWal) -> Option<Lsn> {
     }
 }
 
+pub mod archiving;
 pub mod rewind;
 
 #[cfg(test)]

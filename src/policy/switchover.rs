@@ -120,7 +120,7 @@ pub fn costs(inputs: &Inputs<'_>) -> Vec<String> {
         (archiver.failing || behind).then(|| {
             let how = if archiver.failing { "its last attempt failed" } else { "it is behind" };
             format!(
-                "{} WAL segments are not archived yet ({how}): they stay in pg_wal of the leader and would be missing from the archive",
+                "{} WAL segments are not archived yet ({how}): what its archiver does not get to is archived by pgherd before it follows",
                 archiver.ready
             )
         })

@@ -97,6 +97,7 @@ async fn read_control(installation: &Installation, layout: &Layout) -> Result<Re
     };
     control.standby_signal = here("standby.signal")?;
     control.backup_label = here("backup_label")?;
+    control.unarchived = super::unarchived::ready(&data_dir.join("pg_wal"))?.len();
     control.promoted = layout.promotion_file().read()?.map(|own| (own.timeline, own.epoch));
     Ok(Ok(control))
 }
@@ -157,6 +158,7 @@ fn parse(stdout: &str, stderr: &str, major_version: u32) -> Result<ControlFacts>
         standby_signal: false,
         backup_label: false,
         promoted: None,
+        unarchived: 0,
     })
 }
 

@@ -9,8 +9,10 @@
 //!                      kept/           the one diverged directory that was swapped out, with why.json
 //!                      discard/        a directory swapped out whose content is elsewhere, while it is being removed
 //!                      swap.json       a swap under way: it is finished at the next start
+//!                      tablespaces.json  what a copy under way has made in the directories of tablespaces
 //!                      rewind/         a rewind under way: marker.json, and the configuration files as they were before
 //!                      lost/1/ …       WAL that a rewind took away, with report.json
+//!                      unarchived/     WAL that is to be archived and is not in pg_wal for long
 //! ```
 //!
 //! When the data directory is a mount point, what must be on its file system (initdb, clone, kept, discard) is in `.pgherd` inside it,
@@ -104,6 +106,11 @@ impl Layout {
         self.beside.join("swap.json")
     }
 
+    /// What a copy under way has made outside the data directory.
+    pub fn tablespaces_note(&self) -> PathBuf {
+        self.beside.join("tablespaces.json")
+    }
+
     /// What is known of a rewind under way.
     pub fn rewind_dir(&self) -> PathBuf {
         self.beside.join("rewind")
@@ -117,6 +124,11 @@ impl Layout {
     /// The WAL that rewinds took away, each in a directory of its own.
     pub fn lost_dir(&self) -> PathBuf {
         self.beside.join("lost")
+    }
+
+    /// WAL that this member wrote as a primary, and that is archived from there.
+    pub fn unarchived_dir(&self) -> PathBuf {
+        self.beside.join("unarchived")
     }
 
     /// The configuration files that served last.

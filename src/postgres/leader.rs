@@ -4,9 +4,11 @@
 //! leader's position is not older than anything the local server received.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::sql::{Secret, Sql, SqlError, text};
+use super::tablespaces::Tablespace;
 use crate::policy::rejoin::{LeaderLineage, TimelineHistory};
 use crate::types::TimelineId;
 
@@ -32,8 +34,8 @@ pub struct LeaderFacts {
     pub history_files: BTreeMap<TimelineId, String>,
     /// Bytes of all databases; None when the user may not ask.
     pub database_bytes: Option<u64>,
-    /// Names of tablespaces outside the data directory.
-    pub tablespaces: Vec<String>,
+    /// Tablespaces outside the data directory.
+    pub tablespaces: Vec<Tablespace>,
 }
 
 const IDENTITY: &str = "
@@ -43,7 +45,9 @@ select (select system_identifier::text from pg_control_system()) as system_id, c
   case when pg_is_in_recovery() then (select timeline_id::text from pg_control_checkpoint())
     else ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int::text end as timeline,
   case when pg_is_in_recovery() then pg_last_wal_replay_lsn()::text else pg_current_wal_insert_lsn()::text end as lsn";
-const TABLESPACES: &str = "select spcname as name from pg_tablespace where spcname not in ('pg_default', 'pg_global') order by 1";
+const TABLESPACES: &str = "select oid::text as oid, spcname as name, pg_tablespace_location(oid) as location from pg_tablespace
+  where spcname not in ('pg_default', 'pg_global') order by oid";
+const TABLESPACE_BYTES: &str = "select oid::text as oid, pg_tablespace_size(oid)::text as bytes from pg_tablespace";
 const HISTORY_NAMES: &str = "select name from pg_ls_dir('pg_wal') as name where name ~ '^[0-9A-F]{8}[.]history$' order by 1";
 const HISTORY_CONTENT: &str = "select convert_from(pg_read_binary_file('pg_wal/' || $1::text), 'SQL_ASCII')";
 const DATABASE_BYTES: &str = "select sum(pg_database_size(oid))::bigint::text as bytes from pg_database";
@@ -76,7 +80,16 @@ impl LeaderServer {
             }
             let mut tablespaces = Vec::new();
             for row in connection.rows(TABLESPACES).await? {
-                tablespaces.push(text(&row, "name")?.to_owned());
+                let (oid, name) = (text(&row, "oid")?.to_owned(), text(&row, "name")?.to_owned());
+                let location = PathBuf::from(text(&row, "location")?);
+                // One that PostgreSQL keeps in place is copied with the data directory.
+                if location.is_absolute() {
+                    tablespaces.push(Tablespace { oid, name, location, bytes: None });
+                }
+            }
+            for row in connection.rows(TABLESPACE_BYTES).await.unwrap_or_default() {
+                let (oid, bytes) = (text(&row, "oid")?, text(&row, "bytes")?.parse().ok());
+                tablespaces.iter_mut().filter(|tablespace| tablespace.oid == oid).for_each(|tablespace| tablespace.bytes = bytes);
             }
             let bytes = connection.row(DATABASE_BYTES).await.ok();
             let database_bytes = bytes.and_then(|row| text(&row, "bytes").ok().and_then(|bytes| bytes.parse().ok()));

@@ -151,7 +151,7 @@ pub async fn keep(
 }
 
 /// A thread cannot be ended: whoever is not waited for any more goes on, and the lock is held until it is through.
-async fn holding(lock: &Arc<File>, work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+pub(super) async fn holding(lock: &Arc<File>, work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
     let lock = Arc::clone(lock);
     let work = move || {
         let result = work();

@@ -28,6 +28,8 @@ pub mod slots;
 pub mod sql;
 pub mod survey;
 pub mod swap;
+pub mod tablespaces;
+pub mod unarchived;
 pub mod wal;
 
 pub use basebackup::{CloneJob, clone_from};

@@ -55,6 +55,7 @@ pub struct Program {
     args: Vec<OsString>,
     env: Vec<(&'static str, OsString)>,
     stdin: Option<Arc<File>>,
+    current_dir: PathBuf,
 }
 
 /// What a program said.
@@ -71,7 +72,7 @@ pub struct Output {
 impl Program {
     /// A program by its path.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), args: Vec::new(), env: Vec::new(), stdin: None }
+        Self { path: path.into(), args: Vec::new(), env: Vec::new(), stdin: None, current_dir: PathBuf::from("/") }
     }
 
     /// One more argument.
@@ -103,6 +104,13 @@ impl Program {
         self
     }
 
+    /// Where it works; without one in the root directory.
+    #[must_use]
+    pub fn current_dir(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.current_dir = directory.into();
+        self
+    }
+
     /// The program's file name, for messages.
     pub fn name(&self) -> String {
         self.path.file_name().map_or_else(|| self.path.display().to_string(), |name| name.to_string_lossy().into_owned())
@@ -123,7 +131,7 @@ impl Program {
             None => Stdio::null(),
         };
         command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true).process_group(0);
-        command.current_dir("/");
+        command.current_dir(&self.current_dir);
         let child = command.spawn().with_context(|| format!("cannot start {}", self.path.display()))?;
         let group = child.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw);
         Ok(Running { child, group })

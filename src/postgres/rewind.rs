@@ -17,7 +17,7 @@ use super::installation::Installation;
 use super::layout::{INSIDE_NAME, Layout};
 use super::leader::LeaderFacts;
 use super::program::{Program, Watch, is_executable};
-use super::{configure, data_directory, files, history_files, lost, postmaster, wal};
+use super::{configure, data_directory, files, history_files, lost, postmaster, tablespaces, unarchived, wal};
 use crate::facts::lost::LostWrites;
 use crate::facts::postgres::{ControlFacts, DatabaseState, LostRange, RewindAttempt};
 use crate::types::Epoch;
@@ -83,7 +83,7 @@ pub async fn rewind(installation: &Installation, layout: &Layout, job: &RewindJo
         // From here on it is all on disk: pg_rewind syncs at its end.
         write_marker(layout, &RewindAttempt { finished: true, ..attempt.clone() })?;
     }
-    finish(layout, job, &attempt)
+    finish(layout, job)
 }
 
 /// The marker; None when no rewind was begun.
@@ -119,7 +119,7 @@ pub async fn end_orphans(layout: &Layout) -> Result<()> {
 }
 
 /// Empty, and locked for as long as it is open anywhere.
-async fn lock(layout: &Layout) -> Result<File> {
+pub(super) async fn lock(layout: &Layout) -> Result<File> {
     layout.prepare()?;
     files::make_directory(&layout.rewind_dir())?;
     let path = layout.rewind_dir().join("lock");
@@ -162,6 +162,11 @@ async fn first(
     lock: &Arc<File>,
     kept: impl FnOnce(LostWrites) + Send,
 ) -> Result<RewindAttempt> {
+    let ours = tablespaces::links(layout.data_dir())?;
+    if let Some(unknown) = job.leader.tablespaces.iter().find(|tablespace| !ours.contains_key(&tablespace.oid)) {
+        // To the leader's path, where something else may be: what is kept of this member, for one.
+        bail!("the leader has a tablespace `{}` that is not here, and pg_rewind would make a link for it", unknown.name);
+    }
     let mut control = data_directory::control_file(installation, layout).await?;
     if !matches!(control.state, DatabaseState::ShutDown | DatabaseState::ShutDownInRecovery) {
         recover(installation, layout, &control, lock).await.context("recovering the server before it is rewound")?;
@@ -259,7 +264,7 @@ async fn check(installation: &Installation, layout: &Layout, job: &RewindJob) ->
 }
 
 /// Each step may be repeated; the marker goes last.
-fn finish(layout: &Layout, job: &RewindJob, attempt: &RewindAttempt) -> Result<()> {
+fn finish(layout: &Layout, job: &RewindJob) -> Result<()> {
     let data_dir = layout.data_dir();
     // The leader's own leftovers, if its data directory is a mount point.
     let inside = data_dir.join(INSIDE_NAME);
@@ -274,22 +279,9 @@ fn finish(layout: &Layout, job: &RewindJob, attempt: &RewindAttempt) -> Result<(
         }
     }
     history_files::bring(data_dir, &job.leader.history_files)?;
-    forget_archiving(&data_dir.join("pg_wal"), attempt)?;
+    // SAFETY row 54: what diverged is not archived from here, whatever is under its name by now, and the rest is the leader's to archive.
+    unarchived::forget(&data_dir.join("pg_wal"))?;
     layout.promotion_file().remove()?;
     postmaster::set_standby(data_dir, true)?;
     remove_marker(layout)
-}
-
-/// SAFETY row 54: no segment that was kept is archived from here, whatever it holds by now; the timeline's own leader has done that.
-fn forget_archiving(pg_wal: &Path, attempt: &RewindAttempt) -> Result<()> {
-    let status = pg_wal.join("archive_status");
-    let kept = Path::new(&attempt.kept).join("pg_wal");
-    for entry in fs::read_dir(&kept).with_context(|| format!("reading {}", kept.display()))? {
-        let name = entry?.file_name().to_string_lossy().into_owned();
-        if wal::segment_of(&name).is_some() {
-            let ready = status.join(format!("{name}.ready"));
-            files::remove_file_if_there(&ready).with_context(|| format!("removing {}", ready.display()))?;
-        }
-    }
-    if status.is_dir() { files::sync_directory(&status) } else { Ok(()) }
 }

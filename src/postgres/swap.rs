@@ -19,10 +19,10 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde::{Deserialize, Serialize};
 
-use super::files;
 use super::layout::{INSIDE_NAME, Layout};
+use super::{files, tablespaces};
 
-/// Beside what is kept: why.
+/// Beside what is kept: why, and where its tablespaces are.
 const WHY: &str = "why.json";
 
 /// Why a swap was not begun.
@@ -92,7 +92,7 @@ pub fn swap(layout: &Layout, from: &Path, keep: &Keep) -> Result<(), SwapError> 
         Keep::Whole { why } => {
             let kept = layout.kept_dir();
             files::make_directory(&kept)?;
-            files::write_whole(&kept.join(WHY), &serde_json::to_vec_pretty(&Why { why }).context("writing why.json")?)?;
+            files::write_whole(&kept.join(WHY), &serde_json::to_vec_pretty(&why_kept(layout, why)?).context("writing why.json")?)?;
             Some(kept.join("data"))
         }
         Keep::Nothing => {
@@ -111,6 +111,12 @@ pub fn swap(layout: &Layout, from: &Path, keep: &Keep) -> Result<(), SwapError> 
 #[derive(Serialize)]
 struct Why<'a> {
     why: &'a str,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tablespaces: Vec<PathBuf>,
+}
+
+fn why_kept<'a>(layout: &Layout, why: &'a str) -> Result<Why<'a>> {
+    Ok(Why { why, tablespaces: tablespaces::links(layout.data_dir())?.into_values().collect() })
 }
 
 /// At the daemon's start, PostgreSQL stopped: finishes a swap that a crash interrupted. Says whether there was one. What was swapped out
@@ -221,6 +227,7 @@ pub async fn empty(layout: &Layout) -> Result<()> {
     layout.prepare()?;
     // What a copy before has left must not come in, and what was discarded before is in the way.
     remove(layout, &layout.clone_dir()).await?;
+    tablespaces::remove_unfinished(layout)?;
     remove_discarded(layout).await?;
     if !files::is_there(layout.data_dir())? {
         return Ok(());
@@ -249,11 +256,12 @@ pub async fn remove_discarded(layout: &Layout) -> Result<()> {
 /// Removes a data directory that is not in use, off the runtime's threads.
 pub(super) async fn remove(layout: &Layout, directory: &Path) -> Result<()> {
     let (layout, directory) = (layout.clone(), directory.to_owned());
-    tokio::task::spawn_blocking(move || remove_with_wal(&layout, &directory)).await.context("the removal was ended")?
+    tokio::task::spawn_blocking(move || remove_whole(&layout, &directory)).await.context("the removal was ended")?
 }
 
-/// Removes a data directory that is not in use, and its WAL directory if that is one of ours outside it.
-fn remove_with_wal(layout: &Layout, directory: &Path) -> Result<()> {
+/// Removes a data directory that is not in use, what only it has of tablespaces, and its WAL directory if that is one of ours outside it.
+fn remove_whole(layout: &Layout, directory: &Path) -> Result<()> {
+    tablespaces::remove_of(layout, directory)?;
     if let (Some(wal_dir), Ok(target)) = (layout.wal_dir(), fs::read_link(directory.join("pg_wal"))) {
         if target == wal_dir {
             // Of a directory made by hand: pgherd's own ones are below it and may be in use.

@@ -221,3 +221,44 @@ fn a_directory_that_is_given_up_is_whole_or_out_and_never_half_there() {
     }
     BY_ENTRY.set(false);
 }
+
+/// What the next copy begins with, after a look has finished the swap.
+fn clear_up(layout: &Layout) {
+    recover_interrupted_swap(layout).unwrap();
+    remove_whole(layout, &layout.clone_dir()).unwrap();
+    tablespaces::remove_unfinished(layout).unwrap();
+    remove_whole(layout, &layout.discard_dir().join("data")).unwrap();
+}
+
+#[test]
+fn p5_a_crash_at_any_step_costs_no_data_directory_its_tablespaces_and_leaves_nobodys() {
+    for (by_entry, keep) in [(false, kept()), (true, kept()), (false, Keep::Nothing), (true, Keep::Nothing)] {
+        BY_ENTRY.set(by_entry);
+        for first in 0.. {
+            let Place { _directory, layout } = &place(true);
+            let root = _directory.path().canonicalize().unwrap();
+            let (old, new) = (root.join("ts/pgherd-1"), root.join("ts/pgherd-2"));
+            for (directory, tablespace) in [(layout.data_dir(), &old), (&layout.clone_dir(), &new)] {
+                fill(tablespace, &[("PG_17_1/5/1", "rows")]);
+                fs::create_dir(directory.join("pg_tblspc")).unwrap();
+                std::os::unix::fs::symlink(tablespace, directory.join("pg_tblspc/16385")).unwrap();
+            }
+            fs::write(layout.tablespaces_note(), serde_json::to_string(&[&new]).unwrap()).unwrap();
+            EFFECTS_LEFT.set(Some(first));
+            let swapped = swap(layout, &layout.clone_dir(), &keep);
+            EFFECTS_LEFT.set(None);
+            clear_up(layout);
+            let link = |directory: &Path| fs::read_link(directory.join("pg_tblspc/16385")).unwrap();
+            let mut linked = vec![link(layout.data_dir())];
+            let put_aside = layout.kept_dir().join("data");
+            linked.extend(put_aside.exists().then(|| link(&put_aside)));
+            for tablespace in [&old, &new] {
+                assert_eq!(tablespace.join("PG_17_1/5/1").exists(), linked.contains(tablespace), "step {first}: {linked:?}");
+            }
+            if swapped.is_ok() {
+                assert!(first > 5 && linked.contains(&new), "{first}");
+                break;
+            }
+        }
+    }
+}

@@ -83,7 +83,6 @@ pub fn node_refusals(node: &NodeSpec) -> Vec<Refusal> {
 pub fn node_conditions(node: &NodeSpec) -> Vec<Condition> {
     let mut idle = Idle(Vec::new());
     idle.say_if(node.api.auth.is_some(), "api.auth", "has no effect: no call of the HTTP API changes anything");
-    idle.say_if(!node.postgres.tablespace_map.is_empty(), "postgres.tablespace_map", "has no effect: tablespaces keep their paths");
     idle.say_if(node.routing.interface.is_some(), "routing.interface", "has no effect: no virtual address is moved");
     idle.say_if(!node.routing.manage.is_empty(), "routing.manage", "has no effect: no service is kept current");
     idle.0

@@ -7,6 +7,7 @@
 #[path = "../rig/mod.rs"]
 mod rig;
 
+mod archiving;
 mod bootstrap;
 mod chaos;
 mod clock;

@@ -16,6 +16,7 @@ use pgherd::cli::demo::runtime::in_own_thread;
 use crate::rig::proxy::Network;
 use crate::rig::wait::{A_WHILE, holds_throughout};
 use crate::rig::world::{MustSucceed, Setup, World};
+use crate::switchover::on_both;
 
 /// Slow enough to be met in the middle, and fast enough for a test.
 fn slow_copies(document: &mut ClusterDocument) {
@@ -160,4 +161,51 @@ fn row_27_a_member_whose_disk_is_put_back_in_time_is_no_witness_and_nothing_ackn
     world.wait_synchronous("again");
     assert!(!world.has_condition(put_back, "put_back"), "it has caught up");
     world.finish();
+}
+
+/// A tablespace's directory on the host of a node, which PostgreSQL may write into.
+fn tablespace(world: &World, index: usize) -> PathBuf {
+    let directory = world.cluster.node_dir(index).join("tablespace");
+    fs::create_dir(&directory).unwrap();
+    let owner = fs::metadata(world.cluster.node_dir(index).join("log")).unwrap();
+    std::os::unix::fs::chown(&directory, Some(owner.uid()), Some(owner.gid())).unwrap();
+    directory
+}
+
+#[test]
+fn tablespaces_are_copied_to_where_a_members_node_document_says_and_a_reinit_copies_them_beside() {
+    on_both(&Setup::default(), |world| {
+        let leader = world.leader();
+        let standbys = world.others(leader);
+        standbys.iter().for_each(|standby| world.cluster.cut_power(*standby));
+        let of_leader = tablespace(&world, leader);
+        world.ask(leader, &format!("create tablespace far location '{}'", of_leader.display())).unwrap();
+        world.ask(leader, "create table public.far tablespace far as select 1 as id").unwrap();
+        for standby in &standbys {
+            let here = tablespace(&world, *standby);
+            let file = world.cluster.node_file(*standby);
+            let map = format!("  postgres:\n    tablespace_map: {{ {}: {} }}\n", of_leader.display(), here.display());
+            let document = fs::read_to_string(&file).unwrap().replacen("  postgres:\n", &map, 1);
+            assert!(document.contains("tablespace_map"), "{document}");
+            fs::write(&file, document).unwrap();
+            fs::remove_dir_all(world.cluster.data_dir(*standby)).unwrap();
+            world.cluster.start_node(*standby).unwrap();
+        }
+        world.wait_whole("after the first copies");
+        let standby = standbys[0];
+        let is_in = |number: u32| {
+            let here = world.cluster.node_dir(standby).join(format!("tablespace/pgherd-{number}"));
+            world.settle(&format!("it is in {}", here.display()), || {
+                let link = world.ask(standby, "select pg_tablespace_location(oid) from pg_tablespace where spcname = 'far'");
+                let rows = world.ask(standby, "select count(*) from public.far");
+                link == Ok(Some(here.display().to_string())) && rows == Ok(Some("1".to_owned()))
+            });
+        };
+        is_in(1);
+        world.cluster.pgherd(&["reinit", world.name(standby), "--yes", "--wait"]).unwrap().must_succeed("pgherd reinit");
+        is_in(2);
+        assert!(!world.cluster.node_dir(standby).join("tablespace/pgherd-1").exists(), "what was given up takes no room");
+        world.wait_whole("after the second copy");
+        world.finish();
+    });
 }

@@ -85,21 +85,6 @@ async fn a_diverged_directory_is_kept_and_a_second_one_is_refused_before_the_cop
 }
 
 #[tokio::test]
-async fn tablespaces_are_refused_with_their_names() {
-    for installation in installations().await {
-        let root = place();
-        let leader = Server::primary(&installation, root.path(), "a").await;
-        let elsewhere = root.path().join("elsewhere");
-        std::fs::create_dir(&elsewhere).unwrap();
-        leader.run(&format!("create tablespace far location '{}'", elsewhere.display())).await;
-        let standby = Server::new(&installation, root.path(), "b");
-        let error = clone_from(&installation, &standby.layout, &standby.clone_job(&leader, Keep::Empty).await).await.unwrap_err();
-        assert!(error.to_string().contains("far"), "{error}");
-        assert_eq!(standby.look().await, DataDirectory::Empty);
-    }
-}
-
-#[tokio::test]
 async fn wal_in_a_directory_of_its_own_goes_with_its_data_directory() {
     for installation in installations().await {
         let root = place();

@@ -185,6 +185,7 @@ impl Server {
             compress: Some("server-gzip".into()),
             checkpoint_fast: true,
             keep,
+            tablespace_map: Default::default(),
             limit: CLONE_LIMIT,
             watch: Default::default(),
         }

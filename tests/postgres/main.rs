@@ -9,6 +9,7 @@
 #[allow(dead_code)]
 mod wait;
 
+mod archiving;
 mod cloning;
 mod configuration;
 mod directories;
@@ -18,3 +19,4 @@ mod lineage;
 mod rewinding;
 mod sessions;
 mod synchronous;
+mod tablespaces;

@@ -40,14 +40,14 @@ async fn judge(member: &Server, leader: &Server) -> Rejoin {
     })
 }
 
-async fn what_is_lost(member: &Server, leader: &Server) -> (String, LostRange) {
+pub async fn what_is_lost(member: &Server, leader: &Server) -> (String, LostRange) {
     match judge(member, leader).await {
         Rejoin::Rewind { why, lost } => (why, lost),
         other => panic!("expected a rewind: {other:?}"),
     }
 }
 
-async fn job(member: &Server, leader: &Server, (why, lost): (String, LostRange)) -> RewindJob {
+pub async fn job(member: &Server, leader: &Server, (why, lost): (String, LostRange)) -> RewindJob {
     let passfile = member.layout.beside().with_extension("rewind.pgpass");
     write_passfile(&passfile, &[PassfileEntry { user: "rewinder", password: &Secret::new(REWIND_PASSWORD) }]).unwrap();
     let target = Target {
@@ -72,7 +72,7 @@ async fn job(member: &Server, leader: &Server, (why, lost): (String, LostRange))
 }
 
 /// Runs it. Gives what it told to be kept.
-async fn run(member: &Server, job: &RewindJob) -> (anyhow::Result<()>, Option<LostWrites>) {
+pub async fn run(member: &Server, job: &RewindJob) -> (anyhow::Result<()>, Option<LostWrites>) {
     let mut kept = None;
     let told = Arc::new(AtomicBool::new(false));
     let telling = Arc::clone(&told);
@@ -84,7 +84,18 @@ async fn run(member: &Server, job: &RewindJob) -> (anyhow::Result<()>, Option<Lo
 
 /// A primary that wrote on after a standby of it was promoted, and then ended; and the other.
 async fn diverged(installation: &Installation, root: &Path, changed: &[(&str, &str)], ended: Signal) -> (Server, Server) {
+    diverged_with(installation, root, changed, None, ended).await
+}
+
+async fn diverged_with(
+    installation: &Installation,
+    root: &Path,
+    changed: &[(&str, &str)],
+    archive_command: Option<String>,
+    ended: Signal,
+) -> (Server, Server) {
     let mut old = Server::new(installation, root, "a");
+    old.inputs.archive_command = archive_command;
     let fixed = old.inputs.parameters.clone();
     old.inputs.parameters = fixed.into_iter().chain(parameters(changed)).collect();
     old.make_primary().await;
@@ -147,8 +158,7 @@ async fn row_55_a_primary_that_crashed_is_recovered_without_a_client_and_without
         let archived = root.path().join("archived");
         std::fs::create_dir(&archived).unwrap();
         let archive = format!("test ! -e {0}/stop && cp %p {0}/%f", archived.display());
-        let changed = [("archive_mode", "on"), ("archive_command", archive.as_str())];
-        let (mut old, new) = diverged(&installation, root.path(), &changed, Signal::SIGQUIT).await;
+        let (mut old, new) = diverged_with(&installation, root.path(), &[], Some(archive), Signal::SIGQUIT).await;
         std::fs::write(archived.join("stop"), "").unwrap();
         let before = std::fs::read_dir(&archived).unwrap().count();
         assert_eq!(old.control().await.state, DatabaseState::InProduction);
@@ -183,8 +193,7 @@ async fn row_55_a_primary_that_crashed_with_a_backup_label_is_not_recovered_alon
 async fn row_54_a_rewound_member_archives_no_segment_of_what_it_had_written() {
     for installation in installations().await {
         let root = place();
-        let changed = [("archive_mode", "on"), ("archive_command", "false")];
-        let (mut old, new) = diverged(&installation, root.path(), &changed, Signal::SIGINT).await;
+        let (mut old, new) = diverged_with(&installation, root.path(), &[], Some("false".to_owned()), Signal::SIGINT).await;
         let ready = |server: &Server| -> Vec<String> {
             let entries = std::fs::read_dir(server.data_dir().join("pg_wal/archive_status")).unwrap().flatten();
             let names = entries.map(|entry| entry.file_name().into_string().unwrap());

@@ -37,7 +37,8 @@ pub fn spec_lines(ttl_s: u64, loop_wait_s: u64, failsafe: bool, replication: Rep
         if mode == "async" { ", use_slots: false".to_owned() } else { format!(", synchronous_node_count: {count}, strict: {strict}") };
     format!(
         "ha: {{ ttl: {ttl_s}s, loop_wait: {loop_wait_s}s, primary_start_timeout: 12s, primary_stop_timeout: 6s, failsafe: {failsafe} }}\n\
-         replication: {{ mode: {mode}{waits} }}"
+         replication: {{ mode: {mode}{waits} }}\n\
+         postgres: {{ archive_command: cp %p /archive/%f }}"
     )
 }
 

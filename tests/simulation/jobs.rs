@@ -47,6 +47,7 @@ impl Sim {
             (Operation::Clone { .. }, 2) => (200, 3_000),
             (Operation::EmptyDirectory { .. }, _) => (10, 1_500),
             (Operation::PlanRejoin { .. }, _) => (10, 80),
+            (Operation::ArchiveLeft { .. }, _) => (10, 900),
             (Operation::Rewind { .. }, rewind::COPIES) => (100, 2_500),
             (Operation::Checkpoint, _) => (10, 400),
             (Operation::Start { .. }, 1) => (3, 40),
@@ -59,6 +60,7 @@ impl Sim {
 
     pub fn cancel_job(&mut self, host: usize) {
         let Some(job) = self.hosts[host].daemon.as_mut().and_then(|daemon| daemon.job.take()) else { return };
+        self.archiving_broke_off(host, &job.operation);
         self.end(host, Finished::failed_job(job.operation.kind(), "cancelled: something more urgent came up".to_owned()));
     }
 
@@ -71,6 +73,7 @@ impl Sim {
 
     pub fn job_fails(&mut self, host: usize, why: &str) {
         let Some(job) = self.hosts[host].daemon.as_mut().and_then(|daemon| daemon.job.take()) else { return };
+        self.archiving_broke_off(host, &job.operation);
         self.end(host, Finished::failed_job(job.operation.kind(), why.to_owned()));
     }
 
@@ -157,6 +160,7 @@ impl Sim {
                 }
                 Err(why) => self.job_fails(host, why),
             },
+            Operation::ArchiveLeft { leader, .. } => self.archive_left(host, &leader),
             Operation::Promote { lock, timeline, parent } => self.promote_step(host, id, step, lock, timeline, parent),
             Operation::EnsureRoles { .. } => {
                 let writes = self.hosts[host].server.accepting() && !self.hosts[host].server.recovering();

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod archiving;
 mod check;
 mod clock;
 mod command;

@@ -411,6 +411,7 @@ impl Server {
                 if let Some(data) = self.data.as_mut().filter(|_| primary) {
                     postmaster.gate.recovered(data.wal.end, postmaster.since);
                     data.open();
+                    (data.unarchived, data.archive_tries) = (1, 0);
                 }
                 if primary && self.ail.crashes {
                     postmaster.checkpoint_at = Some(now.after(ms(200)));

@@ -2,6 +2,7 @@
 
 use pgherd::clock::BootTime;
 use pgherd::etcd::AcquireRequest;
+use pgherd::facts::archiving::Archived;
 use pgherd::facts::cluster::{HistoryEntry, MemberRecord};
 use pgherd::facts::lease::LeaseEvent;
 use pgherd::facts::postgres::Survey;
@@ -133,6 +134,10 @@ impl Sim {
             Operation::Survey => {
                 self.forget_record(host, id);
                 self.end(host, Finished::Surveyed(Ok(Survey::default())));
+            }
+            Operation::ArchiveBeside { .. } => {
+                self.forget_record(host, id);
+                self.end(host, Finished::BesideArchived(Ok(Archived::default())));
             }
             Operation::AskPeers { peers, .. } => self.ask_peers(host, id, peers),
             Operation::ReachLeader(_) => {

@@ -236,6 +236,7 @@ impl Sim {
                 postmaster.receiver = Receiver::Waiting;
                 return;
             }
+            self.checks.takes_up_wal(host, data);
             data.wal.receive(&source);
             postmaster.received = data.wal.end;
             postmaster.receiver = Receiver::Streaming { from, pid: theirs, connection, heard: now };

@@ -189,6 +189,7 @@ impl Checks {
             self.fail("I10", format!("{} rewinds its data directory while it holds the lock", this.name));
         }
         let Some(data) = &this.server.data else { return };
+        self.takes_up_wal(host, data);
         let was = data.half.as_ref().map_or(&data.wal, |half| &half.was);
         let others = hosts.iter().enumerate().filter(|(other, _)| *other != host).filter_map(|(_, other)| other.server.data.as_ref());
         let elsewhere = others.into_iter().any(|other| was.is_in_the_past_of(&other.wal));

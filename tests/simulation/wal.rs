@@ -117,6 +117,9 @@ pub struct Data {
     pub slots: BTreeMap<String, Lsn>,
     /// pg_rewind has begun to write, and has not ended.
     pub half: Option<Half>,
+    /// Segments that the archiver has not got to: there is always one. And how often it was tried to archive them without it.
+    pub unarchived: usize,
+    pub archive_tries: u32,
 }
 
 /// What is in a data directory that is half rewound: no WAL that could be recovered, and pages of everybody that it was copied from.
@@ -150,6 +153,8 @@ impl Data {
             brought: (TimelineId(1), TimelineHistory::default()),
             slots: BTreeMap::new(),
             half: None,
+            unarchived: 0,
+            archive_tries: 0,
         }
     }
 
@@ -169,6 +174,7 @@ impl Data {
             standby_signal: true,
             backup_label: true,
             slots: BTreeMap::new(),
+            unarchived: 0,
             ..source.clone()
         }
     }
@@ -188,7 +194,7 @@ impl Data {
         if !self.was_standby() {
             self.wal.append(RECORD_BYTES);
         }
-        Data { checkpoint, standby_signal: true, backup_label: true, slots: BTreeMap::new(), ..self.clone() }
+        Data { checkpoint, standby_signal: true, backup_label: true, slots: BTreeMap::new(), unarchived: 0, ..self.clone() }
     }
 
     /// Before a start. Laid files above the own timeline would keep a standby's recovery from following.
@@ -222,6 +228,7 @@ impl Data {
             standby_signal: self.standby_signal,
             backup_label: self.backup_label,
             promoted: promotion.map(|own| (own.timeline, own.epoch)),
+            unarchived: self.unarchived,
         }
     }
 
@@ -248,6 +255,7 @@ impl Data {
         self.min_recovery = Some((self.wal.end, timeline));
         self.state = DatabaseState::InProduction;
         self.standby_signal = false;
+        (self.unarchived, self.archive_tries) = (1, 0);
     }
 
     /// The postmaster starts on it.

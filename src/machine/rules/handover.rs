@@ -46,7 +46,7 @@ const STOP_LOOK_MS: u64 = 300;
 /// Why a hand-over is given up in maintenance mode.
 const MAINTAINED: &str = "maintenance mode was set, in which nobody takes the lock";
 
-/// How long the archiver is given once that is seen: about a second in all. What it has not archived then is archived by nobody.
+/// How long the archiver is given once that is seen: about a second in all. What it has not archived then is seen to on the way back.
 pub(crate) const ARCHIVER_PATIENCE_MS: u64 = 700;
 
 pub(crate) fn rule(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<State> {
@@ -145,7 +145,7 @@ fn checkpoint(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<St
     stop(hand_over, context)
 }
 
-/// What is not archived when PostgreSQL has ended is archived by nobody: one that is behind and comes on is given a moment, in which
+/// What is not archived when PostgreSQL has ended holds up the way back: an archiver that is behind and comes on is given a moment, in which
 /// writes go on.
 fn archiver_is_waited_for(context: &mut Context<'_>, since: BootTime, asked: bool) -> bool {
     let requests = &context.world.requests;
@@ -211,8 +211,8 @@ pub(crate) fn end_what_is_left(
     if context.now.since(seen) >= Duration::from_millis(patience_ms) && context.world.may_ask_stop(context.now, StopMode::Kill) {
         context.actions.push(Action::Stop(StopMode::Kill));
         let message = format!(
-            "PostgreSQL has shut down at {} and {who}: the archiver, or a walsender, that still runs is ended; what \
-             pg_wal/archive_status shows as ready here is not in the archive",
+            "PostgreSQL has shut down at {} and {who}: the archiver, or a walsender, that still runs is ended; what is not in \
+             the archive is archived before this member follows",
             control.checkpoint
         );
         context.decide("stop_not_waited_for", message);

@@ -1,5 +1,6 @@
 //! What each state does: facts in, actions and the next state out. No rule waits and none can fail.
 
+pub(crate) mod archiving;
 pub(crate) mod bootstrap;
 pub(crate) mod demoting;
 pub(crate) mod failsafe;

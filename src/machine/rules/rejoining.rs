@@ -11,7 +11,7 @@ use crate::facts::cluster::ClusterView;
 use crate::facts::postgres::DataDirectory;
 use crate::machine::action::{Action, Decision, Old, Operation, OperationKind, StopMode};
 use crate::machine::node::Context;
-use crate::machine::rules::{reinit, standby};
+use crate::machine::rules::{archiving, reinit, standby};
 use crate::machine::state::State;
 use crate::machine::world::World;
 use crate::mutants::{Mutant, mutant};
@@ -63,6 +63,9 @@ pub(crate) fn rule(context: &mut Context<'_>) -> Outcome<State> {
         standby::start_standby(context, None);
         return if context.world.in_flight.contains(&OperationKind::Start) { Transition(State::Following) } else { Handled };
     };
+    if archiving::goes_first(context, &leader) {
+        return Handled;
+    }
     match context.world.rejoin.clone() {
         None => plan(context, leader),
         Some(Rejoin::Follow) => {

@@ -14,7 +14,7 @@ use crate::facts::postgres::{DataDirectory, DatabaseState};
 use crate::facts::requests::{Ask, RequestProgress};
 use crate::machine::action::{Action, Operation, OperationKind, StartAs, StopMode, Upstream};
 use crate::machine::node::Context;
-use crate::machine::rules::{receiving, reinit, requests, slots, synchrony};
+use crate::machine::rules::{archiving, receiving, reinit, requests, slots, synchrony};
 use crate::machine::state::{Demotion, Promotion, State, Then, Way};
 use crate::machine::world::{Etcd, Lock};
 use crate::mutants::{Mutant, mutant};
@@ -116,8 +116,8 @@ fn start_following(context: &mut Context<'_>) -> Outcome<State> {
         return Handled;
     }
     context.world.clear("wrong_system_id");
-    let another = is_of_another_promotion(context);
-    let upstream = receiving::source(context).filter(|_| !another);
+    let first_judged = has_to_be_seen_first(context);
+    let upstream = receiving::source(context).filter(|_| !first_judged);
     if has_to_be_judged(context) {
         return Transition(State::Rejoining);
     }
@@ -163,7 +163,7 @@ fn has_to_be_judged(context: &Context<'_>) -> bool {
     if control.backup_label && control.standby_signal && same_timeline {
         return false;
     }
-    key.record.role == MemberRole::Primary && (!(was_standby && same_timeline) || is_of_another_promotion(context))
+    key.record.role == MemberRole::Primary && (!(was_standby && same_timeline) || has_to_be_seen_first(context))
 }
 
 /// The leader, as it says itself.
@@ -181,14 +181,14 @@ fn follow_running(context: &mut Context<'_>) -> Outcome<State> {
         context.stop(StopMode::Fast { patience: Duration::from_secs(STANDBY_STOP_S) });
         return Handled;
     }
-    let another = is_of_another_promotion(context);
+    let first_judged = has_to_be_seen_first(context);
     let cannot_follow = has_diverged(context) || receiving::is_stuck(context) || receiving::waits_for_a_former_leader(context);
-    if cannot_follow || (another && context.world.leader_writes()) {
+    if cannot_follow || (first_judged && context.world.leader_writes()) {
         context.decide("rejoin", "PostgreSQL cannot follow the leader as it is: it is stopped and the way back is judged");
         context.stop(StopMode::Fast { patience: Duration::from_secs(STANDBY_STOP_S) });
         return Transition(State::Rejoining);
     }
-    if !another && context.world.promoted.is_some() {
+    if !first_judged && context.world.promoted.is_some() {
         keep_configured(context);
         synchrony::keep_standby(context);
         slots::keep(context);
@@ -196,14 +196,18 @@ fn follow_running(context: &mut Context<'_>) -> Outcome<State> {
     if context.world.vacancy.is_some() && can_be_candidate(context) { Transition(State::Candidate) } else { Handled }
 }
 
+/// No leader is followed before its history has been held against our files, or PostgreSQL would make use of them in a way that cannot be
+/// taken back. A server that streams was judged, or is past that.
+fn has_to_be_seen_first(context: &Context<'_>) -> bool {
+    let world = &context.world;
+    let streams = world.running().is_some() && (world.sql().is_none() || world.receiving.not_streaming_since.is_none());
+    !streams && (is_of_another_promotion(context) || archiving::is_owed(world))
+}
+
 /// Our WAL ends on a timeline that we may have made ourselves, outside the cluster's history (SAFETY row 53): no leader is followed before
-/// the files have been judged. A server that streams was judged, or got that timeline by streaming.
+/// the files have been judged.
 fn is_of_another_promotion(context: &Context<'_>) -> bool {
     let world = &context.world;
-    let running = world.running().is_some();
-    if running && (world.sql().is_none() || world.receiving.not_streaming_since.is_none()) {
-        return false;
-    }
     // An old view too: whom it names is whom the files say to follow while etcd cannot be asked.
     let (Some(view), Some(own)) = (world.view.as_ref(), world.own_timeline()) else { return false };
     if world.judged.is_some_and(|(epoch, _)| view.leader.as_ref().is_some_and(|leader| leader.epoch == epoch)) {

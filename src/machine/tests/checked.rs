@@ -188,6 +188,7 @@ fn judge_operation(world: &World, releases: &Releases, now: BootTime, operation:
         | Operation::EmptyDirectory { .. }
         | Operation::Rewind { .. }
         | Operation::PlanRejoin { .. }
+        | Operation::ArchiveLeft { .. }
         | Operation::Initdb { .. } => {
             assert!(world.proved_empty(), "I10: works on the data directory of a live server, {context}");
         }

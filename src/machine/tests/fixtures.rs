@@ -228,6 +228,7 @@ pub(crate) fn control(state: DatabaseState, timeline: u32, lsn: u64) -> ControlF
         standby_signal: false,
         backup_label: false,
         promoted: None,
+        unarchived: 0,
     }
 }
 
@@ -277,6 +278,8 @@ pub(crate) fn failed(operation: &Operation, why: String) -> Finished {
         Operation::EmptyDirectory { .. } => Finished::Emptied(Err(why)),
         Operation::Rewind { .. } => Finished::Rewound(Err(why)),
         Operation::PlanRejoin { .. } => Finished::RejoinPlanned(Err(why)),
+        Operation::ArchiveLeft { .. } => Finished::LeftArchived(Err(why)),
+        Operation::ArchiveBeside { .. } => Finished::BesideArchived(Err(why)),
         Operation::Promote { .. } => Finished::PromotionAsked(Err(why)),
         Operation::Open { .. } => Finished::Opened(Err(why)),
         Operation::KeepSlots(_) => Finished::SlotsKept(Err(why)),

@@ -270,7 +270,7 @@ fn a_look_that_began_before_postgresql_ended_is_not_taken_for_how_it_ended() {
     assert!(actions.iter().any(|action| matches!(action, Action::Do(Operation::Release { .. }))), "{actions:?}");
 }
 
-/// What is not archived when PostgreSQL ends is archived by nobody.
+/// What is not archived when PostgreSQL ends holds up the way back.
 #[test]
 fn row_59_an_archiver_that_comes_on_is_given_a_moment_before_the_stop_and_one_that_fails_or_is_too_slow_is_not_waited_for() {
     let archiver = |failing, ready| Ok(Survey { archiver: Some(Archiver { failing, ready }), ..Survey::default() });

@@ -6,6 +6,7 @@ pub(crate) mod fixtures;
 mod toy;
 
 mod adoption;
+mod archiving;
 mod cluster;
 mod endings;
 mod found;

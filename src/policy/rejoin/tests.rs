@@ -86,6 +86,7 @@ fn old_primary() -> Case {
             standby_signal: false,
             backup_label: false,
             promoted: None,
+            unarchived: 0,
         },
         wal: LocalWal { timeline: TimelineId(1), history: None, last_record: LastRecord::Known(Lsn(SWITCH.0 - 0x80)) },
         own: None,

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use crate::clock::BootTime;
+use crate::facts::archiving::{Archived, Unarchived};
 use crate::facts::cluster::{ClusterView, Initialize, MemberRole};
 use crate::facts::failsafe::PromiseAsk;
 use crate::facts::guard::{GuardFacts, LastEnd, PostmasterFacts, Rung, StartId, Word};
@@ -222,6 +223,11 @@ fn answers() -> Vec<Finished> {
     }
     for done in [Finished::RequestAnswered, Finished::SuspensionNoted, Finished::MaintenanceEnded] {
         all.extend([Ok(true), Ok(false), Err(why())].map(done));
+    }
+    for done in [Finished::LeftArchived, Finished::BesideArchived] {
+        let left = Unarchived { files: 1, first: "a".to_owned(), last: "a".to_owned(), place: "/beside".to_owned() };
+        let put_beside = Archived { files: 1, beside: Some(left), why: Some(why()) };
+        all.extend([Ok(Archived { files: 1, ..Archived::default() }), Ok(put_beside), Err(why())].map(done));
     }
     all.extend([Ok(()), Err(why())].map(Finished::Rewound));
     all.extend([Ok(Some(Revision(30))), Ok(None), Err(why())].map(Finished::Reaffirmed));

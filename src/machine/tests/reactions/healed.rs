@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use crate::clock::BootTime;
+use crate::facts::archiving::Archived;
 use crate::facts::cluster::{ClusterView, Initialize};
 use crate::facts::guard::{GuardFacts, LastEnd, PostmasterFacts, Rung, StartId, Word};
 use crate::facts::lease::{LeaseEvent, LeaseLoss};
@@ -228,6 +229,13 @@ impl Healed {
                     _ => Rejoin::Clone { why: why(), lost: None },
                 }))
             }
+            Operation::ArchiveLeft { .. } => {
+                if let DataDirectory::Full(control) = &mut self.data {
+                    control.unarchived = 0;
+                }
+                Finished::LeftArchived(Ok(Archived { files: 1, ..Archived::default() }))
+            }
+            Operation::ArchiveBeside { .. } => Finished::BesideArchived(Ok(Archived { files: 1, ..Archived::default() })),
             Operation::Promote { timeline, .. } => {
                 (self.in_recovery, self.timeline) = (false, timeline);
                 if let PostmasterFacts::Running { start, .. } = self.guard.postmaster {

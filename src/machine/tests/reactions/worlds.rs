@@ -260,10 +260,14 @@ fn half() -> World {
 fn rejoining() -> Vec<Case> {
     let mut judged = busy(full(DatabaseState::ShutDown), OperationKind::PlanRejoin);
     judged.planned_for = Some(Epoch(350));
+    let mut archives = busy(full(DatabaseState::ShutDown), OperationKind::ArchiveLeft);
+    archives.spec = Some((1, spec_with(&["a", "b", "c"], "postgres: { archive_command: cp %p /archive/%f }")));
+    archives.left.ready = 2;
     vec![
         case("the way back is being judged", State::Rejoining, judged),
         case("the way back is to be judged", State::Rejoining, full(DatabaseState::ShutDown)),
         case("PostgreSQL is being stopped", State::Rejoining, standby()),
+        case("what is left is being archived", State::Rejoining, archives),
         case("it is half rewound", State::Rejoining, half()),
         case("it is being rewound", State::Rejoining, busy(half(), OperationKind::Rewind)),
         useless("a lock is left", State::Rejoining),

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::clock::BootTime;
+use crate::facts::archiving::Archived;
 use crate::facts::guard::Word;
 use crate::facts::lease::LeaseEvent;
 use crate::facts::postgres::{DataDirectory, DatabaseState, Survey};
@@ -179,6 +180,8 @@ impl Toy {
             Operation::EmptyDirectory { leader } => Finished::Emptied(self.empty(member, &leader)),
             Operation::Rewind { .. } => Finished::Rewound(Err("the toy judges to copy".to_owned())),
             Operation::PlanRejoin { leader, .. } => Finished::RejoinPlanned(self.plan(member, &leader)),
+            Operation::ArchiveLeft { .. } => Finished::LeftArchived(Ok(Archived::default())),
+            Operation::ArchiveBeside { .. } => Finished::BesideArchived(Ok(Archived::default())),
             Operation::Promote { lock, timeline, .. } => Finished::PromotionAsked(self.promote(member, lock.epoch, timeline)),
             Operation::EnsureRoles { post_init, .. } => {
                 if post_init {
@@ -322,7 +325,14 @@ impl Toy {
 }
 
 fn needs_etcd(operation: &Operation) -> bool {
-    !matches!(operation, Operation::Survey | Operation::AskPeers { .. } | Operation::ReachLeader(_) | Operation::FenceByScan)
+    !matches!(
+        operation,
+        Operation::Survey
+            | Operation::ArchiveBeside { .. }
+            | Operation::AskPeers { .. }
+            | Operation::ReachLeader(_)
+            | Operation::FenceByScan
+    )
 }
 
 fn duration(operation: &Operation) -> Duration {
