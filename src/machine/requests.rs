@@ -6,7 +6,7 @@ use crate::clock::BootTime;
 use crate::facts::guard::StartId;
 use crate::facts::postgres::Survey;
 use crate::facts::requests::{RequestProgress, StageTime};
-use crate::types::MemberName;
+use crate::types::{Epoch, MemberName};
 
 use super::event::{Configured, Failure};
 
@@ -171,8 +171,8 @@ pub struct Reinit {
     pub since: BootTime,
     /// How long the stages before took.
     pub stages: Vec<StageTime>,
-    /// Since when `sync` has not counted on this member, its server being down.
-    pub uncounted_since: Option<BootTime>,
+    /// Since when `sync` has not counted on this member, its server being down; and under which leader.
+    pub uncounted_since: Option<(Option<Epoch>, BootTime)>,
     /// Why it is given up: nothing of the directory was thrown away.
     pub given_up: Option<String>,
 }

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use pgherd::facts::cluster::ClusterView;
-use pgherd::facts::synchrony::Names;
+use pgherd::facts::synchrony::{Names, SyncRecord};
 use pgherd::types::Lsn;
 
 use super::check::Checks;
@@ -14,7 +14,7 @@ use super::clock::{ms, secs, us};
 use super::host::Host;
 use super::plan::Fault;
 use super::postgres::Receiver;
-use super::wal::Wal;
+use super::wal::{Data, Wal};
 use super::walsenders::Walsender;
 use super::world::{Sim, What, member};
 
@@ -262,9 +262,19 @@ impl Checks {
         let leader = hosts.iter().find(|host| host.name == record.leader).and_then(|host| host.server.data.as_ref());
         let Some(leader) = leader.map(|data| data.wal.clone()) else { return };
         self.acknowledged.1.insert(leader.token());
+        if let Some(what) = self.short_of(record, &leader, hosts, None) {
+            self.fail("I6", what);
+        }
+    }
+
+    /// A commit that is on fewer members than the record says, one of them not counted.
+    pub fn short_of(&self, record: &SyncRecord, leader: &Wal, hosts: &[Host], without: Option<usize>) -> Option<String> {
         for (token, lsn) in self.acknowledged.0.clone() {
-            let on =
-                |host: &&Host| host.server.data.as_ref().is_some_and(|data| data.wal.extent_of(token).is_some_and(|extent| extent >= lsn));
+            let gone = without.map(|without| &hosts[without].name);
+            let on = |host: &&Host| {
+                let has = |data: &Data| data.wal.extent_of(token).is_some_and(|extent| extent >= lsn);
+                gone != Some(&host.name) && host.server.data.as_ref().is_some_and(has)
+            };
             // What was left behind by a promotion is judged there.
             if leader.extent_of(token).is_none() {
                 continue;
@@ -278,9 +288,10 @@ impl Checks {
                     "a commit up to {lsn} is acknowledged and on {there} of {members:?}, where sync says that it is on {} at least",
                     record.copies
                 );
-                return self.fail("I6", what);
+                return Some(what);
             }
         }
+        None
     }
 
     /// I5: where `sync` is in force a new primary has everything that was acknowledged.

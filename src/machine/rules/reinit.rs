@@ -152,11 +152,15 @@ fn failed_too_often(world: &World) -> Option<String> {
 fn nobody_counts_on_us(context: &mut Context<'_>) -> bool {
     let now = context.now;
     let counted = rejoining::is_counted_on(context.world) && !mutant(Mutant::ReinitWhileCountedOn);
+    let epoch = context.world.view.as_ref().and_then(|view| view.leader.as_ref()).map(|leader| leader.epoch);
+    let whole = context.world.control().is_some();
     let Some(reinit) = &mut context.world.requests.reinit else { return false };
-    reinit.uncounted_since = if counted { None } else { reinit.uncounted_since.or(Some(now)) };
+    // Another leader begins to count anew.
+    let before = reinit.uncounted_since.filter(|(under, _)| *under == epoch);
+    reinit.uncounted_since = if counted { None } else { before.or(Some((epoch, now))) };
     let waited = now.since(reinit.since);
-    if let Some(since) = reinit.uncounted_since {
-        return now.since(since) >= Duration::from_secs(UNCOUNTED_FOR_S) || reinit.stage > ReinitStage::Sync;
+    if let Some((_, since)) = reinit.uncounted_since {
+        return now.since(since) >= Duration::from_secs(UNCOUNTED_FOR_S) || reinit.stage > ReinitStage::Sync && !whole;
     }
     if reinit.stage == ReinitStage::Sync && waited >= Duration::from_secs(UNCOUNTED_WITHIN_S) && context.world.control().is_some() {
         let why = format!(

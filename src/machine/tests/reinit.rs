@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::facts::cluster::ClusterView;
 use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState};
 use crate::facts::requests::{Ask, RequestKey, RequestProgress, RequestRecord};
 use crate::facts::synchrony::SyncRecord;
@@ -142,6 +143,24 @@ fn i6_what_was_on_its_way_to_sync_when_the_member_stopped_has_landed_before_its_
     let at = T0 + s(1);
     assert!(!emptied(&checked.handle(at, Event::Tick)), "not at once");
     assert!(!emptied(&checked.handle(at + Duration::from_millis(2_500), Event::Tick)));
+    assert!(emptied(&checked.handle(at + s(4), Event::Tick)));
+}
+
+#[test]
+fn i6_under_the_next_leader_it_is_waited_for_once_more_while_the_directory_is_whole() {
+    let mut checked = stopped(&["b", "c"]);
+    let of_next = |checked: &Checked| {
+        let mut view = ClusterView::clone(checked.world().view.as_ref().unwrap());
+        view.leader = Some(leader("b", 8, 400));
+        view.revision = Revision(500);
+        view.sync = view.sync.map(|record| SyncRecord { epoch: Epoch(400), ..record });
+        Arc::new(view)
+    };
+    checked.handle(T0 + s(1), Event::Tick);
+    let at = T0 + Duration::from_millis(3_900);
+    let next = of_next(&checked);
+    assert!(!emptied(&checked.handle(at, Event::View(next, at))));
+    assert!(!emptied(&checked.handle(at + s(2), Event::Tick)), "the next leader may be about to count on it");
     assert!(emptied(&checked.handle(at + s(4), Event::Tick)));
 }
 
