@@ -103,9 +103,13 @@ impl<'a> Bare<'a> {
 
     /// Sets synchronous_standby_names by hand. Returns before walsenders have read it.
     pub fn set_names(&self, names: &str) -> Result<()> {
+        self.set_names_of(&self.primary, names)
+    }
+
+    fn set_names_of(&self, server: &Server, names: &str) -> Result<()> {
         let quoted = quote(names).context("names with a NUL byte")?;
-        self.write(&self.primary.dir.join("data").join(NAMES_FILE), &format!("synchronous_standby_names = {quoted}\n"))?;
-        texts(&self.config()?, "SELECT pg_reload_conf()::text, ''").map(|_| ())
+        self.write(&server.dir.join("data").join(NAMES_FILE), &format!("synchronous_standby_names = {quoted}\n"))?;
+        texts(&self.cluster.connection(server.port)?, "SELECT pg_reload_conf()::text, ''").map(|_| ())
     }
 
     /// How to connect to every server, the primary first.
@@ -113,14 +117,34 @@ impl<'a> Bare<'a> {
         [&self.primary].into_iter().chain(&self.standbys).map(|server| self.cluster.connection(server.port)).collect()
     }
 
+    /// What can be done before: the first standby gets a slot for each of the others, and every server the names that commits wait for once
+    /// it is the primary, of which one is enough. Without `waits` for nobody.
+    pub fn prepare_to_switch_over(&self, waits: bool) -> Result<()> {
+        let standby = self.standbys.first().context("there is no standby")?;
+        for other in &self.standbys[1..] {
+            execute(&self.cluster.connection(standby.port)?, &slot_for(&other.name)).context("making a slot on a standby")?;
+        }
+        let servers = || [&self.primary].into_iter().chain(&self.standbys);
+        for server in servers() {
+            let others = servers().filter(|other| other.name != server.name).map(|other| format!("\"{}\"", other.name));
+            let names = if waits { format!("ANY 1 ({})", others.collect::<Vec<_>>().join(", ")) } else { String::new() };
+            self.set_names_of(server, &names)?;
+        }
+        Ok(())
+    }
+
     /// Makes the first standby the primary, with nothing between a command's end and the next one: CHECKPOINT, a fast stop, which ends when
-    /// the standby has the shutdown checkpoint, and pg_promote.
+    /// the standbys have the shutdown checkpoint, pg_promote, and a reload of the others, which follow the new primary then.
     pub fn switch_over(&mut self) -> Result<()> {
         execute(&self.config()?, "CHECKPOINT")?;
         self.primary.end()?;
         let standby = self.standbys.first_mut().context("there is no standby")?;
         execute(&self.cluster.connection(standby.port)?, "SELECT pg_promote(false)")?;
         std::mem::swap(&mut self.primary, standby);
+        for other in &self.standbys[1..] {
+            self.configure_to_follow(other)?;
+            texts(&self.cluster.connection(other.port)?, "SELECT pg_reload_conf()::text, ''")?;
+        }
         Ok(())
     }
 
@@ -174,20 +198,19 @@ impl<'a> Bare<'a> {
     }
 
     fn begin_to_follow(&mut self, index: usize) -> Result<()> {
-        let (server, user) = (&self.standbys[index], &self.cluster.household().user.name);
-        // A name of ours has no quote in it.
-        let name = &server.name;
-        let slot = format!(
-            "SELECT pg_create_physical_replication_slot('{name}') WHERE NOT EXISTS \
-             (SELECT FROM pg_replication_slots WHERE slot_name = '{name}')"
-        );
-        execute(&self.config()?, &slot).context("making a slot")?;
+        let server = &self.standbys[index];
+        execute(&self.config()?, &slot_for(&server.name)).context("making a slot")?;
         self.write(&server.dir.join("data/standby.signal"), "")?;
-        let (port, passfile) = (self.primary.port, self.write_passfile(server)?);
-        let conninfo = format!("host=127.0.0.1 port={port} user={user} passfile={} application_name={name}", passfile.display());
-        self.configure(server, &conninfo)?;
+        self.configure_to_follow(server)?;
         self.standbys[index].postmaster = Some(self.spawn(server)?);
         Ok(())
+    }
+
+    fn configure_to_follow(&self, server: &Server) -> Result<()> {
+        let (name, user) = (&server.name, &self.cluster.household().user.name);
+        let (port, passfile) = (self.primary.port, self.write_passfile(server)?);
+        let conninfo = format!("host=127.0.0.1 port={port} user={user} passfile={} application_name={name}", passfile.display());
+        self.configure(server, &conninfo)
     }
 
     fn write_passfile(&self, server: &Server) -> Result<PathBuf> {
@@ -242,6 +265,13 @@ impl<'a> Bare<'a> {
         command.arg("-D").arg(server.dir.join("data"));
         self.cluster.household().spawn(&format!("bare-{}", server.name), command, &server.dir.join("postgres.log"), true)
     }
+}
+
+/// A physical slot of this name, unless it is there. A name of ours has no quote in it.
+fn slot_for(name: &str) -> String {
+    format!(
+        "SELECT pg_create_physical_replication_slot('{name}') WHERE NOT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = '{name}')"
+    )
 }
 
 fn succeed(command: Command) -> Result<()> {

@@ -1,8 +1,8 @@
-//! What a switchover takes without pgherd: the same commands to two servers by hand, with nothing between a command's end and the next.
+//! What a switchover takes without pgherd: the same commands to three servers by hand, with nothing between a command's end and the next.
 //!
 //! They have the settings of the primary that pgherd runs, and the same load: two clients, of which one is the same as the one that sees
-//! pgherd's switchovers directly. No commit of theirs waits for a standby, which a third server would have to be found by first; so that is in
-//! pgherd's figure and not in this one.
+//! pgherd's switchovers directly. Once with commits that wait for one of two standbys, as pgherd's do, and once with commits that wait for none:
+//! what a new primary's first standby costs is the difference.
 
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use super::clients::Client;
 use super::{make_table_on, waiting};
 use crate::clock::BootTime;
 
-/// Two servers, one of which streams from the other.
+/// A primary and two standbys.
 pub struct Floor<'a>(Bare<'a>);
 
 impl<'a> Floor<'a> {
@@ -25,13 +25,15 @@ impl<'a> Floor<'a> {
     pub fn start(cluster: &'a LocalCluster, ports: &PortBlock) -> Result<Floor<'a>> {
         let (_, index) = leader(cluster)?;
         let pattern = cluster.connection(cluster.plan.nodes[index].declared.port)?;
-        let bare = Bare::start(cluster, ports, &pattern, &["standby".to_owned()])?;
+        let bare = Bare::start(cluster, ports, &pattern, &["standby", "other"].map(str::to_owned))?;
         make_table_on(bare.config()?)?;
         Ok(Floor(bare))
     }
 
-    /// How long no row is acknowledged when the primary moves. Nothing else may be written meanwhile.
-    pub fn measure(&mut self, stop: &AtomicBool) -> Result<Duration> {
+    /// How long no row is acknowledged when the primary moves, with commits that wait for a standby or do not. Nothing else may be written
+    /// meanwhile.
+    pub fn measure(&mut self, waits: bool, stop: &AtomicBool) -> Result<Duration> {
+        self.0.prepare_to_switch_over(waits)?;
         let clients = [Client::direct(self.0.configs()?)?, Client::direct(self.0.configs()?)?];
         let flow = |since| waiting::until_rows_flow(stop, &[&clients[0], &clients[1]], since);
         flow(BootTime::now())?;

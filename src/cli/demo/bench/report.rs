@@ -107,7 +107,9 @@ fn at_most(what: String, measured: f64, limit: f64, unit: &'static str) -> Targe
 fn of_switchovers(runs: &[Run]) -> Vec<Target> {
     let title = Scenario::Switchover.title();
     let median = |of: fn(&Run, &Switched) -> f64| seconds(switched(runs).map(|(run, switched)| of(run, switched))).map(|all| all.median_s);
-    let (Some(direct), Some(floor)) = (median(|run, _| run.direct_s), median(|_, switched| switched.floor_s)) else { return Vec::new() };
+    let (Some(direct), Some(floor)) = (median(|run, _| run.direct_s), median(|_, switched| switched.by_hand.waits_s)) else {
+        return Vec::new();
+    };
     let further = median(|run, _| (run.haproxy_s - run.direct_s).max(0.0)).unwrap_or_default();
     let back = switched(runs).map(|(_, switched)| switched.back_s).fold(0.0, f64::max);
     let rewound = switched(runs).filter(|(_, switched)| switched.rewound).count();
@@ -230,7 +232,8 @@ impl Report {
     fn write_former_primaries(&self, text: &mut String) {
         let switched = || switched(&self.runs);
         let rows = [
-            ("the outage of a switchover by hand, without pgherd", seconds(switched().map(|(_, switched)| switched.floor_s))),
+            ("the outage of a switchover by hand, without pgherd", seconds(switched().map(|(_, switched)| switched.by_hand.waits_s))),
+            ("the same, with commits that wait for no standby", seconds(switched().map(|(_, switched)| switched.by_hand.alone_s))),
             ("a former primary streams after a switchover", seconds(switched().map(|(_, switched)| switched.back_s))),
             (
                 "a former primary with 100 MB of WAL of its own streams after its start",
@@ -305,6 +308,7 @@ pub fn check_page(path: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::scenario::ByHand;
     use super::*;
 
     fn run(scenario: Scenario, haproxy_s: f64, direct_s: f64, failed: usize) -> Run {
@@ -355,7 +359,7 @@ mod tests {
 
     #[test]
     fn a_switchover_is_held_against_the_same_by_hand_and_against_itself_directly() {
-        let by_hand = |floor_s: f64| Switched { back_s: 1.0, rewound: false, floor_s };
+        let by_hand = |waits_s: f64| Switched { back_s: 1.0, rewound: false, by_hand: ByHand { waits_s, alone_s: 0.01 } };
         assert_eq!(missed(&[switchover(0.31, 0.3, by_hand(0.16))]), Vec::<String>::new());
         assert_eq!(missed(&[switchover(0.31, 0.3, by_hand(0.14))]).len(), 1, "more than twice as long");
         assert_eq!(missed(&[switchover(0.51, 0.3, by_hand(0.16))]).len(), 1, "longer through HAProxy by more than 0.2 s");
@@ -365,7 +369,10 @@ mod tests {
 
     #[test]
     fn a_former_primary_that_is_back_late_or_not_by_following_is_one_too_many() {
-        let after = |back_s: f64, rewound: bool| switchover(0.2, 0.2, Switched { back_s, rewound, floor_s: 0.2 });
+        let after = |back_s: f64, rewound: bool| {
+            let by_hand = ByHand { waits_s: 0.2, alone_s: 0.2 };
+            switchover(0.2, 0.2, Switched { back_s, rewound, by_hand })
+        };
         assert_eq!(missed(&[after(2.9, false), after(0.1, false)]), Vec::<String>::new());
         assert_eq!(missed(&[after(3.1, false), after(0.1, false)]).len(), 1);
         assert_eq!(missed(&[after(0.1, true), after(0.1, false)]).len(), 1);

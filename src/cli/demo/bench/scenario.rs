@@ -116,6 +116,15 @@ pub struct Run {
     pub switched: Option<Switched>,
 }
 
+/// The outage of a switchover by hand, in seconds.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct ByHand {
+    /// Commits wait for one of two standbys, as pgherd's do.
+    pub waits_s: f64,
+    /// No commit waits for a standby.
+    pub alone_s: f64,
+}
+
 /// What else is seen of a switchover.
 #[derive(Debug, Clone, Serialize)]
 pub struct Switched {
@@ -124,14 +133,15 @@ pub struct Switched {
     /// It did not just follow: it was rewound, or copied.
     pub rewound: bool,
     /// The outage of the same by hand, just after, in seconds.
-    pub floor_s: f64,
+    pub by_hand: ByHand,
 }
 
 impl Switched {
     /// For the line of a run.
     pub fn text(&self) -> String {
         let by = if self.rewound { ", not by following" } else { "" };
-        format!(", former primary back {:.3} s{by}, by hand {:.3} s", self.back_s, self.floor_s)
+        let ByHand { waits_s, alone_s } = self.by_hand;
+        format!(", former primary back {:.3} s{by}, by hand {waits_s:.3} s, without a standby's word {alone_s:.3} s", self.back_s)
     }
 }
 
@@ -177,8 +187,8 @@ impl<'a> Rounds<'a> {
         self.settle().with_context(|| format!("after {scenario:?} on {node}"))?;
         let mut run = self.judge(scenario, (at, node), primary, fault)?;
         if let Some(back_s) = back_s {
-            let (rewound, floor_s) = (self.was_rewound(primary, &run.at)?, self.by_hand()?);
-            run.switched = Some(Switched { back_s, rewound, floor_s });
+            let (rewound, by_hand) = (self.was_rewound(primary, &run.at)?, self.by_hand()?);
+            run.switched = Some(Switched { back_s, rewound, by_hand });
         }
         Ok(run)
     }
@@ -208,14 +218,15 @@ impl<'a> Rounds<'a> {
         Ok(events.iter().any(|event| of_it(event) && ["rewind", "reclone"].contains(&event.kind.as_str())))
     }
 
-    /// The same as a switchover by hand, while nothing is written to the cluster. In seconds.
-    fn by_hand(&mut self) -> Result<f64> {
+    /// The same as a switchover by hand, while nothing is written to the cluster.
+    fn by_hand(&mut self) -> Result<ByHand> {
         let floor = self.floor.as_mut().context("there are no servers to switch over by hand")?;
         [&self.haproxy, &self.direct].iter().for_each(|client| client.pause(true));
-        let took = floor.measure(self.stop)?;
+        let waits_s = floor.measure(true, self.stop)?.as_secs_f64();
+        let alone_s = floor.measure(false, self.stop)?.as_secs_f64();
         [&self.haproxy, &self.direct].iter().for_each(|client| client.pause(false));
         self.rows_flow(BootTime::now())?;
-        Ok(took.as_secs_f64())
+        Ok(ByHand { waits_s, alone_s })
     }
 
     /// The one that has met this scenario least often.
