@@ -245,7 +245,10 @@ impl Executor {
                 if let Some(lease) = &self.lease {
                     lease.let_go();
                 }
-                self.spawn(records::release(etcd, epoch, record));
+                let view = machine.world().view.as_ref();
+                let seen =
+                    view.and_then(|view| view.leader.as_ref()).filter(|leader| leader.epoch == epoch).map(|leader| leader.mod_revision);
+                self.spawn(records::release(etcd, epoch, seen, record));
             }
             Operation::WriteStatus(status) => self.spawn(records::write_status(etcd, status)),
             Operation::Reaffirm(epoch) => self.spawn(records::reaffirm(etcd, name, epoch)),

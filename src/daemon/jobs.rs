@@ -246,6 +246,9 @@ async fn make_cluster(host: &Host, spec: &ClusterSpec) -> anyhow::Result<()> {
 
 /// The guard's acknowledgement first; then what has to be on disk before PostgreSQL may choose its timeline; then promote.
 async fn promote(host: &Host, guard: &Arc<GuardLink>, lock: LockIdentity, timeline: TimelineId, parent: TimelineId) -> anyhow::Result<()> {
+    // Writes stand still meanwhile: the connection is made beside the rest.
+    let sql = host.settled()?.sql.clone();
+    let session = tokio::spawn(async move { sql.session(SQL_LIMIT).await });
     let facts = ask(guard, Request::Facts).await?;
     let PostmasterFacts::Running { start, word, .. } = facts.postmaster else { bail!("PostgreSQL does not run") };
     let data_dir = host.layout.data_dir();
@@ -253,11 +256,12 @@ async fn promote(host: &Host, guard: &Arc<GuardLink>, lock: LockIdentity, timeli
         (parent.next().0..timeline.0).map(|id| (TimelineId(id), "another leadership".to_owned())).collect();
     history_files::lay(data_dir, &others)?;
     host.layout.promotion_file().write(&OwnPromotion { timeline, epoch: lock.epoch, parent, switch_lsn: None })?;
+    let session = session.await.context("connecting to PostgreSQL")?.context("connecting to PostgreSQL, to promote it")?;
     if word != Word::Writable {
         // Last before the promotion: the guard refuses it from A on.
         ask(guard, Request::Vouch { start, word: Word::Writable }).await.context("having the guard acknowledge the promotion")?;
     }
-    host.settled()?.sql.promote(SQL_LIMIT).await.context("promoting PostgreSQL")
+    session.promote(SQL_LIMIT).await.context("promoting PostgreSQL")
 }
 
 async fn set_names(host: &Host, names: &Names, spec: &ClusterSpec, then: AfterNames) -> anyhow::Result<()> {

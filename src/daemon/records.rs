@@ -67,8 +67,8 @@ fn stamp(history: &mut [HistoryEntry]) {
 }
 
 /// Lets the lock go.
-pub async fn release(etcd: Etcd, epoch: Epoch, record: Option<ReleaseRecord>) -> Event {
-    let result = etcd.release(epoch, record.as_ref()).await;
+pub async fn release(etcd: Etcd, epoch: Epoch, seen: Option<Revision>, record: Option<ReleaseRecord>) -> Event {
+    let result = etcd.release(epoch, seen, record.as_ref()).await;
     done(Finished::Released(result.map(|released| released == Released::Released).map_err(|error| failure(&error))))
 }
 

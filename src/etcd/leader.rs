@@ -63,6 +63,8 @@ pub struct AcquireRequest {
     pub maintenance_revision: Revision,
     /// The whole new history, with the entry that reserves our timeline id.
     pub history: Vec<HistoryEntry>,
+    /// The present one could be read. What cannot is not empty: it may have used any timeline id (I9).
+    pub history_is_readable: bool,
     /// The system identifier, when this is the first lock of the cluster.
     pub initialize: Option<SystemId>,
 }
@@ -85,6 +87,7 @@ impl AcquireRequest {
             spec_revision: view.spec_revision,
             maintenance_revision: view.maintenance_revision,
             history,
+            history_is_readable: !view.unreadable.contains_key(&super::keys::relative(&Key::History)),
             initialize,
         }
     }
@@ -211,26 +214,28 @@ impl Etcd {
     }
 
     /// Gives the lock up: deletes it and writes how we left, in one transaction. Without a record the others must wait longer. Only
-    /// after PostgreSQL is proved dead.
+    /// after PostgreSQL is proved dead. `seen` is the lock's key as the caller has seen it, if it has.
     ///
-    /// It deletes the key as it was read: carried out late, after somebody has gone on with the lock ([`Etcd::reaffirm`]), it does nothing.
-    /// Nor does it in maintenance mode, in which nobody could take the lock.
+    /// It deletes the key as it was seen or read: carried out late, after somebody has gone on with the lock ([`Etcd::reaffirm`]), it does
+    /// nothing. Nor does it in maintenance mode, in which nobody could take the lock.
     ///
     /// # Errors
     /// When etcd cannot be asked, or it is not known whether the lock is gone.
-    pub async fn release(&self, epoch: Epoch, record: Option<&ReleaseRecord>) -> Result<Released, EtcdError> {
+    pub async fn release(&self, epoch: Epoch, seen: Option<Revision>, record: Option<&ReleaseRecord>) -> Result<Released, EtcdError> {
+        // Writes stand still meanwhile: to an endpoint that has just answered it goes without reading the key once more.
+        if let Some((endpoint, seen)) = self.pool.heard_just_now().zip(seen) {
+            match self.transact_once(endpoint, self.release_txn(epoch, seen, record)?).await {
+                Ok(response) if response.succeeded() => return Ok(Released::Released),
+                // It may be carried out all the same, or nothing was sent: what is there tells.
+                Ok(_) | Err(EtcdError::Unknown(_) | EtcdError::Unreachable(_)) => {}
+                Err(e) => return Err(e),
+            }
+        }
         let (endpoint, held) = self.read(&[&Key::Leader]).await?;
         let Some(held) = held.into_iter().flatten().find(|kv| kv.create_revision == epoch.0) else {
             return self.was_released(epoch).await;
         };
-        let mut writes = vec![TxnOp::delete(self.keys.leader(), None)];
-        if let Some(record) = record {
-            writes.push(TxnOp::put(self.keys.path(&Key::Release), json(&Key::Release, record)?, None));
-        }
-        let as_read = Compare::mod_revision(self.keys.leader(), CompareOp::Equal, held.mod_revision);
-        let nobody_pauses = Compare::create_revision(self.keys.path(&Key::Maintenance), CompareOp::Equal, 0);
-        let txn = Txn::new().when([self.is_epoch(epoch), as_read, nobody_pauses]).and_then(writes);
-        let unsure = match self.transact_once(endpoint, txn).await {
+        let unsure = match self.transact_once(endpoint, self.release_txn(epoch, Revision(held.mod_revision), record)?).await {
             Ok(response) if response.succeeded() => return Ok(Released::Released),
             Ok(_) => "the lock's key was written meanwhile, or maintenance mode was set".to_owned(),
             Err(EtcdError::Unknown(why)) => why,
@@ -238,6 +243,16 @@ impl Etcd {
         };
         let still = self.read_one(&Key::Leader).await?.is_some_and(|kv| kv.create_revision == epoch.0);
         if still { Err(EtcdError::Unknown(unsure)) } else { self.was_released(epoch).await }
+    }
+
+    fn release_txn(&self, epoch: Epoch, as_seen: Revision, record: Option<&ReleaseRecord>) -> Result<Txn, EtcdError> {
+        let mut writes = vec![TxnOp::delete(self.keys.leader(), None)];
+        if let Some(record) = record {
+            writes.push(TxnOp::put(self.keys.path(&Key::Release), json(&Key::Release, record)?, None));
+        }
+        let as_seen = Compare::mod_revision(self.keys.leader(), CompareOp::Equal, as_seen.0);
+        let nobody_pauses = Compare::create_revision(self.keys.path(&Key::Maintenance), CompareOp::Equal, 0);
+        Ok(Txn::new().when([self.is_epoch(epoch), as_seen, nobody_pauses]).and_then(writes))
     }
 
     /// The lock is not of this epoch any more: was it us who gave it up, the answer having been lost?
@@ -252,21 +267,22 @@ impl Etcd {
     /// # Errors
     /// When etcd cannot be asked before anything was written, or `history` cannot be read. A lost answer is [`Acquisition::Unknown`].
     pub async fn acquire(&self, request: &AcquireRequest) -> Result<Acquisition, EtcdError> {
-        let (endpoint, before) = self.read(&[&Key::Leader, &Key::Initialize, &Key::History]).await?;
-        let mut before = before.into_iter();
-        if let Some(leader) = before.next().flatten() {
-            return Ok(self.read_back(request, &leader));
+        // While nobody leads nobody writes. All that is read before is compared in the transaction, but for a claim of `initialize`.
+        let all_is_known = request.initialize.is_none() && request.history_is_readable;
+        if let Some(endpoint) = self.pool.heard_just_now().filter(|_| all_is_known) {
+            match self.take(endpoint, request, None).await {
+                // Nothing was sent: another endpoint may answer.
+                Err(EtcdError::Unreachable(_)) => {}
+                ended => return ended,
+            }
         }
-        let claim = before.next().flatten();
-        if let Some(history) = before.next().flatten() {
-            // An unreadable history is not an empty one: it may have used any timeline id (I9).
-            super::view::json::<Vec<HistoryEntry>>(&history)
-                .map_err(|why| EtcdError::Unreadable { key: super::keys::relative(&Key::History), why })?;
+        match self.read_before(request).await? {
+            Ok((endpoint, identity)) => self.take(endpoint, request, identity).await,
+            Err(beaten) => Ok(beaten),
         }
-        let identity = match initialize_guard(request, claim.as_ref()) {
-            Ok(guard) => guard,
-            Err(taken) => return Ok(Acquisition::Beaten(taken)),
-        };
+    }
+
+    async fn take(&self, endpoint: usize, request: &AcquireRequest, identity: Option<SystemIdWrite>) -> Result<Acquisition, EtcdError> {
         match self.transact_once(endpoint, self.acquire_txn(request, identity)?).await {
             Ok(response) if response.succeeded() => {
                 let lease = self.identity(&response, request.lease);
@@ -280,6 +296,24 @@ impl Etcd {
             },
             Err(e) => Err(e),
         }
+    }
+
+    /// An endpoint that answers, and what is to be written as the cluster's identity. Err: there is no use in trying.
+    async fn read_before(&self, request: &AcquireRequest) -> Result<Result<(usize, Option<SystemIdWrite>), Acquisition>, EtcdError> {
+        let (endpoint, before) = self.read(&[&Key::Leader, &Key::Initialize, &Key::History]).await?;
+        let mut before = before.into_iter();
+        if let Some(leader) = before.next().flatten() {
+            return Ok(Err(self.read_back(request, &leader)));
+        }
+        let claim = before.next().flatten();
+        if let Some(history) = before.next().flatten() {
+            super::view::json::<Vec<HistoryEntry>>(&history)
+                .map_err(|why| EtcdError::Unreadable { key: super::keys::relative(&Key::History), why })?;
+        }
+        Ok(match initialize_guard(request, claim.as_ref()) {
+            Ok(identity) => Ok((endpoint, identity)),
+            Err(taken) => Err(Acquisition::Beaten(taken)),
+        })
     }
 
     fn acquire_txn(&self, request: &AcquireRequest, identity: Option<SystemIdWrite>) -> Result<Txn, EtcdError> {
@@ -422,6 +456,7 @@ mod tests {
             spec_revision: Revision(0),
             maintenance_revision: Revision(0),
             history: Vec::new(),
+            history_is_readable: true,
             initialize: initialize.map(SystemId),
         }
     }

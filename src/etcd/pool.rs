@@ -26,6 +26,8 @@ use crate::types::{EtcdClusterId, Revision};
 
 /// Longest wait for a silent endpoint before the next one is asked beside it. The shortest is a part of the budget.
 const HEDGE_AFTER_MAX_MS: u64 = 500;
+/// How long an endpoint that answered counts as one that answers. A host whose power is cut is missed only after the least ttl.
+const JUST_NOW_MS: u64 = 250;
 /// Largest answer that is taken: a spec of etcd's limit of 1.5 MB and the members' records fit many times.
 pub(super) const ANSWER_MAX_BYTES: usize = 64 << 20;
 
@@ -110,6 +112,8 @@ pub(super) struct Pool {
     settings: Settings,
     slots: Vec<Slot>,
     preferred: AtomicUsize,
+    /// Which endpoint answered last, and when.
+    heard: Mutex<Option<(usize, Instant)>>,
     witness: Mutex<Witness>,
 }
 
@@ -117,7 +121,7 @@ impl Pool {
     pub(super) fn new(settings: Settings) -> Result<Self, EtcdError> {
         settings.check()?;
         let slots = settings.endpoints.iter().map(|url| Slot { url: url.clone(), client: Mutex::new(None) }).collect();
-        Ok(Self { settings, slots, preferred: AtomicUsize::new(0), witness: Mutex::new(Witness::default()) })
+        Ok(Self { settings, slots, preferred: AtomicUsize::new(0), heard: Mutex::new(None), witness: Mutex::new(Witness::default()) })
     }
 
     pub(super) fn settings(&self) -> &Settings {
@@ -136,6 +140,11 @@ impl Pool {
 
     pub(super) fn url(&self, index: usize) -> &str {
         self.slots.get(index).map_or("?", |slot| slot.url.as_str())
+    }
+
+    /// An endpoint that has answered just now, and nothing else since: what is sent once goes there without a question before it.
+    pub(super) fn heard_just_now(&self) -> Option<usize> {
+        lock(&self.heard).filter(|(_, at)| at.elapsed() < Duration::from_millis(JUST_NOW_MS)).map(|(index, _)| index)
     }
 
     /// Endpoints in the order they are to be tried.
@@ -158,6 +167,7 @@ impl Pool {
 
     /// Drops the connection to an endpoint.
     pub(super) fn forget(&self, index: usize) {
+        *lock(&self.heard) = None;
         if let Some(slot) = self.slots.get(index) {
             lock(&slot.client).take();
         }
@@ -189,6 +199,9 @@ impl Pool {
         let client = self.client(index, self.settings.request_timeout).await.map_err(|e| classify(&e))?;
         let answer = call(client).await.map_err(|e| classify(&e))?;
         self.judge(index, floor, answer.header())?;
+        if T::is_linearizable() {
+            *lock(&self.heard) = Some((index, Instant::now()));
+        }
         Ok(answer)
     }
 

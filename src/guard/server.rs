@@ -226,7 +226,7 @@ impl Guard {
         }
         let now = BootTime::now();
         self.state.proved_empty(now);
-        self.end_orphans();
+        scan::end_others(&left.other_children);
         self.log.say(now, &format!("no process of PostgreSQL is left in {}", self.data_dir.display()));
     }
 

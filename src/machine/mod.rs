@@ -234,7 +234,9 @@ impl Machine {
         // The HTTP API takes a probe for true no longer than loop_wait.
         let loop_wait = self.world.spec().map_or(Duration::from_millis(PROBE_IDLE_MS), |spec| spec.ha.loop_wait);
         let idle = Duration::from_millis(PROBE_IDLE_MS).min(loop_wait / 3);
-        if self.hurried(now) { Duration::from_millis(PROBE_FAST_MS) } else { idle }
+        // One that ends takes no connection, and how it ended the guard says.
+        let ends = self.world.ending().is_some();
+        if self.hurried(now) && !ends { Duration::from_millis(PROBE_FAST_MS) } else { idle }
     }
 
     /// A role is changing, or a server is coming up: what is seen late is an outage that lasts longer.

@@ -8,8 +8,9 @@ use super::event::Failure;
 use super::finished::ANSWERED_PAUSE_MS;
 use super::world::World;
 use crate::clock::BootTime;
-use crate::facts::cluster::ClusterView;
+use crate::facts::cluster::{ClusterView, ReleaseRecord};
 use crate::facts::guard::{StartId, Word};
+use crate::facts::postgres::SqlFacts;
 use crate::facts::synchrony::{Names, SyncRecord};
 use crate::mutants::{Mutant, mutant};
 use crate::policy::synchrony::InForce;
@@ -74,8 +75,10 @@ pub struct Synchrony {
     asked: Option<(Option<StartId>, Names)>,
     /// It is being started with clients kept out.
     closes: bool,
-    /// What the lock is being taken on.
-    judged_on: Option<Known>,
+    /// What the lock is being taken on, and how the last leader left.
+    judged_on: Option<(Option<Known>, Option<ReleaseRecord>)>,
+    /// How the last leader before this leadership left, if it did in good order.
+    left: Option<(Epoch, ReleaseRecord)>,
     /// The record that is being written.
     writing: Option<SyncRecord>,
     /// Who counts, in this leadership.
@@ -97,7 +100,9 @@ impl Synchrony {
                     server.in_force.ordered(names);
                 }
             }
-            Operation::Acquire { judged_on, .. } => self.judged_on = in_view(judged_on, Revision(0)),
+            Operation::Acquire { judged_on, .. } => {
+                self.judged_on = Some((in_view(judged_on, Revision(0)), judged_on.release.clone()));
+            }
             Operation::WriteSync { record, .. } => self.writing.clone_from(record),
             _ => {}
         }
@@ -125,7 +130,9 @@ impl Synchrony {
 
     /// The lock was won on a view; nothing was written under it yet.
     pub(super) fn lock_won(&mut self, epoch: Epoch) {
-        self.written = self.judged_on.take().map(|known| Known { lock: Revision(epoch.0), ..known });
+        let (known, left) = self.judged_on.take().unwrap_or_default();
+        self.written = known.map(|known| Known { lock: Revision(epoch.0), ..known });
+        self.left = left.map(|left| (epoch, left));
         self.seen_from = Revision(epoch.0);
         self.standbys = None;
         self.said = None;
@@ -228,6 +235,13 @@ impl World {
     pub(super) fn is_synchronous(&self) -> bool {
         let recorded = self.view.as_ref().is_some_and(|view| view.sync_revision.0 != 0);
         recorded || self.spec().is_some_and(|spec| spec.replication.mode != ReplicationMode::Async)
+    }
+
+    /// No member has WAL that this one has not: the leader before ended in good order, and this member has all of its WAL.
+    pub(super) fn nobody_is_ahead(&self, epoch: Epoch) -> bool {
+        let left = self.synchrony.left.as_ref().filter(|(of, _)| *of == epoch).map(|(_, left)| left);
+        let has_all = |left: &ReleaseRecord, sql: &SqlFacts| left.timeline == sql.timeline && left.lsn < sql.end_of_wal();
+        left.zip(self.sql()).is_some_and(|(left, sql)| has_all(left, sql))
     }
 
     /// A primary that starts again may have commits that no standby has, and that nobody was told of (SAFETY row 48).

@@ -197,13 +197,9 @@ pub async fn open(layout: &Layout, sql: &Sql, pg_hba: &str, limit: Duration) -> 
 pub async fn set_names(layout: &Layout, sql: &Sql, (names, failover_slots): (&Names, bool), limit: Duration) -> Result<()> {
     write_names(layout, names, failover_slots)?;
     undo_alter_system(layout)?;
-    sql.reload(limit).await?;
-    let shown = sql
-        .with(limit, async |fresh| {
-            let row = fresh.row("select current_setting('synchronous_standby_names') as names").await?;
-            Ok(text(&row, "names")?.to_owned())
-        })
-        .await?;
+    let fresh = sql.reload(limit).await?;
+    let row = tokio::time::timeout(limit, fresh.row("select current_setting('synchronous_standby_names') as names")).await??;
+    let shown = text(&row, "names")?;
     ensure!(shown == names.to_string(), "a new session has synchronous_standby_names `{shown}` and not `{names}`");
     Ok(())
 }

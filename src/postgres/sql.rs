@@ -115,24 +115,31 @@ impl Connection {
     /// Connects. The caller limits the time.
     pub async fn open(config: &Config) -> Result<Self, SqlError> {
         let (client, connection) = config.connect(NoTls).await?;
+        let major = connection.parameter("server_version").and_then(major_of).unwrap_or(0);
         let driver = tokio::spawn(async move {
             let _ = connection.await;
         });
         let connection = Self { client, driver };
         // Those that not every version knows, which the start-up packet therefore cannot carry.
-        connection
-            .client
-            .batch_execute(
-                "select pg_catalog.set_config(name, '0', false) from pg_catalog.pg_settings where name in ('idle_session_timeout', \
-                 'transaction_timeout')",
-            )
-            .await?;
+        if let Some(statements) = timeouts_off(major) {
+            connection.client.batch_execute(statements).await?;
+        }
         Ok(connection)
     }
 
     /// Whether it is of no use any more.
     pub fn is_closed(&self) -> bool {
         self.client.is_closed()
+    }
+
+    /// Asks for promotion and does not wait for it: the caller polls until the probe says it is out of recovery, and checks the timeline.
+    /// Only under the lock, after the guard has the deadline (I3).
+    pub async fn promote(&self, limit: Duration) -> Result<(), SqlError> {
+        let asked = within(limit, "did not answer", self.row("select pg_catalog.pg_promote(wait => false)::text as asked")).await?;
+        match text(&asked, "asked")? {
+            "true" => Ok(()),
+            _ => Err(SqlError::Nonsense("pg_promote could not signal the postmaster".to_owned())),
+        }
     }
 
     /// Runs statements, as text; no rows wanted.
@@ -157,6 +164,21 @@ impl Connection {
             parameters.iter().map(|text| text as &(dyn tokio_postgres::types::ToSql + Sync)).collect();
         let rows = self.client.query(statement, &parameters).await?;
         Ok(rows.iter().map(|row| (0..row.len()).map(|column| row.try_get(column).unwrap_or(None)).collect()).collect())
+    }
+}
+
+/// The major version in what a server says of itself, such as `17.2 (Debian 17.2-1)` or `18beta1`.
+fn major_of(server_version: &str) -> Option<u32> {
+    let digits = server_version.find(|character: char| !character.is_ascii_digit()).unwrap_or(server_version.len());
+    server_version[..digits].parse().ok()
+}
+
+/// What ends a session that is slow, or waits for its next question, and is unknown to older servers.
+fn timeouts_off(major: u32) -> Option<&'static str> {
+    match major {
+        17.. => Some("set idle_session_timeout = 0; set transaction_timeout = 0"),
+        14.. => Some("set idle_session_timeout = 0"),
+        _ => None,
     }
 }
 
@@ -237,45 +259,45 @@ impl Sql {
         self.with(limit, async |connection| connection.execute(message).await).await
     }
 
-    /// Asks for promotion and does not wait for it: the caller polls until the probe says it is out of recovery, and checks the timeline.
-    /// Only under the lock, after the guard has the deadline (I3).
-    pub async fn promote(&self, limit: Duration) -> Result<(), SqlError> {
-        let asked = self.with(limit, async |connection| {
-            let row = connection.row("select pg_catalog.pg_promote(wait => false)::text as asked").await?;
-            Ok(text(&row, "asked")? == "true")
-        });
-        match asked.await? {
-            true => Ok(()),
-            false => Err(SqlError::Nonsense("pg_promote could not signal the postmaster".to_owned())),
-        }
+    /// A session of its own, for [`Connection::promote`].
+    pub async fn session(&self, limit: Duration) -> Result<Connection, SqlError> {
+        within(limit, "did not take a connection", self.open()).await
     }
 
-    /// Asks the server to read its files again, and waits until a new connection sees that it has.
-    pub async fn reload(&self, limit: Duration) -> Result<(), SqlError> {
-        self.with(limit, async |held| self.reload_over(held, limit).await).await
+    /// Asks the server to read its files again, and waits until a new connection sees that it has: that one.
+    pub async fn reload(&self, limit: Duration) -> Result<Connection, SqlError> {
+        let reloading = async {
+            let held = self.open().await?;
+            // It has only just been made: it has the postmaster's time.
+            let before = loaded_at(&held).await?;
+            self.reload_from(&held, Some(before)).await
+        };
+        within(limit, NOT_RELOADED, reloading).await
     }
 
     /// As [`Self::reload`], asked over a connection that is open already, as what is loaded may shut new ones out.
     pub(super) async fn reload_over(&self, held: &Connection, limit: Duration) -> Result<(), SqlError> {
-        let loaded = "select extract(epoch from pg_catalog.pg_conf_load_time())::text as at";
         let reloading = async {
-            // A fresh connection has the postmaster's time; one that is open has the time at which it noticed itself.
-            let loaded_at = async |connection: &Connection| Ok::<_, SqlError>(text(&connection.row(loaded).await?, "at")?.to_owned());
             let before = match self.open().await {
                 Ok(fresh) => Some(loaded_at(&fresh).await?),
                 Err(_) => None,
             };
-            held.execute("select pg_catalog.pg_reload_conf()").await?;
-            loop {
-                let now = loaded_at(&self.open().await?).await?;
-                if Some(&now) != before.as_ref() {
-                    return Ok(());
-                }
-                tokio::time::sleep(RELOAD_POLL).await;
-            }
+            self.reload_from(held, before).await
         };
-        let late = || SqlError::NoAnswer(format!("the server did not reload its files within {} ms", limit.as_millis()));
-        tokio::time::timeout(limit, reloading).await.unwrap_or_else(|_| Err(late()))
+        within(limit, NOT_RELOADED, reloading).await.map(drop)
+    }
+
+    async fn reload_from(&self, held: &Connection, before: Option<String>) -> Result<Connection, SqlError> {
+        held.execute("select pg_catalog.pg_reload_conf()").await?;
+        let mut pause = RELOAD_POLL_MIN;
+        loop {
+            let fresh = self.open().await?;
+            if before != Some(loaded_at(&fresh).await?) {
+                return Ok(fresh);
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(RELOAD_POLL_MAX);
+        }
     }
 
     /// Names of parameters that wait for a restart.
@@ -299,8 +321,24 @@ impl Sql {
     }
 }
 
-/// Between two looks at whether a reload has happened.
-const RELOAD_POLL: Duration = Duration::from_millis(20);
+/// Between two looks at whether a reload has happened: the postmaster takes its signal at once, but for a machine that is busy.
+const RELOAD_POLL_MIN: Duration = Duration::from_millis(2);
+/// The longest time between two of them.
+const RELOAD_POLL_MAX: Duration = Duration::from_millis(20);
+
+const NOT_RELOADED: &str = "did not reload its files";
+
+/// When the files were read that this session goes by. A fresh connection has the postmaster's time; one that is open has the time at which it
+/// noticed itself.
+async fn loaded_at(connection: &Connection) -> Result<String, SqlError> {
+    let row = connection.row("select extract(epoch from pg_catalog.pg_conf_load_time())::text as at").await?;
+    Ok(text(&row, "at")?.to_owned())
+}
+
+async fn within<T>(limit: Duration, not_done: &str, work: impl Future<Output = Result<T, SqlError>>) -> Result<T, SqlError> {
+    let late = || SqlError::NoAnswer(format!("the server {not_done} within {} ms", limit.as_millis()));
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| Err(late()))
+}
 
 fn base_config(port: u16, user: &str) -> Config {
     let mut config = Config::new();

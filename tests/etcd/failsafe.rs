@@ -57,7 +57,7 @@ async fn i1_the_lock_is_not_taken_when_who_may_take_it_has_changed(server: EtcdS
     etcd.put_member(&name("b"), &record(1), theirs).await.unwrap();
     let judged_before = request(&etcd, "b", theirs).await;
     etcd.write_failsafe(former.epoch, Revision(0), Some(&naming(&["a"]))).await.unwrap();
-    etcd.release(former.epoch, None).await.unwrap();
+    etcd.release(former.epoch, None, None).await.unwrap();
     assert_eq!(etcd.acquire(&judged_before).await.unwrap(), Acquisition::Beaten(Beaten::FailsafeMoved));
     let judged_now = request(&etcd, "b", theirs).await;
     assert!(matches!(etcd.acquire(&judged_now).await.unwrap(), Acquisition::Acquired(_)));

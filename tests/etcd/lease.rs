@@ -214,7 +214,7 @@ async fn a_lock_is_let_go_before_it_is_released(server: EtcdServer) {
     keeper.handle.let_go();
     let renewed = |event: &LeaseEvent| matches!(event, LeaseEvent::Renewed { .. });
     keeper.until(renewed).await;
-    etcd.release(lock.epoch, None).await.unwrap();
+    etcd.release(lock.epoch, None, None).await.unwrap();
     for _ in 0..2 {
         let events = keeper.until(renewed).await;
         assert!(!events.iter().any(|event| matches!(event, LeaseEvent::Lost { .. })), "{events:?}");

@@ -5,7 +5,7 @@ use std::time::Duration;
 use etcd_client::PutOptions;
 use pgherd::etcd::{Acquisition, Beaten, Etcd, EtcdError, Fenced, Moved, PutMember, Released, Settings};
 use pgherd::facts::cluster::{Initialize, ReleaseRecord, StatusRecord};
-use pgherd::types::{Epoch, Lsn, Revision, SystemId, TimelineId};
+use pgherd::types::{Epoch, LockIdentity, Lsn, Revision, SystemId, TimelineId};
 
 use crate::support::etcd_server::{EtcdServer, settings};
 use crate::support::lossy::{Afterwards, hold_back, lose_answer_to};
@@ -18,6 +18,7 @@ against_both! { 1, &[];
     an_acquisition_whose_answer_is_lost_is_read_back,
     an_acquisition_that_cannot_be_read_back_is_unknown_and_not_tried_again,
     a_release_says_how_and_is_the_same_said_twice,
+    a_release_on_the_key_as_it_was_seen_goes_without_reading_it_again_and_is_never_mistaken,
     i1_a_release_that_comes_late_deletes_nothing_once_the_locks_key_was_written_again,
     i11_initialize_is_claimed_once_and_becomes_the_identity_with_the_first_lock,
     a_member_key_of_another_run_is_not_overwritten,
@@ -40,14 +41,14 @@ async fn i4_a_leader_write_under_a_stale_epoch_changes_nothing(server: EtcdServe
     let etcd = server.etcd();
     let first = take_lock(&etcd, "a", lease_of_a_minute(&server).await).await;
     assert_eq!(etcd.write_status(first.epoch, &status(first.epoch)).await.unwrap(), Fenced::Written);
-    assert_eq!(etcd.release(first.epoch, None).await.unwrap(), Released::Released);
+    assert_eq!(etcd.release(first.epoch, None, None).await.unwrap(), Released::Released);
     let second = take_lock(&etcd, "b", lease_of_a_minute(&server).await).await;
     assert!(second.epoch > first.epoch);
 
     let before = etcd.read_view().await.unwrap();
     assert_eq!(etcd.write_status(first.epoch, &status(first.epoch)).await.unwrap(), Fenced::NotOurs);
     assert_eq!(etcd.record_promotion(first.epoch, &[]).await.unwrap(), Fenced::NotOurs);
-    assert_eq!(etcd.release(first.epoch, None).await.unwrap(), Released::NotOurs);
+    assert_eq!(etcd.release(first.epoch, None, None).await.unwrap(), Released::NotOurs);
     assert_eq!(etcd.read_view().await.unwrap(), before, "not even the revision moved");
     assert_eq!(etcd.record_promotion(second.epoch, &before.history).await.unwrap(), Fenced::Written);
 }
@@ -132,14 +133,45 @@ async fn a_release_says_how_and_is_the_same_said_twice(server: EtcdServer) {
     let etcd = server.etcd();
     let lock = take_lock(&etcd, "a", lease_of_a_minute(&server).await).await;
     let left = ReleaseRecord { epoch: lock.epoch, timeline: TimelineId(2), lsn: Lsn(9), to: Some(name("b")) };
-    assert_eq!(etcd.release(lock.epoch, Some(&left)).await.unwrap(), Released::Released);
+    assert_eq!(etcd.release(lock.epoch, None, Some(&left)).await.unwrap(), Released::Released);
     let view = etcd.read_view().await.unwrap();
     assert_eq!((view.leader, view.release), (None, Some(left.clone())));
-    assert_eq!(etcd.release(lock.epoch, Some(&left)).await.unwrap(), Released::Released, "as after a lost answer");
+    assert_eq!(etcd.release(lock.epoch, None, Some(&left)).await.unwrap(), Released::Released, "as after a lost answer");
 
     take_lock(&etcd, "b", lease_of_a_minute(&server).await).await;
     assert_eq!(etcd.read_view().await.unwrap().release, None, "whoever takes the lock takes the record away");
-    assert_eq!(etcd.release(lock.epoch, Some(&left)).await.unwrap(), Released::NotOurs);
+    assert_eq!(etcd.release(lock.epoch, None, Some(&left)).await.unwrap(), Released::NotOurs);
+}
+
+async fn a_release_on_the_key_as_it_was_seen_goes_without_reading_it_again_and_is_never_mistaken(server: EtcdServer) {
+    let (etcd, lease) = (server.etcd(), lease_of_a_minute(&server).await);
+    let left =
+        |lock: LockIdentity| ReleaseRecord { epoch: lock.epoch, timeline: TimelineId(2), lsn: Lsn(9), to: Some(name("lose-my-answer")) };
+    let seen = async || etcd.read_view().await.unwrap().leader.map(|leader| leader.mod_revision);
+
+    let lock = take_lock(&etcd, "a", lease).await;
+    let (before, as_seen) = (etcd.read_view().await.unwrap().revision, seen().await);
+    assert_eq!(etcd.release(lock.epoch, as_seen, Some(&left(lock))).await.unwrap(), Released::Released);
+    let view = etcd.read_view().await.unwrap();
+    assert_eq!((view.leader, view.release), (None, Some(left(lock))));
+    assert_eq!(view.revision.0, before.0 + 1, "it is one write");
+    assert_eq!(etcd.release(lock.epoch, as_seen, Some(&left(lock))).await.unwrap(), Released::Released, "as after a lost answer");
+
+    let lock = take_lock(&etcd, "a", lease).await;
+    let stale = seen().await;
+    assert!(etcd.reaffirm(lock.epoch, &name("a")).await.unwrap().is_some());
+    assert_eq!(etcd.release(lock.epoch, stale, Some(&left(lock))).await.unwrap(), Released::Released, "the key is read after all");
+
+    let lock = take_lock(&etcd, "a", lease).await;
+    let (url, lost) = lose_answer_to("lose-my-answer", server.port(0), Afterwards::Pass).await;
+    let lossy = Etcd::new(settings(vec![url])).unwrap();
+    assert_eq!(lossy.read_view().await.unwrap().leader.map(|leader| leader.epoch), Some(lock.epoch), "it has answered just now");
+    assert_eq!(lossy.release(lock.epoch, seen().await, Some(&left(lock))).await.unwrap(), Released::Released);
+    assert!(lost.load(std::sync::atomic::Ordering::SeqCst));
+
+    let theirs = take_lock(&etcd, "b", lease_of_a_minute(&server).await).await;
+    assert_eq!(etcd.release(lock.epoch, seen().await, Some(&left(lock))).await.unwrap(), Released::NotOurs);
+    assert_eq!(etcd.read_view().await.unwrap().leader.map(|leader| leader.epoch), Some(theirs.epoch), "another's lock stays");
 }
 
 async fn i1_a_release_that_comes_late_deletes_nothing_once_the_locks_key_was_written_again(server: EtcdServer) {
@@ -149,7 +181,7 @@ async fn i1_a_release_that_comes_late_deletes_nothing_once_the_locks_key_was_wri
         let (url, on_its_way) = hold_back("held-back", server.port(0)).await;
         let impatient = Settings { request_timeout: Duration::from_secs(1), ..settings(vec![url]) };
         let left = ReleaseRecord { epoch: lock.epoch, timeline: TimelineId(2), lsn: Lsn(9), to: Some(name("held-back")) };
-        let released = Etcd::new(impatient).unwrap().release(lock.epoch, Some(&left)).await;
+        let released = Etcd::new(impatient).unwrap().release(lock.epoch, None, Some(&left)).await;
         assert!(matches!(released, Err(EtcdError::Unknown(_))), "{released:?}");
         if written_again {
             assert!(etcd.reaffirm(lock.epoch, &name("a")).await.unwrap().is_some());

@@ -33,11 +33,11 @@ async fn i1_no_lock_is_taken_or_given_back_beside_the_key(server: EtcdServer) {
 
     let lock = take_lock(&etcd, "a", ours).await;
     assert!(etcd.set_maintenance(&mode(Phase::On), ABSENT, Revision(lock.epoch.0)).await.unwrap());
-    assert!(matches!(etcd.release(lock.epoch, None).await, Err(EtcdError::Unknown(why)) if why.contains("maintenance mode")));
+    assert!(matches!(etcd.release(lock.epoch, None, None).await, Err(EtcdError::Unknown(why)) if why.contains("maintenance mode")));
     let view = etcd.read_view().await.unwrap();
     assert_eq!(view.leader.map(|leader| leader.epoch), Some(lock.epoch), "nobody could take it");
     assert!(etcd.end_maintenance(view.maintenance_revision, Revision(lock.epoch.0)).await.unwrap());
-    assert_eq!(etcd.release(lock.epoch, None).await.unwrap(), Released::Released);
+    assert_eq!(etcd.release(lock.epoch, None, None).await.unwrap(), Released::Released);
 }
 
 async fn i1_in_maintenance_mode_the_lock_is_taken_on_the_key_as_it_was_judged_on(server: EtcdServer) {

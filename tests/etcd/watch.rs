@@ -82,7 +82,7 @@ async fn a_deleted_leader_is_seen_and_with_its_release(server: EtcdServer) {
         lsn: pgherd::types::Lsn(1),
         to: None,
     };
-    etcd.release(lock.epoch, Some(&left)).await.unwrap();
+    etcd.release(lock.epoch, None, Some(&left)).await.unwrap();
     let (view, _) = watched.view(|view| view.leader.is_none()).await;
     assert_eq!(view.release, Some(left), "one transaction is one view");
     assert_eq!(*view, etcd.read_view().await.unwrap());

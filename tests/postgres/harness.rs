@@ -308,7 +308,7 @@ impl Server {
 
     /// Promotes and waits until it is out of recovery.
     pub async fn promote(&self) -> SqlFacts {
-        self.sql.promote(LIMIT).await.unwrap();
+        self.sql.session(LIMIT).await.unwrap().promote(LIMIT).await.unwrap();
         self.until("it is out of recovery", |facts| !facts.in_recovery).await
     }
 

@@ -25,8 +25,13 @@ use super::world::{DaemonDue, Sim, What};
 const PEER_TIMEOUT_MS: u64 = 700;
 const PUT_MEMBER_TRIES: u32 = 3;
 
+/// How often an endpoint is known to answer.
+const UNREAD_PERCENT: u64 = 70;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
+    /// The transaction is on its way, without a question before it: the endpoint has just answered something else.
+    Unread,
     /// What is there is read.
     Read,
     /// The transaction is on its way.
@@ -71,6 +76,7 @@ impl Sim {
         let id = self.ids;
         let Some(daemon) = &mut self.hosts[host].daemon else { return };
         let lease = daemon.machine.world().lease.map(|lease| lease.lease);
+        let lock_seen = daemon.machine.world().view.as_ref().and_then(|view| view.leader.clone());
         let record = Record {
             operation: operation.clone(),
             stage: Stage::Write,
@@ -91,16 +97,24 @@ impl Sim {
             Operation::Acquire { judged_on, history, initialize } => {
                 let lease = lease.unwrap_or(LeaseId(0));
                 let ask = AcquireRequest::judged_on(&judged_on, name, lease, history, initialize);
+                let unread = ask.initialize.is_none() && self.timing.percent(UNREAD_PERCENT);
                 if let Some(record) = self.record(host, id) {
-                    record.acquire = Some(Box::new(ask));
+                    record.acquire = Some(Box::new(ask.clone()));
                 }
-                self.record_asks(host, id, Stage::Read, EtcdAsk::ReadLeader);
+                match unread {
+                    true => self.record_asks(host, id, Stage::Write, EtcdAsk::Acquire(Box::new(ask))),
+                    false => self.record_asks(host, id, Stage::Read, EtcdAsk::ReadLeader),
+                }
             }
-            Operation::Release { .. } => {
+            Operation::Release { epoch, record } => {
+                let seen = lock_seen.filter(|leader| leader.epoch == epoch).map(|leader| leader.mod_revision);
                 // Before the key goes, or the lease's thread would take its absence for a loss.
                 self.lease_command(host, Command::Order(LeaseOrder::LetGo));
                 self.release_begins(host);
-                self.record_asks(host, id, Stage::Read, EtcdAsk::ReadLeader);
+                match seen.filter(|_| self.timing.percent(UNREAD_PERCENT)) {
+                    Some(as_read) => self.record_asks(host, id, Stage::Unread, EtcdAsk::Release { epoch, as_read, record }),
+                    None => self.record_asks(host, id, Stage::Read, EtcdAsk::ReadLeader),
+                }
             }
             Operation::Reaffirm(epoch) => self.record_asks(host, id, Stage::Write, EtcdAsk::Reaffirm { epoch, member: name }),
             Operation::WriteSync { epoch, lock, judged_on, record } => {
@@ -206,6 +220,9 @@ impl Sim {
                 let Some(ask) = self.record(host, id).and_then(|record| record.acquire.clone()) else { return };
                 self.finish_record(host, id, Some(EtcdAnswer::Acquired(Etcd::read_back(&leader, &ask))));
             }
+            (Operation::Release { .. }, Stage::Unread, None | Some(EtcdAnswer::Done(false))) => {
+                self.record_asks(host, id, Stage::Read, EtcdAsk::ReadLeader);
+            }
             (Operation::Release { epoch, record }, Stage::Read, Some(EtcdAnswer::Leader(_, as_read))) => {
                 self.record_asks(host, id, Stage::Write, EtcdAsk::Release { epoch, as_read, record });
             }
@@ -218,7 +235,7 @@ impl Sim {
                 self.finish_record(host, id, answer);
             }
             (_, Stage::Read | Stage::ReadBack, _) => self.finish_record(host, id, None),
-            (_, Stage::Write, answer) => self.finish_record(host, id, answer),
+            (_, Stage::Write | Stage::Unread, answer) => self.finish_record(host, id, answer),
         }
     }
 

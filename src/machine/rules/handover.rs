@@ -12,12 +12,13 @@ use statig::prelude::*;
 use crate::clock::BootTime;
 use crate::facts::cluster::{MemberRole, ReleaseRecord};
 use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState};
+use crate::facts::requests::{Ask, RequestProgress};
 use crate::machine::action::{Action, Operation, OperationKind, StopMode};
 use crate::machine::node::{Context, after_leading};
 use crate::machine::requests::HandedOver;
 use crate::machine::rules::{primary, requests, standby, synchrony};
 use crate::machine::state::{Demotion, HandOver, HandOverStage, Promotion, State, Then, Way};
-use crate::machine::world::Lock;
+use crate::machine::world::{Lock, World};
 use crate::mutants::{Mutant, mutant};
 use crate::policy::switchover::{self, Obstacle};
 use crate::types::MemberName;
@@ -322,6 +323,20 @@ fn release(hand_over: &mut HandOver, context: &mut Context<'_>) -> Outcome<State
     // It failed or is unknown: judge again who has what, and ask again.
     hand_over.enter(HandOverStage::Wait { since: hand_over.since }, context.now);
     Handled
+}
+
+/// The leader gives its lock, or has given it, to another member by name, which is there.
+pub(crate) fn is_for_another(world: &World) -> bool {
+    let Some(view) = world.fresh_view() else { return false };
+    let is_there = |to: &MemberName| *to != world.me.name && view.members.contains_key(to);
+    let Some((leader, _)) = world.other_leader() else {
+        return view.leader.is_none() && view.release.as_ref().and_then(|release| release.to.as_ref()).is_some_and(is_there);
+    };
+    view.requests.values().any(|request| {
+        let claimed = matches!(&request.record.progress, RequestProgress::Claimed { by, .. } if by == leader);
+        let to = if let Ask::Switchover { to } | Ask::ScheduledSwitchover { to, .. } = &request.record.ask { Some(to) } else { None };
+        claimed && to.is_some_and(is_there)
+    })
 }
 
 /// The way back: the lock is still ours, so PostgreSQL starts again under it; on the way out of the daemon it is given up instead.

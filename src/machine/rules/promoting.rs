@@ -38,6 +38,7 @@ pub(crate) fn rule(promotion: &mut Promotion, context: &mut Context<'_>) -> Outc
     if context.world.holding != Some(lock) {
         context.world.forget_failures(OperationKind::Promote);
         context.world.forget_failures(OperationKind::Start);
+        context.world.forget_failures(OperationKind::SetNames);
         context.world.holding = Some(lock);
         context.actions.push(Action::Lease(LeaseOrder::Hold(lock)));
     }
@@ -47,6 +48,8 @@ pub(crate) fn rule(promotion: &mut Promotion, context: &mut Context<'_>) -> Outc
     if let Some(why) = failed(promotion, context) {
         return Transition(State::Demoting { demotion: Demotion { why, then: Then::Release(lock) } });
     }
+    // What a promotion needs beside the proof comes to be while that is waited for.
+    let is_prepared = matches!(promotion.way, Way::Promote { .. }) && prepare(lock, context);
     let proved = matches!(context.world.lock, Lock::Proved { identity, announce_at, .. } if identity == lock && context.now < announce_at);
     if !proved && !mutant(Mutant::PromoteUnproved) {
         // No proof is to be had for now: readers are better served by a standby than by nothing.
@@ -65,7 +68,7 @@ pub(crate) fn rule(promotion: &mut Promotion, context: &mut Context<'_>) -> Outc
     match promotion.way {
         // A new timeline is begun on etcd's word only; promises are for what runs already.
         Way::Promote { .. } if !context.world.is_proved_by_etcd() => Handled,
-        Way::Promote { timeline } => promote(promotion, timeline, context),
+        Way::Promote { timeline } => promote(promotion, timeline, is_prepared, context),
         Way::StartInPlace => start_in_place(promotion, context),
     }
 }
@@ -96,18 +99,21 @@ fn failed(promotion: &Promotion, context: &Context<'_>) -> Option<String> {
     ended.then(|| "PostgreSQL ended before it was promoted".to_owned())
 }
 
-fn promote(promotion: &Promotion, timeline: TimelineId, context: &mut Context<'_>) -> Outcome<State> {
+/// True = whatever is promised of commits is known under this lock, and the server that is to be promoted goes by it.
+fn prepare(lock: LockIdentity, context: &mut Context<'_>) -> bool {
     // Whatever else works on PostgreSQL has time, the cluster has not.
     if context.world.job().is_some_and(|job| !matches!(job, OperationKind::Promote | OperationKind::SetNames)) {
         standby::cancel_job(context);
     }
+    let waits = context.world.sql().is_some_and(|sql| sql.in_recovery) && !context.world.promotion_asked_lately(context.now);
+    waits && synchrony::ready_to_promote(context, lock)
+}
+
+fn promote(promotion: &Promotion, timeline: TimelineId, is_prepared: bool, context: &mut Context<'_>) -> Outcome<State> {
     let Some(sql) = context.world.sql() else { return Handled };
     let (in_recovery, at) = (sql.in_recovery, sql.timeline);
     if in_recovery {
-        if !context.world.promotion_asked_lately(context.now)
-            && synchrony::ready_to_promote(context, promotion.lock)
-            && context.start(Operation::Promote { lock: promotion.lock, timeline, parent: at })
-        {
+        if is_prepared && context.start(Operation::Promote { lock: promotion.lock, timeline, parent: at }) {
             context.world.promote_asked = Some(context.now);
         }
         return Handled;

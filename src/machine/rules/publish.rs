@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use crate::clock::BootTime;
 use crate::facts::cluster::{DataDirectoryReport, MemberRecord, MemberRole, Vote};
 use crate::facts::failsafe;
 use crate::facts::guard::{PostmasterFacts, Word};
@@ -14,13 +15,18 @@ use crate::machine::action::{Operation, OperationKind};
 use crate::machine::bookkeeping::MEMBER_KEY_FAILED;
 use crate::machine::copying::Progress;
 use crate::machine::node::Context;
-use crate::machine::rules::standby;
-use crate::machine::state::State;
+use crate::machine::rules::{handover, standby};
+use crate::machine::state::{State, StateKind};
 use crate::machine::world::World;
 use crate::policy::switchover::REPLAY_PAUSED;
 use crate::policy::{election, slots};
 use crate::spec::cluster::OnRewindFailure;
 use crate::types::{Lsn, TimelineId};
+
+/// A member's state while its server ends.
+const STOPPING: &str = "stopping";
+/// A member's state when its server has ended.
+const STOPPED: &str = "stopped";
 
 /// A key that was written so long ago has to be seen in etcd.
 const VANISHED_AFTER_MS: u64 = 1_000;
@@ -49,12 +55,23 @@ pub(crate) fn publish(context: &mut Context<'_>, state: &State) {
             record != *last && !told_lately && (!positions_only || waited >= loop_wait || positions_matter_now(context.world))
         }
     };
-    if due && context.world.may_start(context.now, OperationKind::PutMember) {
+    if due && !has_time(context.world, context.now) && context.world.may_start(context.now, OperationKind::PutMember) {
         context.world.writing = Some(record.clone());
         context.world.writing_on = context.world.lease;
         context.world.asked.moved = false;
         context.start(Operation::PutMember(Box::new(record)));
     }
+}
+
+/// A lock is on its way from one member to another, and writes stand still until etcd has written that: what this member says of itself is
+/// written after it.
+fn has_time(world: &World, now: BootTime) -> bool {
+    let lately = world.vacancy.is_some_and(|vacancy| now.since(vacancy.seen) < Duration::from_millis(standby::SUCCESSOR_TAKES_MS));
+    let handed = world.view.as_ref().and_then(|view| view.release.as_ref()).is_some_and(|release| release.to.is_some());
+    let decides = [OperationKind::Release, OperationKind::WriteSync].iter().any(|kind| world.in_flight.contains(kind));
+    // Where nobody was named the others wait for what this member says.
+    let runs = world.in_flight.contains(&OperationKind::Acquire) || handover::is_for_another(world);
+    world.written.is_some() && (decides || lately && handed && runs)
 }
 
 /// Our key is not what we wrote, although we did not take it away: somebody's hand did. A view may be a little older than the key.
@@ -66,7 +83,11 @@ fn vanished(world: &World) -> bool {
 /// Whether every change of position has to be seen by others at once.
 pub(crate) fn positions_matter_now(world: &World) -> bool {
     let election = world.vacancy.is_some() && !world.failsafe.keeps_still;
-    election || world.other_leader().is_some_and(|(_, key)| key.record.machine_state == "handing_over")
+    // Until its server is being stopped what a leader has yet to send changes all the while.
+    let is_handed = |leader: &MemberRecord| {
+        leader.machine_state == StateKind::HandingOver.name() && [STOPPING, STOPPED].contains(&leader.state.as_str())
+    };
+    (election || world.other_leader().is_some_and(|(_, key)| is_handed(&key.record))) && !handover::is_for_another(world)
 }
 
 fn record(world: &World, state: &State) -> Option<MemberRecord> {
@@ -162,10 +183,10 @@ pub(crate) fn patroni_state(world: &World, state: &State) -> &'static str {
     }
     match world.guard.as_ref().map(|guard| &guard.postmaster) {
         None | Some(PostmasterFacts::Unclaimed { .. }) => "unknown",
-        Some(PostmasterFacts::Ending { .. }) => "stopping",
+        Some(PostmasterFacts::Ending { .. }) => STOPPING,
         Some(PostmasterFacts::ProvedEmpty { last }) => match last {
             Some(end) if end.rung.is_none() && end.exit_status != Some(0) => "crashed",
-            Some(_) | None => "stopped",
+            Some(_) | None => STOPPED,
         },
         Some(PostmasterFacts::Running { .. }) => match world.probe.as_ref().map(|probe| &probe.outcome) {
             Some(ProbeOutcome::Accepting(sql)) if sql.in_recovery && sql.streams() => STREAMING,

@@ -14,9 +14,9 @@ use crate::facts::postgres::{DataDirectory, DatabaseState};
 use crate::facts::requests::{Ask, RequestProgress};
 use crate::machine::action::{Action, Operation, OperationKind, StartAs, StopMode, Upstream};
 use crate::machine::node::Context;
-use crate::machine::rules::{archiving, receiving, reinit, requests, slots, synchrony};
+use crate::machine::rules::{archiving, handover, receiving, reinit, requests, slots, synchrony};
 use crate::machine::state::{Demotion, Promotion, State, Then, Way};
-use crate::machine::world::{Etcd, Lock};
+use crate::machine::world::{Etcd, Lock, Vacancy};
 use crate::mutants::{Mutant, mutant};
 use crate::policy::election::{self, Inputs, Verdict};
 use crate::policy::rejoin;
@@ -35,6 +35,8 @@ const HISTORY_MAX_ENTRIES: usize = 1_000;
 const PEERS_AGAIN_MS: u64 = 200;
 /// By a member that cannot lead as it is.
 const PEERS_AGAIN_IN_VAIN_MS: u64 = 1_000;
+/// How long a successor that was named is given to take the lock, before its former leader starts without anybody to follow.
+pub(crate) const SUCCESSOR_TAKES_MS: u64 = 1_000;
 /// A data directory that cannot be used is looked at again after so long.
 const LOOK_AGAIN_S: u64 = 5;
 /// A standby's stop, which holds nobody up.
@@ -121,8 +123,23 @@ fn start_following(context: &mut Context<'_>) -> Outcome<State> {
     if has_to_be_judged(context) {
         return Transition(State::Rejoining);
     }
+    if upstream.is_none() && knows_soon_whom_to_follow(context) {
+        return Handled;
+    }
     start_standby(context, upstream);
     Handled
+}
+
+/// It has given its lock to a member by name: who leads is known in a moment, and the server is started once and not told anew.
+fn knows_soon_whom_to_follow(context: &Context<'_>) -> bool {
+    let world = &*context.world;
+    let Some(view) = world.fresh_view() else { return false };
+    let lately = |vacancy: Vacancy| context.now.since(vacancy.seen) < Duration::from_millis(SUCCESSOR_TAKES_MS);
+    match &view.leader {
+        // The answer to the release came before the view.
+        Some(leader) => Some(leader.epoch) == world.released,
+        None => handover::is_for_another(world) && world.vacancy.is_some_and(lately),
+    }
 }
 
 /// Somebody has to put the data directory right: that is to be seen without a restart of the daemon.
@@ -190,7 +207,10 @@ fn follow_running(context: &mut Context<'_>) -> Outcome<State> {
     }
     if !first_judged && context.world.promoted.is_some() {
         keep_configured(context);
-        synchrony::keep_standby(context);
+        // While nobody leads nothing is read anew: whoever is promoted sees to it then.
+        if context.world.vacancy.is_none() {
+            synchrony::keep_standby(context);
+        }
         slots::keep(context);
     }
     if context.world.vacancy.is_some() && can_be_candidate(context) { Transition(State::Candidate) } else { Handled }

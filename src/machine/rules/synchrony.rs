@@ -9,6 +9,8 @@ use crate::facts::guard::Word;
 use crate::facts::synchrony::{Names, SyncRecord};
 use crate::machine::action::{Action, AfterNames, Operation, OperationKind};
 use crate::machine::node::Context;
+use crate::machine::rules::handover;
+use crate::machine::state::StateKind;
 use crate::machine::synchrony::{Gate, Known, OfServer};
 use crate::machine::world::World;
 use crate::mutants::{Mutant, mutant};
@@ -152,11 +154,14 @@ fn set(context: &mut Context<'_>, names: Names) {
     }
     let (Some((start, _)), Some(spec)) = (context.world.running(), context.world.spec().cloned()) else { return };
     let may_not_wait = context.world.names_of_server().is_none_or(|server| server.in_force.may_not_wait());
+    let in_recovery = context.world.sql().is_some_and(|sql| sql.in_recovery);
     let then = match &names {
         // The checkpointer wakes all who wait when it reads these.
         Names::Nobody => AfterNames::Nothing,
         _ if may_not_wait => AfterNames::Checkpoint,
         Names::Block => AfterNames::Nothing,
+        // Nobody waits yet.
+        _ if in_recovery => AfterNames::Nothing,
         Names::Any(_) | Names::First(_) => AfterNames::Answers,
     };
     context.start(Operation::SetNames { start, names, spec, then });
@@ -195,10 +200,32 @@ fn open(context: &mut Context<'_>, lock: LockIdentity, since: BootTime) {
     context.world.warn("closed", message);
 }
 
-/// Of a standby: it becomes a primary that acknowledges nothing before it is known by whom. True = it has these names.
-pub(crate) fn keep_standby(context: &mut Context<'_>) -> bool {
+/// Of a standby: it becomes a primary that acknowledges nothing before it is known by whom. While the leader hands over to it, it gets the
+/// names that it will be promoted with, if it is seen then that it may have them: so that nothing is read anew while writes stand still.
+pub(crate) fn keep_standby(context: &mut Context<'_>) {
+    let at_first = context.world.names_at_first();
+    let wanted = names_when_handed_to(context.world).filter(|_| at_first == Names::Block).unwrap_or(at_first);
+    has_names(context, &wanted);
+}
+
+fn names_when_handed_to(world: &World) -> Option<Names> {
+    let (_, key) = world.other_leader()?;
+    let may_lead = world.declared().is_some_and(|member| !member.nofailover()) && !handover::is_for_another(world);
+    let hands_over = key.record.machine_state == StateKind::HandingOver.name();
+    let record = world.fresh_view()?.sync.as_ref().filter(|_| hands_over && may_lead)?;
+    names_by(world, &synchrony::taken_over(&world.me.name, record.epoch, record))
+}
+
+/// What a record asks for, if that is as much as the spec wants at least: with `strict` no commit goes by less.
+fn names_by(world: &World, record: &SyncRecord) -> Option<Names> {
+    let replication = &world.spec()?.replication;
+    let least = if replication.strict { replication.synchronous_node_count } else { 0 };
+    record.names().filter(|names| names.acks().is_some_and(|acks| acks.acks >= least))
+}
+
+/// True = this standby has these names.
+fn has_names(context: &mut Context<'_>, wanted: &Names) -> bool {
     let world = &mut *context.world;
-    let wanted = world.names_at_first();
     let Some((start, Word::Standby)) = world.running() else { return false };
     let (Some(begun), Some(shown)) =
         (world.probe.as_ref().map(|probe| probe.begun), world.sql().map(|sql| sql.synchronous_standby_names.clone()))
@@ -213,42 +240,62 @@ pub(crate) fn keep_standby(context: &mut Context<'_>) -> bool {
     if begun >= server.took_at && server.in_force.set().is_some_and(|set| set.to_string() != shown) {
         server.in_force.forget();
     }
-    if server.in_force.set() == Some(&wanted) {
+    if server.in_force.set() == Some(wanted) {
         return true;
     }
     // Where nobody waits for anybody, what a standby has been told makes no difference.
-    if wanted != Names::Nobody || server.in_force.set().is_some() {
+    if *wanted != Names::Nobody || server.in_force.set().is_some() {
         set(context, wanted.clone());
     }
-    wanted == Names::Nobody
+    *wanted == Names::Nobody
+}
+
+/// What a promoted server goes by from its first moment. A walsender counts what its standby says to have flushed, also of WAL that this
+/// member never had: so nobody is counted before it is seen how far each is. Where nobody can be ahead, commits go on as soon as a standby
+/// that `sync` names has found the new primary.
+fn names_to_promote_with(context: &Context<'_>, lock: LockIdentity, record: &SyncRecord) -> Names {
+    let at_first = context.world.names_at_first();
+    let is_known = context.world.nobody_is_ahead(lock.epoch) && at_first == Names::Block;
+    names_by(context.world, record).filter(|_| is_known).unwrap_or(at_first)
 }
 
 /// Before a promotion: `sync` is ours (I3), and nothing is acknowledged until it is known by whom. True = it may go on.
 pub(crate) fn ready_to_promote(context: &mut Context<'_>, lock: LockIdentity) -> bool {
     let Some(known) = context.world.sync_of(lock.epoch) else { return false };
     let Some(record) = &known.record else { return true };
-    if mutant(Mutant::RecordNotTakenOver) {
-        return keep_standby(context);
+    let taken = synchrony::taken_over(&context.world.me.name, lock.epoch, record);
+    let is_ours = record.leader == taken.leader && record.epoch == taken.epoch || mutant(Mutant::RecordNotTakenOver);
+    let names = names_to_promote_with(context, lock, &taken);
+    if !is_ours {
+        write(context, lock, known, Some(taken.clone()));
     }
-    if record.leader != context.world.me.name || record.epoch != lock.epoch {
-        let record = synchrony::taken_over(&context.world.me.name, lock.epoch, record);
-        write(context, lock, known, Some(record));
-        return false;
+    is_ours & goes_by(context, &names, &taken)
+}
+
+/// True = the server that is to be promoted goes by these names, or nobody is acknowledged anything by it. A standby gets them while the record is
+/// written: it acknowledges nothing.
+fn goes_by(context: &mut Context<'_>, names: &Names, record: &SyncRecord) -> bool {
+    let Some((start, word)) = context.world.running() else { return false };
+    // Nothing has to be set to acknowledge nothing: it is not waited for what does not come about.
+    let is_refused = context.world.failures(OperationKind::SetNames) > 0 && !context.world.in_flight.contains(&OperationKind::SetNames);
+    let at_most = |server: &OfServer| server.in_force.is_at_most(names);
+    if word == Word::Standby && is_refused && context.world.names_of_server().is_some_and(at_most) {
+        return true;
+    }
+    if word == Word::Standby {
+        return has_names(context, names);
     }
     // The guard's word may be given already, and the promotion not asked for, or not taken (SAFETY row 52).
-    let Some((start, word)) = context.world.running() else { return false };
-    if word == Word::Standby {
-        return keep_standby(context);
-    }
     if context.world.names_of_server().is_none() {
         let in_force = InForce::unknown(Some(record), anybody(context));
         context.world.synchrony.server = Some(OfServer::new(start, in_force, context.now));
     }
-    let blocks = context.world.names_of_server().is_some_and(|server| server.in_force.set() == Some(&Names::Block));
-    if !blocks {
-        set(context, Names::Block);
+    let present = context.world.names_of_server().and_then(|server| server.in_force.set());
+    if present.is_some_and(|present| *present == Names::Block || present == names) {
+        return true;
     }
-    blocks
+    set(context, Names::Block);
+    false
 }
 
 /// While commits wait for standbys, a former leader that still runs must not be told by this one that it has them, once this one has said

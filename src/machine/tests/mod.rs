@@ -11,6 +11,7 @@ mod cluster;
 mod endings;
 mod found;
 mod gate;
+mod handed;
 mod handover;
 mod lapses;
 mod paused;

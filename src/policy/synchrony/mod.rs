@@ -60,6 +60,11 @@ impl SyncRecord {
         SyncRecord { leader: leader.clone(), epoch, members, copies }
     }
 
+    /// What makes commits wait for whom this says. None = for nobody.
+    pub fn names(&self) -> Option<Names> {
+        Some(self.acks()).filter(|acks| acks.acks > 0).map(Names::Any)
+    }
+
     /// Whom commits waited for, the leader's own copy not counted.
     fn acks(&self) -> Acks {
         match self.copies.saturating_sub(1) {
@@ -156,6 +161,11 @@ impl InForce {
         let before = self.set.take();
         self.add(before.into_iter().chain([Names::Nobody]).collect());
         self.written = None;
+    }
+
+    /// Whatever some process may go by lets nobody go, or is this.
+    pub fn is_at_most(&self, names: &Names) -> bool {
+        self.earlier.iter().chain(&self.set).all(|each| *each == Names::Block || each == names)
     }
 
     /// Some walsender may count this one.

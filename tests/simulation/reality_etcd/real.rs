@@ -160,7 +160,7 @@ impl<'a> Real<'a> {
             }
             Step::Release { lock, record } => {
                 let left = record.then(|| names.release(*lock));
-                match self.etcd.release(names.epoch(*lock), left.as_ref()).await {
+                match self.etcd.release(names.epoch(*lock), None, left.as_ref()).await {
                     Ok(released) => Said::Did(released == Released::Released),
                     // It was read back, and is there: in maintenance mode nothing is given back.
                     Err(EtcdError::Unknown(_)) => Said::Did(false),

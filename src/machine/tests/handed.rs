@@ -1,0 +1,179 @@
+//! A member that is handed the lock in good order: what is got ready before writes stand still, and what is not taken for granted.
+
+use std::sync::Arc;
+
+use super::checked::Checked;
+use super::fixtures::*;
+use super::reactions::worlds::{full, led_by_b, standby, vacant};
+use crate::facts::cluster::{ClusterView, ReleaseRecord};
+use crate::facts::guard::StartId;
+use crate::facts::lease::LeaseEvent;
+use crate::facts::postgres::{DatabaseState, SqlFacts};
+use crate::facts::requests::{Ask, RequestKey, RequestProgress, RequestRecord};
+use crate::facts::synchrony::{Acks, Names, SyncRecord};
+use crate::machine::action::{Action, Operation, StartAs};
+use crate::machine::event::{AcquireOutcome, Event, Finished, PutOutcome};
+use crate::machine::state::State;
+use crate::machine::synchrony::OfServer;
+use crate::machine::world::World;
+use crate::policy::synchrony::InForce;
+use crate::types::{Epoch, Lsn, MemberName, Revision, TimelineId};
+
+/// What commits wait for when `a` leads by the record of [`recorded`].
+fn any_of_the_others() -> Names {
+    Names::Any(Acks { members: [name("b"), name("c")].into(), acks: 1 })
+}
+
+/// `sync` counts on all three.
+fn recorded(view: ClusterView) -> ClusterView {
+    let members = ["a", "b", "c"].map(name).into();
+    let record = SyncRecord { leader: name("b"), epoch: Epoch(350), members, copies: 2 };
+    ClusterView { sync: Some(record), sync_revision: Revision(360), ..view }
+}
+
+/// `b` hands over to this member.
+fn hands_over_to(to: &str) -> ClusterView {
+    let mut view = recorded(led_by_b());
+    view.members.get_mut(&name("b")).unwrap().record.machine_state = "handing_over".to_owned();
+    let progress = RequestProgress::Claimed { by: name("b"), stage: "checkpoint".to_owned(), stages: Vec::new() };
+    let record = RequestRecord { ask: Ask::Switchover { to: name(to) }, by: "anna".to_owned(), at: String::new(), progress };
+    view.requests.insert("1".to_owned(), RequestKey { record, mod_revision: Revision(390) });
+    view
+}
+
+/// `b` has given the lock up at this position, to whom is said.
+fn released(lsn: u64, to: &str) -> ClusterView {
+    let release = ReleaseRecord { epoch: Epoch(350), timeline: TimelineId(2), lsn: Lsn(lsn), to: Some(name(to)) };
+    ClusterView { release: Some(release), revision: Revision(410), ..recorded(vacant()) }
+}
+
+/// `a` streams from `b`, and acknowledges nothing if it is promoted as it is.
+fn streams() -> World {
+    let shown = SqlFacts { synchronous_standby_names: Names::Block.to_string(), ..sql(true, 2, 1_000) };
+    let mut world = World { view: Some(Arc::new(recorded(led_by_b()))), probe: Some(probe(T0, shown)), ..standby() };
+    world.spec = Some((1, spec_with(&["a", "b", "c"], "replication: { mode: quorum, use_slots: false }")));
+    world.replayed_by = Some(String::new());
+    world.synchrony.server = Some(OfServer::new(StartId(1), InForce::since_start(Names::Block), T0));
+    world
+}
+
+fn names_set(actions: &[Action]) -> Vec<Names> {
+    let of = |action: &Action| if let Action::Do(Operation::SetNames { names, .. }) = action { Some(names.clone()) } else { None };
+    actions.iter().filter_map(of).collect()
+}
+
+fn sees(checked: &mut Checked, view: ClusterView) -> Vec<Action> {
+    checked.handle(T0 + ms(1), Event::View(Arc::new(view), T0 + ms(1)))
+}
+
+fn is_done(actions: &[Action], what: fn(&Operation) -> bool) -> bool {
+    actions.iter().any(|action| matches!(action, Action::Do(operation) if what(operation)))
+}
+
+/// It is handed the lock at this position, and takes it. What it does then.
+fn takes_the_lock(checked: &mut Checked, released_at: u64) -> Vec<Action> {
+    checked.handle(T0 + ms(1), Event::Finished(Finished::MemberPut(PutOutcome::Written)));
+    let runs = sees(checked, released(released_at, "a"));
+    assert!(is_done(&runs, |operation| matches!(operation, Operation::Acquire { .. })), "{runs:?}");
+    assert!(!runs.iter().any(|action| matches!(action, Action::Do(Operation::PutMember(_)))), "what it says of itself has time");
+    checked.handle(T0 + ms(2), Event::Finished(Finished::Acquired(AcquireOutcome::Won(lock(7, 420)))))
+}
+
+fn is_proved(checked: &mut Checked) -> Vec<Action> {
+    let sent = T0 + ms(3);
+    checked.handle(T0 + ms(4), Event::Lease(LeaseEvent::Proved { lock: lock(7, 420), sent, until: sent + times().validity() }))
+}
+
+#[test]
+fn the_member_that_is_named_has_its_names_before_the_leader_stops_and_another_keeps_its_own() {
+    let mut named = Checked::resume(streams(), State::Following);
+    assert_eq!(names_set(&sees(&mut named, hands_over_to("a"))), [any_of_the_others()]);
+    let mut other = Checked::resume(streams(), State::Following);
+    assert_eq!(names_set(&sees(&mut other, hands_over_to("c"))), []);
+}
+
+#[test]
+fn the_names_are_taken_back_when_the_leader_goes_on() {
+    let mut checked = Checked::resume(streams(), State::Following);
+    sees(&mut checked, hands_over_to("a"));
+    checked.handle(T0 + ms(1), Event::Finished(Finished::NamesSet(Ok(()))));
+    assert_eq!(names_set(&sees(&mut checked, recorded(led_by_b()))), [Names::Block]);
+}
+
+#[test]
+fn i3_the_record_is_taken_over_while_the_proof_is_waited_for_and_the_promotion_waits_for_both() {
+    let mut checked = Checked::resume(streams(), State::Following);
+    sees(&mut checked, hands_over_to("a"));
+    checked.handle(T0 + ms(1), Event::Finished(Finished::NamesSet(Ok(()))));
+    let won = takes_the_lock(&mut checked, 900);
+    assert!(is_done(&won, |operation| matches!(operation, Operation::WriteSync { .. })), "{won:?}");
+    assert_eq!(names_set(&won), [], "it has them");
+    let proved = is_proved(&mut checked);
+    assert!(!is_done(&proved, |operation| matches!(operation, Operation::Promote { .. })), "the record is not its own yet: {proved:?}");
+    let written = checked.handle(T0 + ms(5), Event::Finished(Finished::SyncWritten(Ok((true, Revision(421))))));
+    assert!(is_done(&written, |operation| matches!(operation, Operation::Promote { .. })), "{written:?}");
+}
+
+#[test]
+fn i5_a_member_that_others_may_be_ahead_of_acknowledges_nothing_when_it_is_promoted() {
+    let mut checked = Checked::resume(streams(), State::Following);
+    sees(&mut checked, hands_over_to("a"));
+    checked.handle(T0 + ms(1), Event::Finished(Finished::NamesSet(Ok(()))));
+    // It ends just before the shutdown checkpoint: another may have that, and its walsender would count it for what comes in its place.
+    let won = takes_the_lock(&mut checked, 1_000);
+    assert_eq!(names_set(&won), [Names::Block]);
+    checked.handle(T0 + ms(3), Event::Finished(Finished::SyncWritten(Ok((true, Revision(421))))));
+    let proved = is_proved(&mut checked);
+    assert!(!is_done(&proved, |operation| matches!(operation, Operation::Promote { .. })), "{proved:?}");
+    let set = checked.handle(T0 + ms(5), Event::Finished(Finished::NamesSet(Ok(()))));
+    assert!(is_done(&set, |operation| matches!(operation, Operation::Promote { .. })), "{set:?}");
+}
+
+#[test]
+fn a_former_leader_is_started_once_it_is_known_whom_it_follows_and_is_not_kept_down_for_that() {
+    let gave_it_to =
+        |to: &str| World { view: Some(Arc::new(released(900, to))), released: Some(Epoch(350)), ..full(DatabaseState::ShutDown) };
+    let starts = |actions: &[Action]| -> Option<Option<MemberName>> {
+        actions.iter().find_map(|action| match action {
+            Action::Do(Operation::Start { role: StartAs::Standby(upstream), .. }) => {
+                Some(upstream.as_ref().map(|upstream| upstream.member.clone()))
+            }
+            _ => None,
+        })
+    };
+    let mut checked = Checked::resume(gave_it_to("c"), State::Following);
+    assert_eq!(starts(&sees(&mut checked, released(900, "c"))), None);
+    let mut taken = recorded(led_by_b());
+    taken.leader = Some(leader("c", 9, 430));
+    taken.revision = Revision(430);
+    assert_eq!(starts(&sees(&mut checked, taken)), Some(Some(name("c"))));
+
+    let mut alone = Checked::resume(gave_it_to("c"), State::Following);
+    assert_eq!(starts(&sees(&mut alone, released(900, "c"))), None);
+    let late = T0 + ms(1_100);
+    let in_vain = alone.handle(late, Event::View(Arc::new(released(900, "c")), late));
+    assert_eq!(starts(&in_vain), Some(None), "it can be asked for its position");
+}
+
+#[test]
+fn with_strict_a_member_is_not_promoted_with_names_that_ask_for_less_than_the_spec() {
+    for (count, expected) in [(1, vec![any_of_the_others()]), (2, vec![])] {
+        let mut world = streams();
+        let replication = format!("replication: {{ mode: quorum, strict: true, synchronous_node_count: {count} }}");
+        world.spec = Some((1, spec_with(&["a", "b", "c"], &replication)));
+        assert_eq!(names_set(&sees(&mut Checked::resume(world, State::Following), hands_over_to("a"))), expected, "{count}");
+    }
+}
+
+#[test]
+fn names_that_cannot_be_set_hold_no_promotion_up_that_acknowledges_nothing_without_them() {
+    let mut checked = Checked::resume(streams(), State::Following);
+    sees(&mut checked, recorded(led_by_b()));
+    let won = takes_the_lock(&mut checked, 900);
+    assert_eq!(names_set(&won), [any_of_the_others()], "it did not see that it was handed over to");
+    checked.handle(T0 + ms(3), Event::Finished(Finished::SyncWritten(Ok((true, Revision(421))))));
+    let proved = is_proved(&mut checked);
+    assert!(!is_done(&proved, |operation| matches!(operation, Operation::Promote { .. })), "they may be set in a moment: {proved:?}");
+    let failed = checked.handle(T0 + ms(5), Event::Finished(Finished::NamesSet(Err("no answer".to_owned()))));
+    assert!(is_done(&failed, |operation| matches!(operation, Operation::Promote { .. })), "{failed:?}");
+}
