@@ -22,7 +22,9 @@ async fn a_clone_streams_from_its_leader_and_both_see_it() {
         assert_eq!((facts.timeline, facts.system_id), (leader_facts.timeline, leader_facts.system_id));
         let receiver = facts.walreceiver.unwrap();
         assert_eq!((receiver.sender_host.as_deref(), receiver.sender_port), (Some("127.0.0.1"), Some(leader.port)));
-        let seen = leader.until("the standby streams", |facts| facts.replicas.iter().any(|one| one.application_name == "b")).await;
+        let seen = leader
+            .until("the standby streams", |facts| facts.replicas.iter().any(|one| one.application_name == "b" && one.flush_lsn.is_some()))
+            .await;
         assert_eq!(seen.replicas.len(), 1);
         assert!(seen.replicas[0].client_addr.as_deref() == Some("127.0.0.1") && seen.replicas[0].flush_lsn.is_some());
     }

@@ -302,8 +302,10 @@ impl Server {
         }
     }
 
+    /// How far it has written: behind a copy the next record would be inserted past the header of a segment that nobody has begun to write, and a
+    /// standby gets there only with the next record, up to 15 s later.
     pub async fn write_position(&self) -> Lsn {
-        self.ask("select pg_current_wal_insert_lsn()").await.parse().unwrap()
+        self.ask("select pg_current_wal_flush_lsn()").await.parse().unwrap()
     }
 
     /// Promotes and waits until it is out of recovery.

@@ -88,9 +88,10 @@ async fn row_77_roles_are_made_once_and_their_passwords_reach_no_log() {
         let root = place();
         let server = Server::primary(&installation, root.path(), "a").await;
         assert!(ensure_roles(&server.sql, &accounts(), LIMIT).await.unwrap().is_empty(), "a converged cluster is not written to");
-        let position = server.write_position().await;
+        let inserted = "select pg_current_wal_insert_lsn()";
+        let position = server.ask(inserted).await;
         ensure_roles(&server.sql, &accounts(), LIMIT).await.unwrap();
-        assert_eq!(server.write_position().await, position);
+        assert_eq!(server.ask(inserted).await, position);
 
         for (user, password) in [("postgres", SUPERUSER_PASSWORD), ("rewinder", REWIND_PASSWORD)] {
             let sql = |password| Sql::remote("127.0.0.1", server.port, user, &Secret::new(password));
