@@ -90,13 +90,18 @@ fn marked(name: &str, segment_bytes: u64) -> Option<Marked> {
     }
 }
 
+/// The files that are beside.
+fn put(place: &Path) -> Result<Vec<String>> {
+    if !files::is_there(place)? {
+        return Ok(Vec::new());
+    }
+    in_order(place, |name| Some(name.to_owned()))
+}
+
 /// What is beside, if anything.
 pub fn beside(layout: &Layout) -> Result<Option<Unarchived>> {
     let place = layout.unarchived_dir();
-    if !files::is_there(&place)? {
-        return Ok(None);
-    }
-    let names = in_order(&place, |name| Some(name.to_owned()))?;
+    let names = put(&place)?;
     let (Some(first), Some(last)) = (names.first().cloned(), names.last().cloned()) else { return Ok(None) };
     Ok(Some(Unarchived { files: names.len(), first, last, place: place.display().to_string() }))
 }
@@ -146,7 +151,7 @@ pub async fn archive_left(layout: &Layout, archiver: &Archiver, leader: &LeaderL
 pub async fn archive_beside(layout: &Layout, archiver: &Archiver) -> Result<Archived> {
     let place = layout.unarchived_dir();
     let (mut archived, mut why) = (0, None);
-    for name in if files::is_there(&place)? { in_order(&place, |name| Some(name.to_owned()))? } else { Vec::new() } {
+    for name in put(&place)? {
         let path = place.join(&name);
         if let Err(error) = archiver.archive(layout.data_dir(), &path, &name, BESIDE_COMMAND_LIMIT, None).await {
             why = Some(format!("{error:#}"));
@@ -182,7 +187,7 @@ fn put_beside(layout: &Layout, pg_wal: &Path, names: &[String]) -> Result<()> {
     let place = layout.unarchived_dir();
     files::make_directory(&place)?;
     let until = Instant::now() + COPY_LIMIT;
-    let before = in_order(&place, |name| Some(name.to_owned()))?.len();
+    let before = put(&place)?.len();
     for (index, name) in names.iter().enumerate() {
         let rest = || format!("{} files of WAL, {name} to {}, stay where they are", names.len() - index, names[names.len() - 1]);
         let there = before + index;

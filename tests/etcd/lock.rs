@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use etcd_client::PutOptions;
 use pgherd::etcd::{Acquisition, Beaten, Etcd, EtcdError, Fenced, Moved, PutMember, Released, Settings};
-use pgherd::facts::cluster::{Initialize, ReleaseRecord, StatusRecord};
-use pgherd::types::{Epoch, LockIdentity, Lsn, Revision, SystemId, TimelineId};
+use pgherd::facts::cluster::{Initialize, ReleaseRecord};
+use pgherd::types::{LockIdentity, Lsn, Revision, SystemId, TimelineId};
 
+use crate::status;
 use crate::support::etcd_server::{EtcdServer, settings};
 use crate::support::lossy::{Afterwards, hold_back, lose_answer_to};
 use crate::support::{NEVER, lease_of_a_minute, name, record, request, take_lock};
@@ -24,17 +25,6 @@ against_both! { 1, &[];
     a_member_key_of_another_run_is_not_overwritten,
     a_record_on_a_lease_that_is_gone_is_told_apart,
     keys_move_to_another_lease_under_the_same_epoch,
-}
-
-fn status(epoch: Epoch) -> StatusRecord {
-    StatusRecord {
-        epoch,
-        timeline: TimelineId(2),
-        lsn: Lsn(7),
-        slots: Default::default(),
-        replayed: Default::default(),
-        conditions: Vec::new(),
-    }
 }
 
 async fn i4_a_leader_write_under_a_stale_epoch_changes_nothing(server: EtcdServer) {

@@ -268,6 +268,12 @@ impl Server {
         }
     }
 
+    /// Waits until it has replayed what `leader` has written by now.
+    pub async fn catches_up_with(&self, leader: &Server) -> SqlFacts {
+        let position = leader.write_position().await;
+        self.until("it has all", |facts| facts.replay_lsn >= position).await
+    }
+
     /// Probes until it is as wanted.
     pub async fn until(&self, what: &str, wanted: impl Fn(&SqlFacts) -> bool) -> SqlFacts {
         let deadline = std::time::Instant::now() + PATIENCE;

@@ -101,8 +101,7 @@ async fn diverged_with(
     old.make_primary().await;
     old.run("create table public.t as select 1 as id").await;
     let new = Server::standby_of(&old, "b").await;
-    let written = old.write_position().await;
-    new.until("it has all", |facts| facts.replay_lsn >= written).await;
+    new.catches_up_with(&old).await;
     new.promote().await;
     // Its first checkpoint on its timeline.
     new.run("checkpoint; insert into public.t values (2)").await;
@@ -114,8 +113,7 @@ async fn diverged_with(
 }
 
 async fn has_the_leaders_rows(member: &Server, leader: &Server) {
-    let position = leader.write_position().await;
-    member.until("it has all", |facts| facts.replay_lsn >= position).await;
+    member.catches_up_with(leader).await;
     assert_eq!(member.ask("select string_agg(id::text, ' ' order by id) from public.t").await, "1 2");
 }
 

@@ -65,8 +65,7 @@ fn link(data_dir: &Path) -> PathBuf {
 /// It has the table, by what is in that tablespace.
 async fn follows(member: &mut Server, leader: &Server, ids: &str) {
     member.follow(leader).await;
-    let position = leader.write_position().await;
-    member.until("it has all", |facts| facts.replay_lsn >= position).await;
+    member.catches_up_with(leader).await;
     assert_eq!(member.ask("select string_agg(id::text, ' ' order by id) from public.t").await, ids);
 }
 

@@ -276,14 +276,11 @@ pub(crate) fn ready_to_promote(context: &mut Context<'_>, lock: LockIdentity) ->
 /// written: it acknowledges nothing.
 fn goes_by(context: &mut Context<'_>, names: &Names, record: &SyncRecord) -> bool {
     let Some((start, word)) = context.world.running() else { return false };
-    // Nothing has to be set to acknowledge nothing: it is not waited for what does not come about.
-    let is_refused = context.world.failures(OperationKind::SetNames) > 0 && !context.world.in_flight.contains(&OperationKind::SetNames);
-    let at_most = |server: &OfServer| server.in_force.is_at_most(names);
-    if word == Word::Standby && is_refused && context.world.names_of_server().is_some_and(at_most) {
-        return true;
-    }
     if word == Word::Standby {
-        return has_names(context, names);
+        // Nothing has to be set to acknowledge nothing: it is not waited for what does not come about.
+        let is_refused = context.world.failures(OperationKind::SetNames) > 0 && !context.world.in_flight.contains(&OperationKind::SetNames);
+        let at_most = |server: &OfServer| server.in_force.is_at_most(names);
+        return is_refused && context.world.names_of_server().is_some_and(at_most) || has_names(context, names);
     }
     // The guard's word may be given already, and the promotion not asked for, or not taken (SAFETY row 52).
     if context.world.names_of_server().is_none() {
