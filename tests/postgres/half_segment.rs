@@ -129,8 +129,7 @@ async fn a_standby_that_was_stopped_in_a_new_timelines_first_segment_starts_agai
         assert!(newer[shared..].iter().all(|byte| *byte == 0) && newer.len() == older.len());
         assert_eq!(pair.complete(&installation).await, [], "it is whole");
         assert!(!pair.ends_by_itself().await);
-        let position = pair.leader.write_position().await;
-        pair.standby.until("it has all", |facts| facts.replay_lsn >= position).await;
+        pair.standby.catches_up_with(&pair.leader).await;
         assert_eq!(pair.standby.ask("select (select count(*) from public.t) + (select count(*) from public.u)").await, "5000");
     }
 }

@@ -61,8 +61,7 @@ async fn a_primary_stopped_in_good_order_follows_its_successor_without_a_copy() 
         let leader = new.as_leader().look(LIMIT).await.unwrap();
         history_files::bring(old.data_dir(), &leader.history_files).unwrap();
         old.follow(&new).await;
-        let position = new.write_position().await;
-        let facts = old.until("it has all", |facts| facts.replay_lsn >= position).await;
+        let facts = old.catches_up_with(&new).await;
         assert_eq!(facts.timeline, TimelineId(2), "the probe sees the switch");
     }
 }
