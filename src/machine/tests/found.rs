@@ -291,6 +291,11 @@ fn a_leadership_that_an_earlier_daemon_recorded_moves_too() {
     assert!(checked.world().key_to_move().is_some());
     let unproved = World { lock: Lock::Unproved(ours()), ..checked.world().clone() };
     assert_eq!(unproved.key_to_move(), None, "a new guard would count the lock by a lease that it does not hang on (seed 6781)");
+    // In the lapse of a lock that outlived its lease, this one was taken anew: the promises were for the one before, and so was the guard's
+    // deadline (seed 858).
+    let mut anew = checked.world().clone();
+    anew.failsafe.sustained = Some(T0);
+    assert_eq!(anew.key_to_move(), None, "the guard would count the lock by a lease that it does not hang on");
 }
 
 #[test]
