@@ -137,6 +137,8 @@ enumerated! {
         RecordBeforeFlush,
         /// Synchrony: every walsender is thought to go by new names as soon as a new session does.
         WalsendersNotSeen,
+        /// Synchrony: a standby counts whatever timeline it is sent.
+        CountedWhileAhead,
         /// Synchrony: what was asked before the names changed is taken for what came of it.
         StaleProbeBelieved,
         /// Synchrony: an answer that was lost is taken for nothing written.

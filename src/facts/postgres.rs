@@ -281,6 +281,9 @@ pub struct ReplicaFacts {
     pub state: String,
     /// Client address.
     pub client_addr: Option<String>,
+    /// Sent to the standby. A walsender that sends a timeline which this server has left shows no more than where it left it.
+    #[serde(default)]
+    pub sent_lsn: Option<Lsn>,
     /// Flushed by the standby.
     pub flush_lsn: Option<Lsn>,
     /// Replayed by the standby.

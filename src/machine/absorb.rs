@@ -286,7 +286,7 @@ impl World {
         self.looks.shut_down = None;
         self.looks.is_old = self.in_flight.contains(&OperationKind::Look);
         self.postmaster_since = now;
-        self.receiving.not_streaming_since = None;
+        (self.receiving.not_streaming_since, self.receiving.past_the_switch_since) = (None, None);
         self.replayed_by = None;
     }
 

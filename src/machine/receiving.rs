@@ -12,6 +12,8 @@ use super::event::Failure;
 pub struct Receiving {
     /// Since when a standby that should stream does not.
     pub not_streaming_since: Option<BootTime>,
+    /// Since when what it has is past the point where the leader's timeline left its own.
+    pub past_the_switch_since: Option<BootTime>,
     /// Whether it gets on.
     pub progress: receiving::Progress,
     /// The member that it is to follow instead of the leader.

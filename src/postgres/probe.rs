@@ -47,7 +47,7 @@ select r.rec::text as in_recovery,
   (select received_tli::text from w) as received_tli,
   case when r.rec and not exists (select from w) then (select left(max(name), 8) from pg_ls_waldir() where name ~ '^[0-9A-F]{24}$') end as segment_tli,
   (select coalesce(json_agg(json_build_object('application_name', application_name, 'state', coalesce(state, ''), 'client_addr', host(client_addr),
-     'flush_lsn', flush_lsn, 'replay_lsn', replay_lsn, 'sync_state', coalesce(sync_state, ''),
+     'sent_lsn', sent_lsn, 'flush_lsn', flush_lsn, 'replay_lsn', replay_lsn, 'sync_state', coalesce(sync_state, ''),
      'sync_priority', coalesce(sync_priority, 0))), '[]')::text from pg_stat_replication) as replicas,
   case when r.rec then null else pg_current_wal_lsn()::text end as written_by_then,
   current_setting('synchronous_standby_names') as names,
@@ -112,6 +112,7 @@ struct ReplicaRow {
     application_name: String,
     state: String,
     client_addr: Option<String>,
+    sent_lsn: Option<Lsn>,
     flush_lsn: Option<Lsn>,
     replay_lsn: Option<Lsn>,
     sync_state: String,
@@ -164,8 +165,8 @@ fn read(row: &SimpleQueryRow) -> Result<SqlFacts, SqlError> {
 
 impl From<ReplicaRow> for ReplicaFacts {
     fn from(row: ReplicaRow) -> Self {
-        let ReplicaRow { application_name, state, client_addr, flush_lsn, replay_lsn, sync_state, sync_priority } = row;
-        Self { application_name, state, client_addr, flush_lsn, replay_lsn, sync_state, sync_priority }
+        let ReplicaRow { application_name, state, client_addr, sent_lsn, flush_lsn, replay_lsn, sync_state, sync_priority } = row;
+        Self { application_name, state, client_addr, sent_lsn, flush_lsn, replay_lsn, sync_state, sync_priority }
     }
 }
 

@@ -11,6 +11,7 @@ use pgherd::policy::slots::Change;
 use pgherd::postgres::configure::{Outcome, install_running, served, set_names};
 use pgherd::postgres::slots::keep;
 use pgherd::postgres::{Keep, clone_from};
+use pgherd::types::TimelineId;
 
 use super::harness::{LIMIT, PATIENCE, Server, installations, parameters, place};
 
@@ -117,6 +118,44 @@ const WAITING: &str = "select count(*)::text from pg_stat_activity where wait_ev
 
 fn has_all(facts: &SqlFacts, standby: &str) -> bool {
     facts.replicas.iter().any(|replica| replica.application_name == standby && replica.flush_lsn >= Some(facts.written_by_then))
+}
+
+/// Why a standby counts only once it is sent WAL of its leader's own timeline: `policy::synchrony::goal`.
+#[tokio::test]
+async fn a_standby_that_is_ahead_of_a_new_primary_acknowledges_what_it_does_not_have_and_is_sent_nothing_of_that_timeline() {
+    for installation in installations().await {
+        let root = place();
+        let mut before = Server::primary(&installation, root.path(), "a").await;
+        let mut leader = Server::standby_of(&before, "b").await;
+        let mut ahead = Server::standby_of(&before, "c").await;
+        before.run("create table public.common as select 1 as id").await;
+        leader.catches_up_with(&before).await;
+        leader.stop();
+        before.run("create table public.ahead as select repeat('x', 100) from generate_series(1, 5000)").await;
+        ahead.catches_up_with(&before).await;
+        before.stop();
+        leader.inputs.primary_conninfo = None;
+        leader.start().await;
+        let left_at = leader.until("it has replayed all that there is", |facts| facts.replayed_all).await.end_of_wal();
+        let began = leader.promote().await.written_by_then;
+        assert!(began > left_at);
+
+        set_and_prove(&leader, &Names::Any(any(&["c"]))).await;
+        let sql = leader.sql.clone();
+        let client = tokio::spawn(async move {
+            let commit = "set synchronous_commit = on; create table public.t (id int)";
+            sql.with(PATIENCE, async |to| to.execute(commit).await).await
+        });
+        leader.until_asked("the commit waits", WAITING, "1").await;
+        ahead.inputs.primary_conninfo = Some(ahead.conninfo_to(&leader));
+        install_running(&installation, &ahead.layout, &ahead.sql, &ahead.files(), LIMIT).await.unwrap();
+        let facts = leader.until("it says how far it is", |facts| facts.replicas.iter().any(|row| row.flush_lsn > Some(left_at))).await;
+        let row = facts.replicas.iter().find(|row| row.application_name == "c").unwrap();
+        assert!(row.sent_lsn <= Some(left_at) && row.sent_lsn < Some(began), "{row:?}");
+        client.await.unwrap().expect("PostgreSQL has learned to tell: then the rule can go");
+        assert_eq!(ahead.facts().await.timeline, TimelineId(1), "it has no WAL of the new primary");
+        ahead.stop();
+    }
 }
 
 /// pg_basebackup reports a flush position for the WAL that it streams, whose slot is temporary: by a member's name it would count as that

@@ -461,6 +461,7 @@ impl Sim {
             application_name: other.name.as_str().to_owned(),
             state: "streaming".to_owned(),
             client_addr: None,
+            sent_lsn: other.server.data.as_ref().map(|data| data.wal.end),
             flush_lsn: other.server.data.as_ref().map(|data| data.wal.end),
             replay_lsn: None,
             sync_state: "async".to_owned(),

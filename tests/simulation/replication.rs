@@ -7,6 +7,9 @@ use super::postgres::{Change, Phase, RECEIVER_RETRY_MS, Receiver, StuckReceiver,
 use super::wal::segment_start;
 use super::world::{Sim, What};
 
+/// Longest that one takes to be told that the timeline it asked for was left before it.
+const AGAIN_MAX_MS: u64 = 400;
+
 impl Sim {
     /// Something may have changed in a server: it is looked at when the next thing is due.
     pub fn server_changed(&mut self, host: usize) {
@@ -168,14 +171,16 @@ impl Sim {
         if ours.system_id != theirs.system_id {
             return None;
         }
-        if !ours.wal.looks_like_the_past_of(&theirs.wal) {
+        let Some(until) = ours.wal.is_sent_by(&theirs.wal) else {
             self.bring_histories(host, from);
             return None;
-        }
-        if !ours.wal.is_in_the_past_of(&theirs.wal) {
+        };
+        // One that is ahead is sent what it has, and told then that the timeline was left: it says until then how far it is itself.
+        let is_ahead = until < ours.wal.end;
+        if !is_ahead && !ours.wal.is_in_the_past_of(&theirs.wal) {
             self.checks.follows_another(host, from, &self.hosts);
         }
-        let connection = self.walsender_starts(from, host)?;
+        let connection = self.walsender_starts(from, host, is_ahead.then_some(until))?;
         Some(Receiver::Streaming { from, pid, connection, heard: self.now })
     }
 
@@ -202,12 +207,19 @@ impl Sim {
     }
 
     fn stream_to(&mut self, host: usize) {
-        let Some(pid) = self.hosts[host].server.postmaster.as_ref().map(|postmaster| postmaster.pid) else { return };
+        let Some((pid, receiver)) = self.hosts[host].server.postmaster.as_ref().map(|postmaster| (postmaster.pid, postmaster.receiver))
+        else {
+            return;
+        };
         if std::mem::replace(&mut self.hosts[host].stream_due, true) {
             return;
         }
         let slow = self.hosts[host].server.ail.slowness;
-        let takes = self.random.between(us(200), ms(2)) * (1 + slow * 4);
+        let mut takes = self.random.between(us(200), ms(2)) * (1 + slow * 4);
+        if matches!(receiver, Receiver::Streaming { from, connection, .. } if self.sends_what_was_left(from, connection)) {
+            // The segment is sent again from its beginning.
+            takes += self.timing.between(ms(1), ms(AGAIN_MAX_MS));
+        }
         self.later(takes, What::Stream { host, pid });
     }
 
@@ -234,6 +246,7 @@ impl Sim {
         if let (Some(data), Some(postmaster)) = (&mut this.data, &mut this.postmaster) {
             if !data.wal.looks_like_the_past_of(&source) {
                 postmaster.receiver = Receiver::Waiting;
+                data.bring(&source);
                 return;
             }
             self.checks.takes_up_wal(host, data);

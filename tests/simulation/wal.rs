@@ -72,20 +72,29 @@ impl Wal {
 
     /// Truly: everything in here is in the other's past.
     pub fn is_in_the_past_of(&self, other: &Wal) -> bool {
-        self.goes_into(other, |mine, theirs| mine == theirs)
+        self.goes_into(other, |mine, theirs| mine == theirs).is_some_and(|left| self.end <= left)
     }
 
-    /// As PostgreSQL sees it, which knows timelines and positions only. A walsender looks no closer than where the segment begins: who is
-    /// past by less is let in, and then gets nowhere at a record that does not fit, where here it is not let in.
+    /// As PostgreSQL sees it, which knows timelines and positions only.
     pub fn looks_like_the_past_of(&self, other: &Wal) -> bool {
+        self.left_by(other).is_some_and(|left| self.end <= left)
+    }
+
+    /// Up to where a server with the other's WAL sends what this one asks for. None = its walsender refuses: it looks no closer than where
+    /// the segment begins, so that who is past by less is let in.
+    pub fn is_sent_by(&self, other: &Wal) -> Option<Lsn> {
+        self.left_by(other).filter(|left| segment_start(self.end) <= *left)
+    }
+
+    /// Where the other left the timeline that this ends on, or has got to on it, as PostgreSQL sees it.
+    fn left_by(&self, other: &Wal) -> Option<Lsn> {
         self.goes_into(other, |mine, theirs| (mine.timeline, mine.start) == (theirs.timeline, theirs.start))
     }
 
-    fn goes_into(&self, other: &Wal, same: impl Fn(&Segment, &Segment) -> bool) -> bool {
+    fn goes_into(&self, other: &Wal, same: impl Fn(&Segment, &Segment) -> bool) -> Option<Lsn> {
         let known = self.segments.len();
-        other.segments.len() >= known
-            && self.segments.iter().zip(&other.segments).all(|(mine, theirs)| same(mine, theirs))
-            && self.end <= other.segments.get(known).map_or(other.end, |next| next.start)
+        let goes = other.segments.len() >= known && self.segments.iter().zip(&other.segments).all(|(mine, theirs)| same(mine, theirs));
+        goes.then(|| other.segments.get(known).map_or(other.end, |next| next.start))
     }
 
     /// Receives what `source` has beyond our end.

@@ -30,6 +30,8 @@ pub struct Walsender {
     /// What it made of it, for all to see.
     pub priority: u32,
     pub flush: Lsn,
+    /// It sends a timeline that its server has left, up to there, to one that has more of it; None = it sends whatever there is.
+    until: Option<Lsn>,
     /// It has sent everything at some time.
     pub caught_up: bool,
     /// When the other end was there last.
@@ -40,7 +42,7 @@ pub struct Walsender {
 
 impl Sim {
     /// A standby has connected: a walsender that has what the postmaster has. None = it is refused.
-    pub fn walsender_starts(&mut self, host: usize, to: usize) -> Option<u64> {
+    pub fn walsender_starts(&mut self, host: usize, to: usize, until: Option<Lsn>) -> Option<u64> {
         if self.is_synchronous {
             self.look_after_walsenders(host);
         }
@@ -62,6 +64,7 @@ impl Sim {
             priority: priority(&names, name.as_str()),
             names,
             flush: Lsn(0),
+            until,
             caught_up: false,
             heard: self.now,
             is_half_open: false,
@@ -100,6 +103,12 @@ impl Sim {
     pub fn is_sent_to(&self, from: usize, connection: u64) -> bool {
         let senders = self.hosts[from].server.postmaster.iter().flat_map(|postmaster| &postmaster.synchronous.senders);
         !self.is_synchronous || senders.into_iter().any(|sender| sender.connection == connection)
+    }
+
+    /// Its walsender sends a timeline that its server has left, to one that has more of it.
+    pub fn sends_what_was_left(&self, from: usize, connection: u64) -> bool {
+        let senders = self.hosts[from].server.postmaster.iter().flat_map(|postmaster| &postmaster.synchronous.senders);
+        senders.into_iter().any(|sender| sender.connection == connection && sender.until.is_some())
     }
 
     /// A standby says how far it has flushed.
@@ -148,11 +157,13 @@ impl Sim {
 
     /// pg_stat_replication.
     pub fn walsenders_of(&self, host: usize) -> Vec<ReplicaFacts> {
-        let Some(postmaster) = &self.hosts[host].server.postmaster else { return Vec::new() };
+        let server = &self.hosts[host].server;
+        let (Some(data), Some(postmaster)) = (&server.data, &server.postmaster) else { return Vec::new() };
         let row = |sender: &Walsender| ReplicaFacts {
             application_name: self.hosts[sender.to].name.to_string(),
             state: if sender.caught_up { "streaming" } else { "catchup" }.to_owned(),
             client_addr: None,
+            sent_lsn: Some(sender.until.unwrap_or(data.wal.end)),
             flush_lsn: Some(sender.flush),
             replay_lsn: Some(sender.flush),
             sync_state: String::new(),

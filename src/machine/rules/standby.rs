@@ -27,7 +27,7 @@ const WAL_PAGE_BYTES: u64 = 8_192;
 
 /// Files that were judged fit to follow the leader are not doubted for so long.
 const JUDGED_FOR_S: u64 = 20;
-/// A standby that cannot follow the leader's timeline does not stream; one that streams is not looked at.
+/// For so long what is seen of a standby and of its leader has to contradict, each being told at its own time.
 const DIVERGED_AFTER_S: u64 = 2;
 /// Entries of `history` that are kept: far more than PostgreSQL keeps history files for in practice.
 const HISTORY_MAX_ENTRIES: usize = 1_000;
@@ -237,14 +237,17 @@ fn is_of_another_promotion(context: &Context<'_>) -> bool {
 }
 
 /// Our WAL goes past the point where the leader's timeline left ours, as etcd's history tells. The files have the last word: once they
-/// were judged fit to follow this leader, PostgreSQL gets its time, since a timeline is told late while recovery goes over to it.
-fn has_diverged(context: &Context<'_>) -> bool {
+/// were judged fit to follow this leader, PostgreSQL gets its time, since a timeline is told late while recovery goes over to it. Such a
+/// standby may well stream, again and again for a moment: it is sent what it has, up to where the leader left its timeline.
+fn has_diverged(context: &mut Context<'_>) -> bool {
+    let past = is_past_the_switch(context);
+    let receiving = &mut context.world.receiving;
+    receiving.past_the_switch_since = past.then(|| receiving.past_the_switch_since.unwrap_or(context.now));
     let leader = context.world.view.as_ref().and_then(|view| view.leader.as_ref()).map(|leader| leader.epoch);
     let fit =
         context.world.judged.is_some_and(|(epoch, at)| Some(epoch) == leader && context.now.since(at) < Duration::from_secs(JUDGED_FOR_S));
-    let waited =
-        context.world.receiving.not_streaming_since.is_some_and(|since| context.now.since(since) >= Duration::from_secs(DIVERGED_AFTER_S));
-    waited && !fit && is_past_the_switch(context)
+    let since = context.world.receiving.past_the_switch_since;
+    !fit && since.is_some_and(|since| context.now.since(since) >= Duration::from_secs(DIVERGED_AFTER_S))
 }
 
 fn is_past_the_switch(context: &Context<'_>) -> bool {

@@ -110,22 +110,22 @@ fn look(context: &mut Context<'_>, lock: LockIdentity) -> Option<Wanted> {
     let spec = world.spec()?.clone();
     let view = world.view.clone()?;
     let begun = world.probe.as_ref()?.begun;
-    let sql = world.sql()?;
+    let sql = world.sql().filter(|sql| !sql.in_recovery)?;
     let (senders, replicas, written) = (goal::senders(&sql.replicas), sql.replicas.clone(), sql.written_by_then);
     let shown = sql.synchronous_standby_names.clone();
     let recorded = world.sync_of(lock.epoch).and_then(|known| known.record);
     let me = world.me.name.clone();
+    let set = world.names_of_server().and_then(|server| server.in_force.set()).cloned();
     let named = || recorded.iter().flat_map(|record| record.members.iter()).filter(|name| **name != me).cloned();
     let mut standbys = match world.synchrony.standbys.take() {
         Some((epoch, standbys)) if epoch == lock.epoch => standbys,
         _ => {
             world.synchrony.hurries_until = context.now + HURRY;
-            Standbys::named(named(), context.now)
+            Standbys::named(named(), set.as_ref(), context.now)
         }
     };
     standbys.seen(context.now, &spec, &replicas, written);
-    let server = world.names_of_server();
-    let chosen = server.and_then(|server| server.in_force.set()).and_then(Names::acks).map(|acks| acks.members.clone());
+    let chosen = set.as_ref().and_then(Names::acks).map(|acks| acks.members.clone());
     let wanted = goal::wanted(&spec, &view, &me, &standbys, chosen.as_ref());
     world.synchrony.standbys = Some((lock.epoch, standbys));
     // A walsender that has heard nothing of its standby yet shows 0 whatever it has read. Others, such as pg_receivewal, may never hear of it.
@@ -181,7 +181,7 @@ fn open(context: &mut Context<'_>, lock: LockIdentity, since: BootTime) {
     let found = matches!(server.gate, Gate::Unknown(_));
     let enough = known.is_some_and(|known| {
         known.record.is_none_or(|record| {
-            let has_it = |name: &&MemberName| goal::flushed_by(&replicas, name).is_some_and(|flushed| flushed >= recovered);
+            let has_it = |name: &&MemberName| goal::flushed_by(&replicas, name, recovered).is_some_and(|flushed| flushed >= recovered);
             record.members.iter().filter(|name| **name != record.leader).filter(has_it).count() + 1 >= record.copies as usize
         })
     });

@@ -328,6 +328,7 @@ pub(crate) fn streaming(member: &str, flushed: u64) -> ReplicaFacts {
         application_name: member.to_owned(),
         state: "streaming".to_owned(),
         client_addr: None,
+        sent_lsn: Some(Lsn(u64::MAX)),
         flush_lsn: Some(Lsn(flushed)),
         replay_lsn: None,
         sync_state: String::new(),

@@ -10,7 +10,7 @@ use crate::machine::event::{Configured, Event, Finished};
 use crate::machine::state::State;
 use crate::machine::world::World;
 use crate::spec::cluster::ClusterSpec;
-use crate::types::Lsn;
+use crate::types::{Lsn, TimelineId};
 
 use super::checked::Checked;
 use super::cluster::s;
@@ -113,6 +113,25 @@ fn row_10_postgresql_is_left_alone_while_the_leader_cannot_be_reached_from_here(
     watched.reached = Ok(());
     watched.shows(20, &without_receiver());
     assert_eq!(watched.done.last().map(|(_, what)| what.as_str()), Some("stops"));
+}
+
+/// It is sent what it has, again and again, up to where its leader left the timeline, and streams for as long as that takes.
+#[test]
+fn one_with_wal_that_its_leader_never_had_is_stopped_and_judged_although_it_streams_now_and_then() {
+    let mut watched = Watched::new(three());
+    watched.view.members.get_mut(&name("b")).unwrap().record.timeline = Some(TimelineId(3));
+    watched.view.history.push(recorded(3, "b", 8, watched.view.leader.as_ref().unwrap().epoch.0, 2, 900));
+    for _ in 0..3 {
+        watched.shows(1, &without_receiver()).shows(1, &sql(true, 2, 1_000));
+    }
+    assert_eq!(watched.done.first(), Some(&at(2, "stops")), "{:?}", watched.done);
+    assert_eq!(watched.checked.state().name(), "rejoining");
+
+    let mut watched = Watched::new(three());
+    watched.view.members.get_mut(&name("b")).unwrap().record.timeline = Some(TimelineId(3));
+    watched.view.history.push(recorded(3, "b", 8, watched.view.leader.as_ref().unwrap().epoch.0, 2, 1_000));
+    watched.shows(5, &sql(true, 2, 1_000));
+    assert_eq!(watched.done, [], "it has nothing that the leader never had");
 }
 
 #[test]

@@ -63,8 +63,8 @@ fn standbys_are_made_to_answer_when_a_change_of_the_names_may_let_commits_go_and
         view.sync = recorded;
         world.view = Some(Arc::new(view));
         let shows = sql(false, 2, 1_000);
-        world.probe =
-            Some(probe(T0, SqlFacts { replicas: vec![streaming("b", 1_000)], synchronous_standby_names: before.to_string(), ..shows }));
+        let replicas = ["b", "c"].map(|member| streaming(member, 1_000)).to_vec();
+        world.probe = Some(probe(T0, SqlFacts { replicas, synchronous_standby_names: before.to_string(), ..shows }));
         world.synchrony.server = Some(OfServer::new(StartId(1), InForce::since_start(before), T0));
         let ordered = Checked::resume(world, State::Primary).handle(T0, Event::Tick);
         let orders = ordered.into_iter().filter_map(|action| match action {

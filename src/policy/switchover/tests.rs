@@ -23,6 +23,7 @@ fn replica(member: &str, state: &str, flushed: Option<u64>) -> ReplicaFacts {
         application_name: member.to_owned(),
         state: state.to_owned(),
         client_addr: None,
+        sent_lsn: None,
         flush_lsn: flushed.map(Lsn),
         replay_lsn: None,
         sync_state: "async".to_owned(),

@@ -2,7 +2,9 @@
 //!
 //! What surprises: a standby that leaves has gone for a while already, and one that comes back after it left has to stay for a while before
 //! it counts again, so that one that flaps does not keep `sync` changing. One that is seen for the first time counts at once: after a
-//! failover commits wait for it.
+//! failover commits wait for it. But it is seen only once it is sent WAL of this leadership. A walsender lets in who has more of an older
+//! timeline than its own server ever had, sends it what it has already, and believes meanwhile that all it says to have flushed is ours
+//! (PostgreSQL, walsender.c: StartReplication, ProcessStandbyReplyMessage).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -11,7 +13,8 @@ use super::Goal;
 use crate::clock::BootTime;
 use crate::facts::cluster::ClusterView;
 use crate::facts::postgres::ReplicaFacts;
-use crate::facts::synchrony::{Acks, FEATURE, Sender};
+use crate::facts::synchrony::{Acks, FEATURE, Names, Sender};
+use crate::mutants::{Mutant, mutant};
 use crate::spec::cluster::{ClusterSpec, Member, ReplicationMode};
 use crate::types::{Lsn, MemberName};
 
@@ -36,30 +39,54 @@ struct Standing {
     left: bool,
     /// It has been seen in this leadership.
     connected: bool,
+    /// It may have WAL that this leader never had, until it is seen.
+    may_be_ahead: bool,
     /// What it has to flush next, and when that was written.
     due: (Lsn, BootTime),
 }
 
+impl Standing {
+    fn absent(now: BootTime, written: Lsn) -> Standing {
+        let due = (written, now);
+        Standing { counts: false, since: now, fit: false, left: false, connected: false, may_be_ahead: false, due }
+    }
+}
+
 /// Who counts, through one leadership.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Standbys(BTreeMap<MemberName, Standing>);
+pub struct Standbys {
+    members: BTreeMap<MemberName, Standing>,
+    /// Written when the primary of this leadership was seen first, and so on its own timeline.
+    began: Option<Lsn>,
+}
 
 impl Standbys {
-    /// Those that a record names count until they have been away for too long.
-    pub fn named(members: impl Iterator<Item = MemberName>, now: BootTime) -> Standbys {
-        let standing = Standing { counts: true, since: now, fit: false, left: false, connected: false, due: (Lsn(0), now) };
-        Standbys(members.map(|name| (name, standing)).collect())
+    /// Those that a record names count until they have been away for too long; but commits do not wait for one before it is seen, unless
+    /// they do already: where this leadership began with names, nobody can be ahead.
+    pub fn named(members: impl Iterator<Item = MemberName>, names: Option<&Names>, now: BootTime) -> Standbys {
+        let acks = names.and_then(Names::acks);
+        let standing = |name: &MemberName| Standing {
+            counts: true,
+            may_be_ahead: acks.is_none_or(|acks| !acks.members.contains(name)) && !mutant(Mutant::CountedWhileAhead),
+            ..Standing::absent(now, Lsn(0))
+        };
+        Standbys { members: members.map(|name| (name.clone(), standing(&name))).collect(), began: None }
     }
 
-    /// Takes in what the server showed.
+    /// From here on what a walsender has sent is WAL of this leadership.
+    pub fn began(&self) -> Option<Lsn> {
+        self.began
+    }
+
+    /// Takes in what the primary showed.
     pub fn seen(&mut self, now: BootTime, spec: &ClusterSpec, replicas: &[ReplicaFacts], written: Lsn) {
+        let began = *self.began.get_or_insert(written);
         for member in &spec.members {
-            let flushed = flushed_by(replicas, &member.name);
-            let absent = Standing { counts: false, since: now, fit: false, left: false, connected: false, due: (written, now) };
-            if flushed.is_none() && !self.0.contains_key(&member.name) {
+            let flushed = flushed_by(replicas, &member.name, began);
+            if flushed.is_none() && !self.members.contains_key(&member.name) {
                 continue;
             }
-            let standing = self.0.entry(member.name.clone()).or_insert(absent);
+            let standing = self.members.entry(member.name.clone()).or_insert(Standing::absent(now, written));
             if flushed.is_some_and(|flushed| flushed >= standing.due.0) {
                 standing.due = (written, now);
             }
@@ -67,6 +94,7 @@ impl Standbys {
             let near = |flushed: Lsn| spec.replication.maximum_lag_on_syncnode.is_none_or(|limit| written.bytes_since(flushed) <= limit);
             let fit = may_count(member) && in_time && flushed.is_some_and(near);
             standing.connected |= fit;
+            standing.may_be_ahead &= !fit;
             let patience_ms = if standing.connected { LEAVES_AFTER_MS } else { CONNECTS_WITHIN_MS };
             if fit != standing.fit {
                 (standing.fit, standing.since) = (fit, now);
@@ -78,22 +106,27 @@ impl Standbys {
                 standing.counts = true;
             }
         }
-        self.0.retain(|name, _| spec.member(name).is_some());
+        self.members.retain(|name, _| spec.member(name).is_some());
     }
 
     /// It has been seen in this leadership; one that has not only counts because the record names it, such as a former leader that is lost.
     fn has_been_seen(&self, name: &MemberName) -> bool {
-        self.0.get(name).is_some_and(|standing| standing.connected)
+        self.members.get(name).is_some_and(|standing| standing.connected)
     }
 
     /// Whether this one does.
     pub fn counts(&self, name: &MemberName) -> bool {
-        self.0.get(name).is_some_and(|standing| standing.counts)
+        self.members.get(name).is_some_and(|standing| standing.counts)
     }
 
-    /// Those that count.
+    /// Those that count, and that commits may wait for.
     fn counting(&self) -> impl Iterator<Item = &MemberName> {
-        self.0.iter().filter(|(_, standing)| standing.counts).map(|(name, _)| name)
+        self.members.iter().filter(|(_, standing)| standing.counts && !standing.may_be_ahead).map(|(name, _)| name)
+    }
+
+    /// Somebody counts who has to be seen before commits may wait for it.
+    fn awaits_somebody(&self) -> bool {
+        self.members.values().any(|standing| standing.counts && standing.may_be_ahead)
     }
 }
 
@@ -102,16 +135,19 @@ pub fn may_count(member: &Member) -> bool {
     !member.tags.nosync && !member.tags.nostream && !member.nofailover()
 }
 
-/// Flushed by the standby of that name that streams.
-pub fn flushed_by(replicas: &[ReplicaFacts], name: &MemberName) -> Option<Lsn> {
-    let of_it = replicas.iter().filter(|replica| replica.streams() && member_of(replica).as_ref() == Some(name));
-    of_it.filter_map(|replica| replica.flush_lsn).max()
+/// Flushed by the standby of that name that streams, and has been sent what was written up to `sent`.
+pub fn flushed_by(replicas: &[ReplicaFacts], name: &MemberName, sent: Lsn) -> Option<Lsn> {
+    of(replicas, name, sent).filter_map(|replica| replica.flush_lsn).max()
 }
 
-/// Replayed by the standby of that name that streams.
-pub fn replayed_by(replicas: &[ReplicaFacts], name: &MemberName) -> Option<Lsn> {
-    let of_it = replicas.iter().filter(|replica| replica.streams() && member_of(replica).as_ref() == Some(name));
-    of_it.filter_map(|replica| replica.replay_lsn).max()
+/// Replayed by the standby of that name that streams, and has been sent what was written up to `sent`.
+pub fn replayed_by(replicas: &[ReplicaFacts], name: &MemberName, sent: Lsn) -> Option<Lsn> {
+    of(replicas, name, sent).filter_map(|replica| replica.replay_lsn).max()
+}
+
+fn of<'a>(replicas: &'a [ReplicaFacts], name: &MemberName, sent: Lsn) -> impl Iterator<Item = &'a ReplicaFacts> {
+    let is_sent = move |replica: &ReplicaFacts| replica.sent_lsn.is_some_and(|to| to >= sent) || mutant(Mutant::CountedWhileAhead);
+    replicas.iter().filter(move |replica| replica.streams() && is_sent(replica) && member_of(replica).as_ref() == Some(name))
 }
 
 /// PostgreSQL takes names for the same in any case of letters.
@@ -170,6 +206,9 @@ pub fn wanted(
     let short_of = (found < asked).then_some(asked);
     if short_of.is_some() && replication.strict {
         return Wanted { goal: Goal::Wait(asked), short_of, waits: None };
+    }
+    if short_of.is_some() && standbys.awaits_somebody() {
+        return Wanted { goal: Goal::Stay, short_of, waits: None };
     }
     let acks = asked.min(found);
     let members = match replication.mode {

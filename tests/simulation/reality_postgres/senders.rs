@@ -64,13 +64,13 @@ pub async fn half_open(mut twins: Twins) {
     let refused = receives_as_b(&twins, Some("b")).output().unwrap();
     let why = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(why.contains("replication slot \"b\" is active for PID"), "{why}");
-    assert_eq!(twins.sim.walsender_starts(0, 1), None, "the model lets it in");
+    assert_eq!(twins.sim.walsender_starts(0, 1, None), None, "the model lets it in");
 
     let mut beside = receives_as_b(&twins, None).spawn().unwrap();
     let count = "select count(*)::text from pg_stat_replication where application_name = 'b'";
     eventually_async(async || twins.servers[0].ask(count).await == "2").await;
     twins.sim.hosts[1].server.postmaster.as_mut().unwrap().by_slot = false;
-    assert!(twins.sim.walsender_starts(0, 1).is_some());
+    assert!(twins.sim.walsender_starts(0, 1, None).is_some());
     assert_eq!(twins.sim.walsenders_of(0).len(), 2);
     beside.kill().unwrap();
     beside.wait().unwrap();

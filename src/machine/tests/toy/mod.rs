@@ -365,6 +365,7 @@ impl Toy {
             application_name: name.as_str().to_owned(),
             state: "streaming".to_owned(),
             client_addr: None,
+            sent_lsn: host.server.data.as_ref().map(|data| data.end),
             flush_lsn: host.server.data.as_ref().map(|data| data.end),
             replay_lsn: None,
             sync_state: "async".to_owned(),

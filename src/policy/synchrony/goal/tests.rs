@@ -18,6 +18,7 @@ fn replica(member: &str, flush: u64) -> ReplicaFacts {
         application_name: member.to_owned(),
         state: "streaming".to_owned(),
         client_addr: None,
+        sent_lsn: Some(Lsn(flush)),
         flush_lsn: Some(Lsn(flush)),
         replay_lsn: None,
         sync_state: String::new(),
@@ -99,7 +100,7 @@ fn in_sync_commits_do_not_wait_for_a_former_leader_that_is_lost_while_a_standby_
     let mut sight = Sight::of("mode: sync");
     sight.spec.members[1].tags.sync_priority = 5;
     // `b` led before, and only `a` was its standby.
-    sight.standbys = Standbys::named([name("b")].into_iter(), T0);
+    sight.standbys = Standbys::named([name("b")].into_iter(), None, T0);
     assert_eq!(sight.shows(10, &["c"]).goal(), (1, "c".to_owned()));
     assert_eq!(sight.shows(10, &["b", "c"]).goal(), (1, "b".to_owned()), "it is back");
 }
@@ -122,11 +123,34 @@ fn a_standby_that_left_has_to_stay_for_a_while_before_it_counts_again() {
 
 #[test]
 fn one_that_the_record_names_is_waited_for_when_a_leadership_begins() {
-    let mut sight = Sight::of("mode: quorum");
-    sight.standbys = Standbys::named([name("b"), name("c")].into_iter(), T0);
+    let begins = |names: Names| {
+        let mut sight = Sight::of("mode: quorum");
+        sight.standbys = Standbys::named([name("b"), name("c")].into_iter(), Some(&names), T0);
+        sight
+    };
+    let mut sight = begins(Names::Any(Acks { members: [name("b"), name("c")].into(), acks: 1 }));
     sight.shows(10, &["c"]);
-    assert_eq!(sight.shows(LEAVES_AFTER_MS + 10, &["c"]).goal().1, "b c");
+    assert_eq!(sight.shows(LEAVES_AFTER_MS + 10, &["c"]).goal().1, "b c", "commits wait for both already");
     assert_eq!(sight.shows(CONNECTS_WITHIN_MS, &["c"]).goal().1, "c");
+
+    let mut sight = begins(Names::Block);
+    assert_eq!(sight.shows(10, &[]).wanted().goal, Goal::Stay, "nobody has been seen yet");
+    assert_eq!(sight.shows(10, &["c"]).goal().1, "c", "the other may be ahead");
+    assert_eq!(sight.shows(10, &["b", "c"]).goal().1, "b c");
+    let mut sight = begins(Names::Block);
+    assert_eq!(sight.shows(CONNECTS_WITHIN_MS - 10, &[]).wanted().goal, Goal::Stay);
+    assert_eq!(sight.shows(20, &[]).goal().0, 0, "nobody comes");
+}
+
+#[test]
+fn a_standby_that_is_sent_no_wal_of_this_leadership_counts_for_nothing_whatever_it_says_to_have_flushed() {
+    let mut sight = Sight::of("mode: quorum");
+    sight.standbys = Standbys::named([name("b"), name("c")].into_iter(), Some(&Names::Block), T0);
+    // The leader left the timeline before at 900, where b went on to 2 000.
+    let ahead = ReplicaFacts { sent_lsn: Some(Lsn(900)), ..replica("b", 2_000) };
+    assert_eq!(sight.sees(10, std::slice::from_ref(&ahead), 1_000).wanted().goal, Goal::Stay);
+    assert_eq!(sight.sees(10, &[ahead, replica("c", 1_100)], 1_100).goal().1, "c");
+    assert_eq!(sight.sees(10, &[replica("b", 1_100), replica("c", 1_100)], 1_200).goal().1, "b c", "once it has followed");
 }
 
 #[test]
