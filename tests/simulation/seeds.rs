@@ -34,6 +34,6 @@ pub const REGRESSIONS: &[(u64, &str)] = &[
     (5_639, "the news that the lock before was lost came after the next one was won: its guard was told to forget it, and it was used"),
     (9_925, "keys and the data of a promotion were gone, and its number taken again while the data came back: the check's error"),
     (813, "a member that was being copied anew by order threw away what the next leader had begun to count on"),
-    (858, "a lock that was taken anew while promises bridged its lapse moved to a longer lease, and the guard counted it by that too early"),
+    (858, "a lock that was taken anew in a lapse was to move to a longer lease, and the guard counted it by that too early"),
     (11_470, "the only copy was that of a member out of the spec whose key somebody had deleted: the check's error"),
 ];
