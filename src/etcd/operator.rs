@@ -204,13 +204,17 @@ impl Etcd {
     /// # Errors
     /// When etcd cannot be asked, or it is not known whether it was written.
     pub async fn set_maintenance(&self, record: &MaintenanceRecord, over: Revision, leader: Revision) -> Result<bool, EtcdError> {
-        let path = self.keys.path(&Key::Maintenance);
+        let put = TxnOp::put(self.keys.path(&Key::Maintenance), json(&Key::Maintenance, record)?, None);
+        self.change_maintenance(over, leader, put).await
+    }
+
+    /// While `maintenance` and the lock are as they were read.
+    async fn change_maintenance(&self, over: Revision, leader: Revision, change: TxnOp) -> Result<bool, EtcdError> {
         let as_read = [
-            Compare::mod_revision(path.clone(), CompareOp::Equal, over.0),
+            Compare::mod_revision(self.keys.path(&Key::Maintenance), CompareOp::Equal, over.0),
             Compare::mod_revision(self.keys.leader(), CompareOp::Equal, leader.0),
         ];
-        let put = TxnOp::put(path, json(&Key::Maintenance, record)?, None);
-        Ok(self.transact(Txn::new().when(as_read).and_then([put])).await?.succeeded())
+        Ok(self.transact(Txn::new().when(as_read).and_then([change])).await?.succeeded())
     }
 
     /// Deletes `maintenance` as it was read, and all that members noted beside it, whoever has heard of it. False = it has changed.
@@ -242,12 +246,7 @@ impl Etcd {
     /// # Errors
     /// When etcd cannot be asked, or did not answer.
     pub async fn end_maintenance(&self, seen: Revision, leader: Revision) -> Result<bool, EtcdError> {
-        let path = self.keys.path(&Key::Maintenance);
-        let as_seen = [
-            Compare::mod_revision(path.clone(), CompareOp::Equal, seen.0),
-            Compare::mod_revision(self.keys.leader(), CompareOp::Equal, leader.0),
-        ];
-        Ok(self.transact(Txn::new().when(as_seen).and_then([TxnOp::delete(path, None)])).await?.succeeded())
+        self.change_maintenance(seen, leader, TxnOp::delete(self.keys.path(&Key::Maintenance), None)).await
     }
 
     /// Records a decision. Now and then it also deletes the oldest.

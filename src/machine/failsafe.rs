@@ -55,7 +55,7 @@ pub struct Failsafe {
 impl World {
     /// The lock, if it may go on although etcd does not have it: the promises of the others hold, and A has not come.
     fn outlives_its_key(&self, now: BootTime) -> bool {
-        self.failsafe.sustained.is_some() && matches!(self.lock, Lock::Proved { announce_at, .. } if now < announce_at)
+        self.failsafe.sustained.is_some() && self.lock.is_proved_at(now)
     }
 
     /// The lock's lease or key is gone from etcd. True if that is a lapse.

@@ -5,6 +5,7 @@ use super::event::Failure;
 use super::finished::ANSWERED_PAUSE_MS;
 use super::world::{Etcd, Lock, World};
 use crate::clock::BootTime;
+use crate::facts::cluster::MemberRecord;
 use crate::facts::guard::{PostmasterFacts, Rung, Word};
 use crate::mutants::{Mutant, mutant};
 use crate::types::{LockIdentity, Revision};
@@ -54,6 +55,18 @@ impl World {
             self.lock = Lock::Proved { identity: lock, until, announce_at };
         }
         ours
+    }
+
+    /// What goes to a lease of another ttl, if it may now: our member key. Without one there is nothing to move; and until `history` names
+    /// our leadership by its epoch it names it by the lease that the lock was taken on. A lock that etcd has not proved yet stays where it
+    /// is: the guard knows no deadline of it, and would take the new lease's for the lock's before it hangs there. Promises were given for
+    /// the lock before one that is taken anew.
+    pub fn key_to_move(&self) -> Option<&MemberRecord> {
+        let recorded = self.lock.identity().is_none_or(|lock| self.recorded == Some(lock.epoch));
+        // A lock that is being taken hangs on the lease that the member key hangs on.
+        let taking = self.in_flight.contains(&OperationKind::Acquire);
+        let proved = self.lock == Lock::None || self.is_proved_by_etcd();
+        self.written.as_ref().map(|(record, _)| record).filter(|_| recorded && !taking && proved)
     }
 
     /// The lease of a lock that was taken over is waited for: another one would end the leadership. Its thread says when it is gone. But a

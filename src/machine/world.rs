@@ -70,6 +70,11 @@ impl Lock {
         }
     }
 
+    /// It is proved, and the fast stop before its deadline is not due.
+    pub fn is_proved_at(&self, now: BootTime) -> bool {
+        matches!(self, Lock::Proved { announce_at, .. } if now < *announce_at)
+    }
+
     /// The lock and its deadlines, if it is proved.
     pub fn proved(&self) -> Option<LockFacts> {
         match *self {
@@ -470,22 +475,15 @@ impl World {
         self.reserved.or(recorded)
     }
 
-    /// What goes to a lease of another ttl, if it may now: our member key. Without one there is nothing to move; and until `history` names
-    /// our leadership by its epoch it names it by the lease that the lock was taken on. A lock that etcd has not proved yet stays where it
-    /// is: the guard knows no deadline of it, and would take the new lease's for the lock's before it hangs there. Promises were given for
-    /// the lock before one that is taken anew.
-    pub fn key_to_move(&self) -> Option<&MemberRecord> {
-        let recorded = self.lock.identity().is_none_or(|lock| self.recorded == Some(lock.epoch));
-        // A lock that is being taken hangs on the lease that the member key hangs on.
-        let taking = self.in_flight.contains(&OperationKind::Acquire);
-        let proved = self.lock == Lock::None || self.is_proved_by_etcd();
-        self.written.as_ref().map(|(record, _)| record).filter(|_| recorded && !taking && proved)
-    }
-
     /// The timeline that PostgreSQL is on, running or stopped.
     pub fn own_timeline(&self) -> Option<TimelineId> {
         let stopped = self.control().map(|control| control.timeline.max(control.min_recovery_timeline));
         self.sql().map(|sql| sql.timeline).or(stopped)
+    }
+
+    /// PostgreSQL runs here under the word that it may write, and is out of recovery.
+    pub fn writes(&self) -> bool {
+        matches!(self.running(), Some((_, Word::Writable))) && self.sql().is_some_and(|sql| !sql.in_recovery)
     }
 
     /// Another member leads and its PostgreSQL takes writes.

@@ -113,16 +113,18 @@ fn word(context: &mut Context<'_>) -> Option<Maintenance> {
 /// A primary in good order, of which `history` says what it writes on. One that is not is the guard's ladder's business, whose deadlines run on.
 fn writes_under_the_lock(context: &Context<'_>) -> bool {
     let world = &context.world;
-    let proved = matches!(world.lock, Lock::Proved { announce_at, .. } if context.now < announce_at);
-    let writes = matches!(world.running(), Some((_, Word::Writable))) && world.sql().is_some_and(|sql| !sql.in_recovery);
     let recorded = world.lock.identity().is_some_and(|lock| world.recorded == Some(lock.epoch));
-    proved && writes && recorded && world.is_proved_by_etcd() && !world.promotion_asked_lately(context.now)
+    world.lock.is_proved_at(context.now)
+        && world.writes()
+        && recorded
+        && world.is_proved_by_etcd()
+        && !world.promotion_asked_lately(context.now)
 }
 
 /// The deadlines of the lock may count again. They do so at once, as they are then: with an old proof the fast stop would follow.
 fn may_fence(context: &Context<'_>, view: &ClusterView) -> bool {
     let world = &context.world;
-    let proved = world.is_proved_by_etcd() && matches!(world.lock, Lock::Proved { announce_at, .. } if context.now < announce_at);
+    let proved = world.is_proved_by_etcd() && world.lock.is_proved_at(context.now);
     !world.suspends() || proved || another_leads(context, view) || world.cannot_write(context.now) || mutant(Mutant::FencesWithAnOldProof)
 }
 
@@ -169,12 +171,13 @@ fn take_lock_anew(context: &mut Context<'_>) {
     let world = &context.world;
     let (Lock::None, true, Some(lease)) = (world.lock, world.suspends(), world.lease) else { return };
     let Some(view) = world.fresh_view().cloned() else { return };
-    let writes = matches!(world.running(), Some((_, Word::Writable))) && world.sql().is_some_and(|sql| !sql.in_recovery);
     let ours = |holder: &str| holder == world.me.name.as_str();
     let absent_or_ours = view.leader.as_ref().is_none_or(|leader| ours(&leader.holder) && leader.lease == lease.lease);
     // The guard keeps the lock that it was told last.
     let last = world.guard.as_ref().and_then(|guard| guard.lock).map(|lock| lock.identity.epoch);
-    let (true, true, Some(last), true) = (writes, absent_or_ours, last, view.maintenance.is_some() && view.spec.is_some()) else { return };
+    let (true, true, Some(last), true) = (world.writes(), absent_or_ours, last, view.maintenance.is_some() && view.spec.is_some()) else {
+        return;
+    };
     let (Some(history), true) = (continued(&view, &world.me.name, last, lease.lease), world.written.is_some()) else { return };
     if context.start(Operation::Acquire { judged_on: view, history, initialize: None }) {
         let message = format!("the lock of epoch {last} ran out in maintenance mode: takes it anew on the same timeline");

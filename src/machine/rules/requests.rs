@@ -31,7 +31,8 @@ const SURVEYED_WITHIN_MS: u64 = 6_000;
 /// How much later than its time a scheduled switchover may begin.
 const SCHEDULE_LATE_MAX_S: u64 = 60;
 
-/// Whoever took a request up is given so long to answer it after another leads: it knows better what it came to.
+/// Whoever took a request up is given so long to answer it after another leads, or after its member key is gone: it knows better what it
+/// came to.
 const ORPHANED_AFTER_MS: u64 = 5_000;
 
 /// Why nothing is carried out in maintenance mode.
@@ -129,7 +130,8 @@ pub(crate) fn taken_up(context: &mut Context<'_>) -> Outcome<State> {
     Handled
 }
 
-fn is_orphaned(context: &Context<'_>, id: &str) -> bool {
+/// So long ago that whoever took it up would have answered.
+pub(crate) fn is_orphaned(context: &Context<'_>, id: &str) -> bool {
     let seen = context.world.requests.seen.get(id).copied().unwrap_or(context.now);
     context.now.since(seen) >= Duration::from_millis(ORPHANED_AFTER_MS)
 }

@@ -40,9 +40,6 @@ const STARTED_WITHIN_S: u64 = 30;
 /// Files are written, tried and read within this, or it is not known.
 const RELOAD_PATIENCE_S: u64 = 90;
 
-/// Whoever took a request up and has no member key any more is not heard of again before it has one.
-const ORPHANED_AFTER_MS: u64 = 5_000;
-
 /// A standby that lags no more than this is back, also if it lagged less before: one WAL segment.
 const LAG_BACK_BYTES: u64 = 16 << 20;
 
@@ -88,8 +85,7 @@ fn forget_answered(context: &mut Context<'_>, view: &ClusterView) {
 
 /// A member that took one up is gone, and so is whoever could answer. Its daemon, when it comes back, carries nothing on.
 fn orphaned(context: &Context<'_>, view: &ClusterView, id: &str, on: &MemberName) -> Option<RequestProgress> {
-    let seen = context.world.requests.seen.get(id).copied().unwrap_or(context.now);
-    let gone = !view.members.contains_key(on) && context.now.since(seen) >= Duration::from_millis(ORPHANED_AFTER_MS);
+    let gone = !view.members.contains_key(on) && requests::is_orphaned(context, id);
     gone.then(|| refused(format!("the daemon of `{on}` took it up and is not there any more: how far it got is not known")))
 }
 
@@ -332,8 +328,7 @@ fn is_back(context: &Context<'_>, state: &State, restart: &Restart) -> bool {
 
 fn writes_again(context: &Context<'_>) -> bool {
     let world = &*context.world;
-    let proved = matches!(world.lock, Lock::Proved { announce_at, .. } if context.now < announce_at);
-    proved && world.sql().is_some_and(|sql| !sql.in_recovery) && !world.may_be_closed()
+    world.lock.is_proved_at(context.now) && world.sql().is_some_and(|sql| !sql.in_recovery) && !world.may_be_closed()
 }
 
 fn streams_again(world: &World, restart: &Restart) -> bool {

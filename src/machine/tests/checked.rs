@@ -159,7 +159,7 @@ impl Checked {
 }
 
 fn proved_now(world: &World, now: BootTime) -> bool {
-    matches!(world.lock, Lock::Proved { announce_at, .. } if now < announce_at)
+    world.lock.is_proved_at(now)
 }
 
 /// The claims on single operations: I2, I3, I10, I11.
