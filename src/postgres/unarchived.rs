@@ -16,6 +16,7 @@
 
 use std::fs;
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::Arc;
@@ -49,6 +50,8 @@ const SAID_CHARS_MAX: usize = 200;
 /// From this version on PostgreSQL refuses a command with a placeholder that it does not know; before it was left as it is.
 const STRICT_PLACEHOLDERS_MAJOR: u32 = 16;
 
+/// Mode bits of a data directory that its group may read: initdb's `--allow-group-access`.
+const GROUP_MAY_READ_MODE: u32 = 0o050;
 /// Where the marks are, within pg_wal.
 const STATUS: &str = "archive_status";
 
@@ -314,7 +317,10 @@ impl Archiver {
         };
         ensure!(!limit.is_zero(), "there is more to archive than fits into {} s", PASS_LIMIT.as_secs());
         let command = expand(command, major, &path.to_string_lossy(), name)?;
-        let mut shell = Program::new("/bin/sh").arg("-c").arg(command).current_dir(layout.data_dir());
+        let mode = fs::metadata(layout.data_dir()).with_context(|| format!("looking at {}", layout.data_dir().display()))?.mode();
+        // As the postmaster sets it (SetDataDirectoryCreatePerm).
+        let umask = if mode & GROUP_MAY_READ_MODE == GROUP_MAY_READ_MODE { "027" } else { "077" };
+        let mut shell = Program::new("/bin/sh").arg("-c").arg(format!("umask {umask}\n{command}")).current_dir(layout.data_dir());
         if let Some(lock) = lock {
             shell = shell.stdin(Arc::clone(lock)).env(rewind::LOCK_VARIABLE, rewind::lock_file(layout));
         }

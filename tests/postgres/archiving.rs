@@ -1,8 +1,9 @@
 //! WAL that a primary's archiver did not get to: what is archived in its place, what is put beside, what never is (SAFETY row 54).
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
@@ -225,6 +226,24 @@ async fn row_54_a_command_that_archives_ahead_what_is_marked_meets_nothing_that_
         let archived = pair.archive_left(Some(switch)).await.unwrap();
         assert_eq!(archived, Archived { files: whole.len(), beside: None, why: None });
         assert_eq!(content(&pair.archive), whole);
+    }
+}
+
+#[tokio::test]
+async fn what_a_command_makes_is_as_private_as_what_postgresqls_own_archiver_makes() {
+    for installation in installations().await {
+        let root = place();
+        let mut pair = Pair::new(&installation, root.path(), false, Signal::SIGINT).await;
+        pair.command = format!("cat < %p > {}/%f", pair.archive.display());
+        for (of_the_data_directory, of_a_file) in [(0o750, 0o640), (0o700, 0o600)] {
+            fs::set_permissions(pair.old.data_dir(), Permissions::from_mode(of_the_data_directory)).unwrap();
+            pair.archive_left(None).await.unwrap();
+            let archived = pair.archive.join(first(&pair));
+            assert_eq!(fs::metadata(&archived).unwrap().permissions().mode() & 0o777, of_a_file);
+            fs::remove_file(&archived).unwrap();
+            let status = pair.pg_wal().join("archive_status");
+            fs::rename(status.join(format!("{}.done", first(&pair))), status.join(format!("{}.ready", first(&pair)))).unwrap();
+        }
     }
 }
 
