@@ -76,7 +76,11 @@ pub fn ready(pg_wal: &Path) -> Result<Vec<String>> {
 /// What is to be archived of a stopped server: what is marked as ready, and what a loss of power took the mark of.
 pub fn left(pg_wal: &Path, control: &ControlFacts) -> Result<Vec<String>> {
     let mut left = ready(pg_wal)?;
-    left.extend(unmarked(pg_wal, control)?);
+    // A data directory whose WAL is gone or cannot be read is seen for what it is all the same: a copy is to take its place.
+    left.extend(unmarked(pg_wal, control).unwrap_or_else(|error| {
+        tracing::warn!(error = format!("{error:#}"), "WAL that is to be archived and is not marked so could not be looked for");
+        Vec::new()
+    }));
     Ok(left)
 }
 
@@ -171,7 +175,8 @@ pub async fn archive_left(
 ) -> Result<Archived> {
     let lock = Arc::new(rewind::lock(layout).await?);
     let pg_wal = layout.data_dir().join("pg_wal");
-    mark_left(&pg_wal, control)?;
+    // What is marked is seen to all the same.
+    let all_marked = mark_left(&pg_wal, control);
     let ours = take_marks(layout, &pg_wal, leader, shared)?;
     let until = Instant::now() + PASS_LIMIT;
     let (mut archived, mut why, mut left) = (0, None, Vec::new());
@@ -197,6 +202,7 @@ pub async fn archive_left(
         let (layout, left) = (layout.clone(), left.clone());
         lost::holding(&lock, move || put_beside(&layout, &pg_wal, &left)).await.with_context(|| why.clone())?;
     }
+    all_marked.context("looking for WAL that is to be archived and lost its mark")?;
     Ok(Archived { files: archived, beside: beside(layout)?, why })
 }
 
@@ -398,6 +404,11 @@ mod tests {
         ] {
             assert_eq!(lost(&control), Vec::<String>::new(), "a standby's are another's to archive");
         }
+        assert_eq!(
+            left(&pg_wal.join("gone"), &control).unwrap(),
+            Vec::<String>::new(),
+            "what has no WAL is looked at all the same, to be copied"
+        );
         mark_left(pg_wal, &control).unwrap();
         assert_eq!((ready(pg_wal).unwrap(), lost(&control)), (vec![name(2, 3), name(2, 5)], Vec::new()));
     }
