@@ -57,17 +57,17 @@ pub async fn clone_from(installation: &Installation, layout: &Layout, job: &Clon
     let lock = Arc::new(rewind::lock(layout).await?);
     let work = layout.clone_dir();
     // An earlier attempt's copy never served anybody, and takes the room of this one.
-    swap::remove(layout, &lock, &work).await.context("removing what an earlier clone left")?;
+    swap::remove(layout, &work).await.context("removing what an earlier clone left")?;
     tablespaces::remove_unfinished(layout)?;
-    swap::remove_discarded(layout, &lock).await?;
+    swap::remove_discarded(layout).await?;
     refuse_without_room(layout, job)?;
     files::make_directory(&layout.work())?;
     let placed = tablespaces::make(layout, &job.source.tablespaces, &job.tablespace_map)?;
-    program(installation, layout, job, &placed)?.stdin(Arc::clone(&lock)).run_ok_watched(job.limit, &job.watch).await?;
+    program(installation, layout, job, &placed)?.stdin(lock).run_ok_watched(job.limit, &job.watch).await?;
     tablespaces::check(&work, &placed)?;
     finish_copy(&work, job)?;
     swap::swap(layout, &work, &job.keep)?;
-    Ok(swap::remove_discarded(layout, &lock).await?)
+    Ok(swap::remove_discarded(layout).await?)
 }
 
 /// The copy is synced by pg_basebackup itself; what we add to it is synced here.

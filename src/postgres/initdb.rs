@@ -44,7 +44,7 @@ pub async fn initdb(installation: &Installation, layout: &Layout, job: &InitdbJo
     swap::check(layout, &Keep::Empty)?;
     let lock = Arc::new(rewind::lock(layout).await?);
     let work = layout.initdb_dir();
-    swap::remove(layout, &lock, &work).await.context("removing what an earlier initdb left")?;
+    swap::remove(layout, &work).await.context("removing what an earlier initdb left")?;
     files::make_directory(&layout.work())?;
     let pwfile = PasswordFile(layout.beside().join("initdb-password"));
     files::write_whole(&pwfile.0, job.password.expose().as_bytes())?;

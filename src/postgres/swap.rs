@@ -9,11 +9,11 @@
 //! one by one, never onto an existing one, with `global` (the control file) first out and last in: half a directory cannot be started.
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -21,7 +21,7 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde::{Deserialize, Serialize};
 
 use super::layout::{INSIDE_NAME, Layout};
-use super::{files, lost, rewind, tablespaces};
+use super::{files, rewind, tablespaces};
 
 /// Beside what is kept: why, and where its tablespaces are.
 const WHY: &str = "why.json";
@@ -227,16 +227,16 @@ fn sync_parents(from: &Path, to: &Path) -> Result<()> {
 /// Empties a data directory that was given up by name: it goes out as it would for a copy, and nothing comes in. What is half out is finished by
 /// the next look. PostgreSQL is stopped, and proved so.
 pub async fn empty(layout: &Layout) -> Result<()> {
-    let lock = Arc::new(rewind::lock(layout).await?);
+    rewind::end_orphans(layout).await?;
     // What a copy before has left must not come in, and what was discarded before is in the way.
-    remove(layout, &lock, &layout.clone_dir()).await?;
+    remove(layout, &layout.clone_dir()).await?;
     tablespaces::remove_unfinished(layout)?;
-    remove_discarded(layout, &lock).await?;
+    remove_discarded(layout).await?;
     if !files::is_there(layout.data_dir())? {
         return Ok(());
     }
     move_out(layout)?;
-    remove_discarded(layout, &lock).await
+    remove_discarded(layout).await
 }
 
 fn move_out(layout: &Layout) -> Result<()> {
@@ -248,19 +248,26 @@ fn move_out(layout: &Layout) -> Result<()> {
 }
 
 /// Removes what was swapped out because its content is elsewhere. Not while a swap is under way: the journal may still need it.
-pub(super) async fn remove_discarded(layout: &Layout, lock: &Arc<File>) -> Result<()> {
+pub(super) async fn remove_discarded(layout: &Layout) -> Result<()> {
     if files::is_there(&layout.swap_journal())? {
         return Ok(());
     }
-    remove(layout, lock, &layout.discard_dir().join("data")).await?;
+    remove(layout, &layout.discard_dir().join("data")).await?;
     files::remove_directory_if_there(&layout.discard_dir()).with_context(|| format!("removing {}", layout.discard_dir().display()))
 }
 
-/// Removes a data directory that is not in use, off the runtime's threads. The lock is held until it is through: what a job that was cancelled
-/// goes on removing has the names of what the next one makes.
-pub(super) async fn remove(layout: &Layout, lock: &Arc<File>, directory: &Path) -> Result<()> {
+/// One removal at a time. A thread goes on when its job is cancelled, and what it removes has the names of what the next job makes; that one
+/// begins by removing, too. It is not the lock of [`rewind`], on which PostgreSQL's start would wait.
+static REMOVING: Mutex<()> = Mutex::new(());
+
+/// Removes a data directory that is not in use, off the runtime's threads.
+pub(super) async fn remove(layout: &Layout, directory: &Path) -> Result<()> {
     let (layout, directory) = (layout.clone(), directory.to_owned());
-    lost::holding(lock, move || remove_whole(&layout, &directory)).await
+    let work = move || {
+        let _one = REMOVING.lock().unwrap_or_else(PoisonError::into_inner);
+        remove_whole(&layout, &directory)
+    };
+    tokio::task::spawn_blocking(work).await.context("the removal was ended")?
 }
 
 /// Removes a data directory that is not in use, what only it has of tablespaces, and its WAL directory if that is one of ours outside it.

@@ -186,8 +186,7 @@ async fn what_is_discarded_goes_with_its_own_wal_and_no_other() {
     let discarded = layout.discard_dir().join("data");
     fill(&discarded, &OLD[..2]);
     std::os::unix::fs::symlink(wal_dir.join("pgherd-1"), discarded.join("pg_wal")).unwrap();
-    let lock = Arc::new(rewind::lock(&layout).await.unwrap());
-    remove_discarded(&layout, &lock).await.unwrap();
+    remove_discarded(&layout).await.unwrap();
     assert!(!layout.discard_dir().exists() && !wal_dir.join("pgherd-1").exists() && wal_dir.join("pgherd-2").exists());
     assert_eq!(new_wal_directory(&layout).unwrap(), Some(wal_dir.join("pgherd-1")), "the name is free again");
 }
@@ -278,4 +277,25 @@ fn p5_of_a_tablespace_that_a_copy_is_in_too_only_what_is_the_kept_ones_is_said_t
     swap(layout, &layout.clone_dir(), &kept()).unwrap();
     let why: serde_json::Value = serde_json::from_str(&fs::read_to_string(layout.kept_dir().join(WHY)).unwrap()).unwrap();
     assert_eq!(why["tablespaces"], serde_json::json!([ts.join("PG_17_1")]));
+}
+
+#[tokio::test]
+async fn what_a_cancelled_job_goes_on_removing_is_waited_for_before_the_next_one_makes_anything() {
+    let place = place(true);
+    let (removing, is_removing) = std::sync::mpsc::channel::<()>();
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    let cancelled = std::thread::spawn(move || {
+        let _one = REMOVING.lock().unwrap();
+        removing.send(()).unwrap();
+        ended.recv().unwrap();
+    });
+    is_removing.recv().unwrap();
+    let directory = place.layout.clone_dir();
+    let mut next = Box::pin(remove(&place.layout, &directory));
+    let early = tokio::time::timeout(std::time::Duration::from_millis(100), &mut next).await;
+    assert!(early.is_err() && directory.exists(), "the one before is not through");
+    end.send(()).unwrap();
+    cancelled.join().unwrap();
+    next.await.unwrap();
+    assert!(!directory.exists());
 }
