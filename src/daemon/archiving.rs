@@ -6,6 +6,7 @@ use anyhow::{Context as _, ensure};
 
 use crate::facts::archiving::Archived;
 use crate::machine::action::Upstream;
+use crate::postgres::data_directory;
 use crate::postgres::unarchived::{self, Archiver};
 use crate::spec::cluster::ClusterSpec;
 use crate::types::Lsn;
@@ -19,7 +20,8 @@ const LEADER_LIMIT: Duration = Duration::from_secs(10);
 pub async fn left(host: &Host, leader: &Upstream, spec: &ClusterSpec, shared: Option<Lsn>) -> anyhow::Result<Archived> {
     let asked = host.leader_server(leader)?.look(LEADER_LIMIT).await.context("asking the leader what belongs into the archive")?;
     ensure!(!asked.lineage.in_recovery, "the leader is in recovery: what belongs into the archive is not known");
-    unarchived::archive_left(&host.layout, &archiver(host, spec)?, &asked.lineage, shared).await
+    let control = data_directory::control_file(&host.settled()?.installation, &host.layout).await?;
+    unarchived::archive_left(&host.layout, &control, &archiver(host, spec)?, &asked.lineage, shared).await
 }
 
 /// What was put beside, while PostgreSQL does whatever it does.

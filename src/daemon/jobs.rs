@@ -16,7 +16,7 @@ use crate::policy::rejoin::{self, OwnPromotion};
 use crate::policy::{parameters, slots};
 use crate::postgres::{
     InitdbJob, Outcome, Watch, configure, data_directory, half_segment, history_files, initdb, postmaster_command,
-    recover_interrupted_swap, rewind, set_standby,
+    recover_interrupted_swap, rewind, set_standby, unarchived,
 };
 use crate::spec::cluster::ClusterSpec;
 use crate::types::{LockIdentity, TimelineId};
@@ -143,6 +143,9 @@ async fn start(
         if let Some(timeline) = rejoin::promoted_by_hand(&control) {
             host.layout.promotion_file().write(&OwnPromotion::by_hand(timeline))?;
         }
+        if spec.postgres.archive_command.is_some() {
+            keep_marks(host, &control);
+        }
         complete_segments(host, sink).await?;
     }
     let word = if role == StartAs::Primary { Word::Writable } else { Word::Standby };
@@ -151,6 +154,13 @@ async fn start(
         None => Finished::Started(Ok(start)),
         Some(why) => Finished::StartedOnOldFiles { generation, start, why },
     })
+}
+
+/// A failure is no reason not to start: most servers that become a standby have all their marks.
+fn keep_marks(host: &Host, control: &ControlFacts) {
+    if let Err(error) = unarchived::mark_left(&host.layout.data_dir().join("pg_wal"), control) {
+        tracing::warn!(error = format!("{error:#}"), "WAL that is to be archived and is not marked so could not be looked for");
+    }
 }
 
 /// A failure is no reason not to start: most standbys have nothing to complete.

@@ -115,7 +115,7 @@ pub struct ControlFacts {
     /// The timeline that this data directory was promoted to last, and under which leadership ([`Epoch::BY_HAND`] under none). None = no
     /// promotion of it is on record.
     pub promoted: Option<(TimelineId, Epoch)>,
-    /// Files of pg_wal that are marked as ready for the archive, and not as archived.
+    /// Files of pg_wal that are marked as ready for the archive, or lost that mark.
     pub unarchived: usize,
 }
 

@@ -116,7 +116,7 @@ pub enum Rejoin {
     Rewind {
         /// A sentence.
         why: String,
-        /// What the leader lacks.
+        /// What the leader lacks; None = nothing.
         lost: LostRange,
     },
     /// Clone from the leader. The old directory is kept if `lost` names WAL that is nowhere else.

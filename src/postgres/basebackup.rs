@@ -4,6 +4,7 @@
 //! a byte is copied: no room, a tablespace that has no directory here, a `kept/` that is occupied, a source of another major version.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -14,7 +15,7 @@ use super::leader::LeaderFacts;
 use super::program::{Program, Watch};
 use super::swap::{self, Keep, SwapError};
 use super::tablespaces::{Placed, TablespaceMap};
-use super::{files, history_files, postmaster, tablespaces};
+use super::{files, history_files, postmaster, rewind, tablespaces};
 
 /// The first version whose server compresses a plain-format backup on the wire.
 const SERVER_COMPRESSION_MAJOR: u32 = 15;
@@ -52,6 +53,8 @@ pub async fn clone_from(installation: &Installation, layout: &Layout, job: &Clon
     layout.prepare()?;
     swap::check(layout, &job.keep)?;
     refuse_impossible(layout, installation.major, &job.source, &job.tablespace_map)?;
+    // A pg_basebackup that outlived its daemon would write into this copy, under the same names.
+    let lock = Arc::new(rewind::lock(layout).await?);
     let work = layout.clone_dir();
     // An earlier attempt's copy never served anybody, and takes the room of this one.
     swap::remove(layout, &work).await.context("removing what an earlier clone left")?;
@@ -60,11 +63,10 @@ pub async fn clone_from(installation: &Installation, layout: &Layout, job: &Clon
     refuse_without_room(layout, job)?;
     files::make_directory(&layout.work())?;
     let placed = tablespaces::make(layout, &job.source.tablespaces, &job.tablespace_map)?;
-    program(installation, layout, job, &placed)?.run_ok_watched(job.limit, &job.watch).await?;
+    program(installation, layout, job, &placed)?.stdin(lock).run_ok_watched(job.limit, &job.watch).await?;
     tablespaces::check(&work, &placed)?;
     finish_copy(&work, job)?;
     swap::swap(layout, &work, &job.keep)?;
-    tablespaces::forget(layout)?;
     Ok(swap::remove_discarded(layout).await?)
 }
 

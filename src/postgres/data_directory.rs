@@ -97,8 +97,8 @@ async fn read_control(installation: &Installation, layout: &Layout) -> Result<Re
     };
     control.standby_signal = here("standby.signal")?;
     control.backup_label = here("backup_label")?;
-    control.unarchived = super::unarchived::ready(&data_dir.join("pg_wal"))?.len();
     control.promoted = layout.promotion_file().read()?.map(|own| (own.timeline, own.epoch));
+    control.unarchived = super::unarchived::left(&data_dir.join("pg_wal"), &control)?.len();
     Ok(Ok(control))
 }
 

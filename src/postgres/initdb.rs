@@ -4,16 +4,17 @@
 //! and is removed first (P5), so that a crash in the middle cannot stand in the way of the next attempt.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::files;
 use super::installation::Installation;
 use super::layout::Layout;
 use super::program::Program;
 use super::sql::Secret;
 use super::swap::{self, Keep};
+use super::{files, rewind};
 
 /// How long initdb may take; it syncs about 40 MB.
 pub const INITDB_LIMIT: Duration = Duration::from_secs(300);
@@ -41,13 +42,14 @@ pub struct InitdbJob {
 pub async fn initdb(installation: &Installation, layout: &Layout, job: &InitdbJob) -> Result<()> {
     layout.prepare()?;
     swap::check(layout, &Keep::Empty)?;
+    let lock = Arc::new(rewind::lock(layout).await?);
     let work = layout.initdb_dir();
     swap::remove(layout, &work).await.context("removing what an earlier initdb left")?;
     files::make_directory(&layout.work())?;
     let pwfile = PasswordFile(layout.beside().join("initdb-password"));
     files::write_whole(&pwfile.0, job.password.expose().as_bytes())?;
     let program = program(installation, layout, job, &pwfile.0)?;
-    program.run_ok(INITDB_LIMIT).await?;
+    program.stdin(lock).run_ok(INITDB_LIMIT).await?;
     drop(pwfile);
     swap::swap(layout, &work, &Keep::Empty)?;
     Ok(())

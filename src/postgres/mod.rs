@@ -42,4 +42,4 @@ pub use postmaster::{PostmasterCommand, postmaster_command, set_standby};
 pub use program::Watch;
 pub use rewind::RewindJob;
 pub use sql::{Secret, Sql, SqlError};
-pub use swap::{Keep, SwapError, recover_interrupted_swap, remove_discarded};
+pub use swap::{Keep, SwapError, recover_interrupted_swap};

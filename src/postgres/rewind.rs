@@ -5,6 +5,7 @@
 //! any of them lives, also past the end of a daemon that was killed; who takes it first ends them.
 
 use std::fs::{self, File, TryLockError};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -75,9 +76,13 @@ pub async fn rewind(installation: &Installation, layout: &Layout, job: &RewindJo
     let lock = Arc::new(lock(layout).await?);
     let attempt = match marker(layout)? {
         Some(attempt) => again(layout, attempt)?,
-        None => first(installation, layout, job, &lock, kept).await?,
+        None => {
+            refuse_unknown_tablespaces(layout, job)?;
+            first(installation, layout, job, &lock, kept).await?
+        }
     };
     if !attempt.finished {
+        refuse_unknown_tablespaces(layout, job)?;
         run(installation, layout, job, lock).await?;
         check(installation, layout, job).await?;
         // From here on it is all on disk: pg_rewind syncs at its end.
@@ -118,38 +123,68 @@ pub async fn end_orphans(layout: &Layout) -> Result<()> {
     Ok(())
 }
 
-/// Empty, and locked for as long as it is open anywhere.
+/// Where the lock is.
+pub(super) fn lock_file(layout: &Layout) -> PathBuf {
+    layout.rewind_dir().join("lock")
+}
+
+/// Empty, and locked for as long as it is open anywhere. Whatever was started under it before has ended.
 pub(super) async fn lock(layout: &Layout) -> Result<File> {
     layout.prepare()?;
     files::make_directory(&layout.rewind_dir())?;
-    let path = layout.rewind_dir().join("lock");
+    let path = lock_file(layout);
     let file = File::options().create(true).truncate(false).read(true).write(true).open(&path);
     let file = file.with_context(|| format!("opening {}", path.display()))?;
     let locked = async {
+        let mut ours = false;
         loop {
-            match file.try_lock() {
-                Ok(()) => return Ok(()),
-                Err(TryLockError::WouldBlock) => kill_holders(&path)?,
-                Err(TryLockError::Error(error)) => return Err(error).with_context(|| format!("locking {}", path.display())),
+            if !ours {
+                match file.try_lock() {
+                    Ok(()) => ours = true,
+                    Err(TryLockError::WouldBlock) => {}
+                    Err(TryLockError::Error(error)) => return Err(error).with_context(|| format!("locking {}", path.display())),
+                }
+            }
+            if !kill_holders(&path)? && ours {
+                return Ok(());
             }
             tokio::time::sleep(LOCK_AGAIN).await;
         }
     };
     tokio::time::timeout(ORPHANS_LIMIT, locked).await.with_context(|| {
-        format!("programs of an earlier daemon still work on {}, and SIGKILL did not end them", layout.data_dir().display())
+        format!("programs of an earlier job still work on {}, and SIGKILL did not end them", layout.data_dir().display())
     })??;
     Ok(file)
 }
 
-/// Everything that has the lock as its standard input.
-fn kill_holders(lock: &Path) -> Result<()> {
+/// Names the lock to what a command starts, which may have another standard input and a session of its own.
+pub(super) const LOCK_VARIABLE: &str = "PGHERD_LOCK";
+
+/// Everything that has the lock as its standard input, or in its environment. Whether there was anything.
+fn kill_holders(lock: &Path) -> Result<bool> {
+    let mut met = false;
+    let variable = [LOCK_VARIABLE.as_bytes(), b"=", lock.as_os_str().as_bytes()].concat();
     for entry in fs::read_dir("/proc").context("reading /proc")?.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
-        // A process that has ended meanwhile has none.
-        if fs::read_link(entry.path().join("fd/0")).is_ok_and(|input| input == lock) {
-            tracing::warn!(pid, "a program that worked on the data directory for an earlier daemon is ended");
+        // A process that has ended meanwhile has neither.
+        let has_input = || fs::read_link(entry.path().join("fd/0")).is_ok_and(|input| input == lock);
+        let has_variable =
+            || fs::read(entry.path().join("environ")).is_ok_and(|all| all.split(|byte| *byte == 0).any(|one| one == variable));
+        if has_input() || has_variable() {
+            tracing::warn!(pid, "a program that worked on the data directory for an earlier job is ended");
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            met = true;
         }
+    }
+    Ok(met)
+}
+
+/// Before each attempt: the leader may have made one since.
+fn refuse_unknown_tablespaces(layout: &Layout, job: &RewindJob) -> Result<()> {
+    let ours = tablespaces::links(layout.data_dir())?;
+    if let Some(unknown) = job.leader.tablespaces.iter().find(|tablespace| !ours.contains_key(&tablespace.oid)) {
+        // To the leader's path, where something else may be: what is kept of this member, for one.
+        bail!("the leader has a tablespace `{}` that is not here, and pg_rewind would make a link for it", unknown.name);
     }
     Ok(())
 }
@@ -162,11 +197,6 @@ async fn first(
     lock: &Arc<File>,
     kept: impl FnOnce(LostWrites) + Send,
 ) -> Result<RewindAttempt> {
-    let ours = tablespaces::links(layout.data_dir())?;
-    if let Some(unknown) = job.leader.tablespaces.iter().find(|tablespace| !ours.contains_key(&tablespace.oid)) {
-        // To the leader's path, where something else may be: what is kept of this member, for one.
-        bail!("the leader has a tablespace `{}` that is not here, and pg_rewind would make a link for it", unknown.name);
-    }
     let mut control = data_directory::control_file(installation, layout).await?;
     if !matches!(control.state, DatabaseState::ShutDown | DatabaseState::ShutDownInRecovery) {
         recover(installation, layout, &control, lock).await.context("recovering the server before it is rewound")?;

@@ -13,6 +13,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -20,7 +21,7 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde::{Deserialize, Serialize};
 
 use super::layout::{INSIDE_NAME, Layout};
-use super::{files, tablespaces};
+use super::{files, rewind, tablespaces};
 
 /// Beside what is kept: why, and where its tablespaces are.
 const WHY: &str = "why.json";
@@ -116,7 +117,7 @@ struct Why<'a> {
 }
 
 fn why_kept<'a>(layout: &Layout, why: &'a str) -> Result<Why<'a>> {
-    Ok(Why { why, tablespaces: tablespaces::links(layout.data_dir())?.into_values().collect() })
+    Ok(Why { why, tablespaces: tablespaces::of(layout.data_dir())? })
 }
 
 /// At the daemon's start, PostgreSQL stopped: finishes a swap that a crash interrupted. Says whether there was one. What was swapped out
@@ -145,7 +146,9 @@ fn finish(layout: &Layout, mut journal: Journal) -> Result<()> {
     // The promotion on record was that of the directory that went out, and so was a rewind that was begun.
     layout.promotion_file().remove()?;
     crash_point()?;
-    super::rewind::remove_marker(layout)?;
+    rewind::remove_marker(layout)?;
+    crash_point()?;
+    tablespaces::forget(layout)?;
     crash_point()?;
     files::remove_file_if_there(&layout.swap_journal()).context("removing the swap's journal")?;
     files::sync_directory(layout.beside())
@@ -224,7 +227,7 @@ fn sync_parents(from: &Path, to: &Path) -> Result<()> {
 /// Empties a data directory that was given up by name: it goes out as it would for a copy, and nothing comes in. What is half out is finished by
 /// the next look. PostgreSQL is stopped, and proved so.
 pub async fn empty(layout: &Layout) -> Result<()> {
-    layout.prepare()?;
+    rewind::end_orphans(layout).await?;
     // What a copy before has left must not come in, and what was discarded before is in the way.
     remove(layout, &layout.clone_dir()).await?;
     tablespaces::remove_unfinished(layout)?;
@@ -245,7 +248,7 @@ fn move_out(layout: &Layout) -> Result<()> {
 }
 
 /// Removes what was swapped out because its content is elsewhere. Not while a swap is under way: the journal may still need it.
-pub async fn remove_discarded(layout: &Layout) -> Result<()> {
+pub(super) async fn remove_discarded(layout: &Layout) -> Result<()> {
     if files::is_there(&layout.swap_journal())? {
         return Ok(());
     }
@@ -253,10 +256,18 @@ pub async fn remove_discarded(layout: &Layout) -> Result<()> {
     files::remove_directory_if_there(&layout.discard_dir()).with_context(|| format!("removing {}", layout.discard_dir().display()))
 }
 
+/// One removal at a time. A thread goes on when its job is cancelled, and what it removes has the names of what the next job makes; that one
+/// begins by removing, too. It is not the lock of [`rewind`], on which PostgreSQL's start would wait.
+static REMOVING: Mutex<()> = Mutex::new(());
+
 /// Removes a data directory that is not in use, off the runtime's threads.
 pub(super) async fn remove(layout: &Layout, directory: &Path) -> Result<()> {
     let (layout, directory) = (layout.clone(), directory.to_owned());
-    tokio::task::spawn_blocking(move || remove_whole(&layout, &directory)).await.context("the removal was ended")?
+    let work = move || {
+        let _one = REMOVING.lock().unwrap_or_else(PoisonError::into_inner);
+        remove_whole(&layout, &directory)
+    };
+    tokio::task::spawn_blocking(work).await.context("the removal was ended")?
 }
 
 /// Removes a data directory that is not in use, what only it has of tablespaces, and its WAL directory if that is one of ours outside it.

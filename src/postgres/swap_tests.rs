@@ -247,8 +247,10 @@ fn p5_a_crash_at_any_step_costs_no_data_directory_its_tablespaces_and_leaves_nob
             EFFECTS_LEFT.set(Some(first));
             let swapped = swap(layout, &layout.clone_dir(), &keep);
             EFFECTS_LEFT.set(None);
-            clear_up(layout);
             let link = |directory: &Path| fs::read_link(directory.join("pg_tblspc/16385")).unwrap();
+            recover_interrupted_swap(layout).unwrap();
+            assert_eq!(layout.tablespaces_note().exists(), link(layout.data_dir()) == old, "noted as long as it is not in place");
+            clear_up(layout);
             let mut linked = vec![link(layout.data_dir())];
             let put_aside = layout.kept_dir().join("data");
             linked.extend(put_aside.exists().then(|| link(&put_aside)));
@@ -261,4 +263,39 @@ fn p5_a_crash_at_any_step_costs_no_data_directory_its_tablespaces_and_leaves_nob
             }
         }
     }
+}
+
+#[test]
+fn p5_of_a_tablespace_that_a_copy_is_in_too_only_what_is_the_kept_ones_is_said_to_be_to_remove() {
+    BY_ENTRY.set(false);
+    let Place { _directory, layout } = &place(true);
+    let ts = _directory.path().canonicalize().unwrap().join("ts");
+    fill(&ts, &[("PG_17_1/5/1", "rows"), ("PG_15_1/5/1", "another's"), ("pgherd-1/PG_17_1/5/1", "the copy's")]);
+    fs::write(layout.data_dir().join("PG_VERSION"), "17\n").unwrap();
+    fs::create_dir(layout.data_dir().join("pg_tblspc")).unwrap();
+    std::os::unix::fs::symlink(&ts, layout.data_dir().join("pg_tblspc/16385")).unwrap();
+    swap(layout, &layout.clone_dir(), &kept()).unwrap();
+    let why: serde_json::Value = serde_json::from_str(&fs::read_to_string(layout.kept_dir().join(WHY)).unwrap()).unwrap();
+    assert_eq!(why["tablespaces"], serde_json::json!([ts.join("PG_17_1")]));
+}
+
+#[tokio::test]
+async fn what_a_cancelled_job_goes_on_removing_is_waited_for_before_the_next_one_makes_anything() {
+    let place = place(true);
+    let (removing, is_removing) = std::sync::mpsc::channel::<()>();
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    let cancelled = std::thread::spawn(move || {
+        let _one = REMOVING.lock().unwrap();
+        removing.send(()).unwrap();
+        ended.recv().unwrap();
+    });
+    is_removing.recv().unwrap();
+    let directory = place.layout.clone_dir();
+    let mut next = Box::pin(remove(&place.layout, &directory));
+    let early = tokio::time::timeout(std::time::Duration::from_millis(100), &mut next).await;
+    assert!(early.is_err() && directory.exists(), "the one before is not through");
+    end.send(()).unwrap();
+    cancelled.join().unwrap();
+    next.await.unwrap();
+    assert!(!directory.exists());
 }

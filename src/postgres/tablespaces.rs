@@ -197,8 +197,9 @@ pub fn remove_unfinished(layout: &Layout) -> Result<()> {
     forget(layout)
 }
 
-/// A copy is in place: what it has made is what its links say.
-pub fn forget(layout: &Layout) -> Result<()> {
+/// A copy is in place: what it has made is what its links say. Before the swap's journal goes, or a note that was left would, where the data
+/// directory is not mounted at the next copy, name as unfinished what is in use.
+pub(super) fn forget(layout: &Layout) -> Result<()> {
     files::remove_file_if_there(&layout.tablespaces_note()).context("removing the note of a copy's tablespaces")?;
     if layout.beside().is_dir() { files::sync_directory(layout.beside()) } else { Ok(()) }
 }
@@ -206,27 +207,48 @@ pub fn forget(layout: &Layout) -> Result<()> {
 /// Removes the tablespaces of a data directory that is about to be removed.
 pub fn remove_of(layout: &Layout, data_dir: &Path) -> Result<()> {
     let linked = linked(layout, data_dir)?;
-    let version = files::read_if_there(&data_dir.join("PG_VERSION"))?;
-    for target in links(data_dir)?.into_values().filter(|target| target.is_absolute() && !linked.contains(target)) {
-        if is_ours(&target) {
-            files::remove_directory_if_there(&target).with_context(|| format!("removing {}", target.display()))?;
-            continue;
-        }
-        // Within are directories of other versions' clusters and of copies, too.
-        let Some(version) = &version else { continue };
-        let ours = format!("PG_{}_", version.trim());
-        let entries = match fs::read_dir(&target) {
-            Err(error) if error.kind() == ErrorKind::NotFound => continue,
-            entries => entries.with_context(|| format!("reading {}", target.display()))?,
-        };
-        for entry in entries {
-            let path = entry?.path();
-            if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&ours)) {
-                files::remove_directory_if_there(&path).with_context(|| format!("removing {}", path.display()))?;
-            }
+    for target in links(data_dir)?.into_values().filter(|target| !linked.contains(target)) {
+        for path in within(data_dir, &target)? {
+            files::remove_directory_if_there(&path).with_context(|| format!("removing {}", path.display()))?;
         }
     }
     Ok(())
+}
+
+/// What a data directory has in its tablespaces, for a person who removes it. Never all of a directory that others are in, too.
+pub(super) fn of(data_dir: &Path) -> Result<Vec<PathBuf>> {
+    let found = links(data_dir)?.into_values().map(|target| {
+        within(data_dir, &target).unwrap_or_else(|error| {
+            tracing::warn!(error = format!("{error:#}"), "what is kept in a tablespace could not be looked at");
+            Vec::new()
+        })
+    });
+    Ok(found.flatten().collect())
+}
+
+/// What is a data directory's own of where one of its links goes: within a tablespace's directory are those of other versions' clusters and of
+/// copies, too.
+fn within(data_dir: &Path, target: &Path) -> Result<Vec<PathBuf>> {
+    if !target.is_absolute() {
+        return Ok(Vec::new());
+    }
+    if is_ours(target) {
+        return Ok(vec![target.to_owned()]);
+    }
+    let Some(version) = files::read_if_there(&data_dir.join("PG_VERSION"))? else { return Ok(Vec::new()) };
+    let ours = format!("PG_{}_", version.trim());
+    let entries = match fs::read_dir(target) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.with_context(|| format!("reading {}", target.display()))?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry.with_context(|| format!("reading {}", target.display()))?;
+        if entry.file_name().to_string_lossy().starts_with(&ours) {
+            found.push(entry.path());
+        }
+    }
+    Ok(found)
 }
 
 #[cfg(test)]

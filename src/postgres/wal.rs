@@ -4,6 +4,8 @@
 //! pg_waldump ends with an error at the end of WAL, by design; its message is not read. What counts is the last record it printed, and
 //! only if the checkpoint record itself was among them: otherwise the end is unknown.
 
+use std::io::ErrorKind;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -244,7 +246,10 @@ pub fn segments_in(pg_wal: &Path) -> Result<Vec<SegmentFile>> {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
         if let Some(segment) = segment_of(&name) {
-            let bytes = entry.metadata().with_context(|| format!("looking at {}", entry.path().display()))?.len();
+            let bytes = match entry.metadata() {
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                metadata => metadata.with_context(|| format!("looking at {}", entry.path().display()))?.len(),
+            };
             found.push(SegmentFile { name, segment, bytes });
         }
     }
@@ -259,6 +264,24 @@ pub fn segment_of(name: &str) -> Option<Segment> {
     }
     let part = |range: std::ops::Range<usize>| u32::from_str_radix(digits.get(range)?, 16).ok();
     Some(Segment { timeline: TimelineId(part(0..8)?), high: part(8..16)?.into(), low: part(16..24)?.into() })
+}
+
+/// Where `xlp_pageaddr` is in a page's header (XLogPageHeaderData).
+const PAGE_ADDRESS_AT_BYTES: u64 = 8;
+
+/// Whether a segment's first page was written as what its name says: one that was made ahead is all zeros, or has what it was before.
+pub fn is_begun(pg_wal: &Path, file: &SegmentFile) -> Result<bool> {
+    let path = pg_wal.join(&file.name);
+    let mut address = [0; 8];
+    if file.bytes < PAGE_ADDRESS_AT_BYTES + address.len() as u64 {
+        return Ok(false);
+    }
+    match std::fs::File::open(&path).and_then(|opened| opened.read_exact_at(&mut address, PAGE_ADDRESS_AT_BYTES)) {
+        // Of a server that runs: it is another one by now.
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+        read => read.with_context(|| format!("reading {}", path.display()))?,
+    }
+    Ok(Lsn(u64::from_ne_bytes(address)) == file.segment.range(file.bytes).0)
 }
 
 /// `rmgr: XLOG len (rec/tot): 114/114, tx: 0, lsn: 0/01500718, prev 0/015006E0, desc: …` -> 0/1500718.

@@ -1,19 +1,19 @@
 //! WAL that a primary's archiver did not get to: what is archived in its place, what is put beside, what never is (SAFETY row 54).
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, Permissions};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use nix::sys::signal::Signal;
 use pgherd::facts::archiving::Archived;
 use pgherd::policy::rejoin::LeaderLineage;
 use pgherd::postgres::unarchived::{self, Archiver};
-use pgherd::postgres::{Installation, wal};
+use pgherd::postgres::{Installation, rewind, wal};
 use pgherd::types::{Lsn, TimelineId};
 
-use super::harness::{LIMIT, Server, eventually, installations, place};
+use super::harness::{LIMIT, Server, eventually, installations, left_with_the_lock, place};
 
 const SEGMENT_BYTES: u64 = 16 << 20;
 
@@ -31,7 +31,11 @@ impl Pair {
         let archive = root.join("archive");
         fs::create_dir(&archive).unwrap();
         fs::write(archive.join("stop"), "").unwrap();
-        let command = format!("if test -e {0}/stop; then echo 'it is full' >&2; exit 3; fi; cp %p {0}/%f", archive.display());
+        // Commands that archive ahead look for the mark beside the file.
+        let command = format!(
+            "if test -e {0}/stop; then echo 'it is full' >&2; exit 3; fi; test -e $(dirname %p)/archive_status/%f.ready && cp %p {0}/%f",
+            archive.display()
+        );
         let mut old = Server::new(installation, root, "a");
         old.inputs.archive_command = Some(command.clone());
         old.make_primary().await;
@@ -70,7 +74,8 @@ impl Pair {
     }
 
     async fn archive_left(&self, shared: Option<Lsn>) -> anyhow::Result<Archived> {
-        unarchived::archive_left(&self.old.layout, &self.archiver(), &self.leader().await, shared).await
+        let control = self.old.control().await;
+        unarchived::archive_left(&self.old.layout, &control, &self.archiver(), &self.leader().await, shared).await
     }
 
     fn pg_wal(&self) -> PathBuf {
@@ -182,6 +187,103 @@ async fn what_cannot_be_archived_is_put_beside_whole_and_archived_from_there_whi
         assert_eq!(archived, Archived { files: whole.len(), beside: None, why: None });
         assert_eq!(content(&pair.archive), whole);
         assert_eq!(unarchived::beside(&pair.old.layout).unwrap(), None);
+        assert_eq!(fs::read_dir(pair.old.layout.unarchived_dir()).unwrap().count(), 0);
+    }
+}
+
+#[tokio::test]
+async fn a_complete_segment_whose_mark_went_with_the_power_is_archived_like_the_others() {
+    for installation in installations().await {
+        let root = place();
+        let pair = Pair::new(&installation, root.path(), false, Signal::SIGQUIT).await;
+        pair.archive_works();
+        // PostgreSQL makes a mark without syncing it.
+        for name in pair.marked("ready").iter().filter(|name| wal::segment_of(name).is_some()) {
+            fs::remove_file(pair.pg_wal().join("archive_status").join(format!("{name}.ready"))).unwrap();
+        }
+        let whole = pair.whole_before(pair.leader().await.history.left_at(TimelineId(1)).unwrap());
+        assert!(whole.len() >= 3 && pair.old.control().await.unarchived >= 3);
+        pair.archive_left(None).await.unwrap();
+        assert_eq!(content(&pair.archive), whole);
+        assert_eq!(pair.old.control().await.unarchived, 0);
+    }
+}
+
+#[tokio::test]
+async fn row_54_a_command_that_archives_ahead_what_is_marked_meets_nothing_that_diverged() {
+    for installation in installations().await {
+        let root = place();
+        let mut pair = Pair::new(&installation, root.path(), true, Signal::SIGQUIT).await;
+        pair.command = format!(
+            "cd pg_wal; for mark in archive_status/*.ready; do test -e $mark || continue; name=$(basename $mark .ready); cp $name {}/$name; \
+             mv $mark archive_status/$name.done; done",
+            pair.archive.display()
+        );
+        pair.archive_works();
+        let switch = pair.leader().await.history.left_at(TimelineId(1)).unwrap();
+        let whole = pair.whole_before(switch);
+        // Some set the marks, too.
+        let archived = pair.archive_left(Some(switch)).await.unwrap();
+        assert_eq!(archived, Archived { files: whole.len(), beside: None, why: None });
+        assert_eq!(content(&pair.archive), whole);
+    }
+}
+
+#[tokio::test]
+async fn what_a_command_makes_is_as_private_as_what_postgresqls_own_archiver_makes() {
+    for installation in installations().await {
+        let root = place();
+        let mut pair = Pair::new(&installation, root.path(), false, Signal::SIGINT).await;
+        pair.command = format!("cat < %p > {}/%f", pair.archive.display());
+        for (of_the_data_directory, of_a_file) in [(0o750, 0o640), (0o700, 0o600)] {
+            fs::set_permissions(pair.old.data_dir(), Permissions::from_mode(of_the_data_directory)).unwrap();
+            pair.archive_left(None).await.unwrap();
+            let archived = pair.archive.join(first(&pair));
+            assert_eq!(fs::metadata(&archived).unwrap().permissions().mode() & 0o777, of_a_file);
+            fs::remove_file(&archived).unwrap();
+            let status = pair.pg_wal().join("archive_status");
+            fs::rename(status.join(format!("{}.done", first(&pair))), status.join(format!("{}.ready", first(&pair)))).unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn one_that_was_put_beside_and_not_marked_before_the_power_went_is_archived_once() {
+    for installation in installations().await {
+        let root = place();
+        let mut pair = Pair::new(&installation, root.path(), false, Signal::SIGINT).await;
+        pair.archive_left(None).await.unwrap();
+        let status = pair.pg_wal().join("archive_status");
+        fs::rename(status.join(format!("{}.done", first(&pair))), status.join(format!("{}.ready", first(&pair)))).unwrap();
+        pair.archive_works();
+        pair.command = format!("test ! -e {0}/%f && cp %p {0}/%f", pair.archive.display());
+        let whole = pair.whole_before(pair.leader().await.history.left_at(TimelineId(1)).unwrap());
+        pair.archive_left(None).await.unwrap();
+        let archived = unarchived::archive_beside(&pair.old.layout, &pair.archiver()).await.unwrap();
+        assert_eq!((archived.beside, archived.why), (None, None));
+        assert_eq!((content(&pair.archive), pair.marked("ready")), (whole, Vec::new()));
+    }
+}
+
+#[tokio::test]
+async fn a_command_leaves_nobody_that_reads_segments_once_a_standby_may_write_over_them() {
+    for installation in installations().await {
+        let root = place();
+        let mut pair = Pair::new(&installation, root.path(), false, Signal::SIGINT).await;
+        pair.archive_works();
+        // As one that pushes in the background: a session of its own, and nothing of ours open.
+        let pid = root.path().join("pid");
+        pair.command = format!(
+            "setsid sh -c 'echo $$ > {0}; exec sleep 600' </dev/null >/dev/null 2>&1 & until test -s {0}; do :; done",
+            pid.display()
+        );
+        pair.archive_left(None).await.unwrap();
+        let stat = PathBuf::from(format!("/proc/{}/stat", fs::read_to_string(&pid).unwrap().trim()));
+        let lives = || fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z "));
+        assert!(lives(), "it outlives the command");
+        // As before each start of a standby.
+        rewind::end_orphans(&pair.old.layout).await.unwrap();
+        assert!(!lives());
     }
 }
 
@@ -202,9 +304,7 @@ async fn one_that_is_broken_off_begins_again_and_a_command_that_outlived_its_dae
         fs::remove_file(&begun).unwrap();
         assert!(!pair.marked("ready").contains(&first(&pair)), "what was through is through");
 
-        let lock = File::options().write(true).create(true).truncate(false).open(pair.old.layout.rewind_dir().join("lock")).unwrap();
-        lock.lock().unwrap();
-        let mut outlived = Command::new("sleep").arg("600").stdin(Stdio::from(lock)).spawn().unwrap();
+        let mut outlived = left_with_the_lock(&pair.old.layout);
         pair.command = works;
         let whole = pair.whole_before(pair.leader().await.history.left_at(TimelineId(1)).unwrap());
         let archived = pair.archive_left(None).await.unwrap();

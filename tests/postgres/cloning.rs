@@ -4,9 +4,9 @@ use std::sync::{Arc, Mutex};
 
 use pgherd::facts::copying::Bytes;
 use pgherd::facts::postgres::{DataDirectory, DatabaseState};
-use pgherd::postgres::{CloneJob, Keep, SwapError, Watch, clone_from, initdb, remove_discarded, swap};
+use pgherd::postgres::{CloneJob, Keep, SwapError, Watch, clone_from, initdb, swap};
 
-use super::harness::{LIMIT, Server, eventually, initdb_job, installations, place};
+use super::harness::{LIMIT, Server, eventually, initdb_job, installations, left_with_the_lock, place, programs_with_the_lock};
 
 #[tokio::test]
 async fn a_clone_streams_from_its_leader_and_both_see_it() {
@@ -63,6 +63,27 @@ async fn a_cancelled_clone_leaves_the_old_directory_and_no_process() {
 }
 
 #[tokio::test]
+async fn a_copy_whose_daemon_was_killed_is_ended_before_another_writes_under_the_same_names() {
+    for installation in installations().await {
+        let root = place();
+        let leader = Server::primary(&installation, root.path(), "a").await;
+        let standby = Server::new(&installation, root.path(), "b");
+        let job = CloneJob { max_rate_bytes: Some(64 * 1024), ..standby.clone_job(&leader, Keep::Empty).await };
+        let mut left = left_with_the_lock(&standby.layout);
+        let work = standby.layout.clone_dir();
+        tokio::select! {
+            ended = clone_from(&installation, &standby.layout, &job) => panic!("{ended:?}"),
+            () = eventually(|| work.join("base").exists()) => {
+                let working = programs_with_the_lock(&standby.layout);
+                assert!(!working.is_empty() && working.iter().all(|program| program == "pg_basebackup"), "the next one ends them: {working:?}");
+            }
+        }
+        eventually(|| left.try_wait().unwrap().is_some()).await;
+        swap::empty(&standby.layout).await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_diverged_directory_is_kept_and_a_second_one_is_refused_before_the_copy() {
     for installation in installations().await {
         let root = place();
@@ -97,7 +118,6 @@ async fn wal_in_a_directory_of_its_own_goes_with_its_data_directory() {
         initdb(&installation, &standby.layout, &initdb_job()).await.unwrap();
         assert_eq!(std::fs::read_link(standby.data_dir().join("pg_wal")).unwrap(), wal_dir.join("pgherd-1"));
         clone_from(&installation, &standby.layout, &standby.clone_job(&leader, Keep::Nothing).await).await.unwrap();
-        remove_discarded(&standby.layout).await.unwrap();
         assert_eq!(std::fs::read_link(standby.data_dir().join("pg_wal")).unwrap(), wal_dir.join("pgherd-2"));
         assert!(!wal_dir.join("pgherd-1").exists(), "the old directory's WAL is gone with it");
         standby.follow(&leader).await;

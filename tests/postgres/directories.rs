@@ -4,7 +4,7 @@ use pgherd::facts::postgres::{DataDirectory, DatabaseState};
 use pgherd::postgres::initdb;
 use pgherd::types::{Lsn, TimelineId};
 
-use super::harness::{Server, eventually, initdb_job, installations, place};
+use super::harness::{Server, eventually, initdb_job, installations, place, programs_with_the_lock};
 
 #[tokio::test]
 async fn initdb_makes_a_directory_that_starts_and_says_what_it_is() {
@@ -67,6 +67,8 @@ async fn a_cancelled_initdb_leaves_the_place_empty_and_the_next_one_works() {
         let running = tokio::spawn(async move { initdb(&installed, &layout, &job).await });
         let work = server.layout.initdb_dir();
         eventually(|| work.join("base").exists()).await;
+        let working = programs_with_the_lock(&server.layout);
+        assert!(working.contains(&"initdb".to_owned()), "one that outlives its daemon is ended by the next: {working:?}");
         running.abort();
         let _ = running.await;
         assert_eq!(server.look().await, DataDirectory::Empty);

@@ -74,6 +74,22 @@ pub fn place() -> tempfile::TempDir {
     if in_memory { tempfile::tempdir_in("/dev/shm").unwrap() } else { tempfile::tempdir().unwrap() }
 }
 
+/// The programs that hold the lock of the work on a data directory as their standard input, by their names.
+pub fn programs_with_the_lock(layout: &Layout) -> Vec<String> {
+    let lock = layout.rewind_dir().join("lock");
+    let processes = std::fs::read_dir("/proc").unwrap().flatten().map(|process| process.path());
+    let with = processes.filter(|process| std::fs::read_link(process.join("fd/0")).is_ok_and(|input| input == lock));
+    with.filter_map(|process| Some(std::fs::read_to_string(process.join("comm")).ok()?.trim().to_owned())).collect()
+}
+
+/// Stands in for a program that a killed daemon left.
+pub fn left_with_the_lock(layout: &Layout) -> Child {
+    std::fs::create_dir_all(layout.rewind_dir()).unwrap();
+    let lock = File::options().create(true).truncate(false).write(true).read(true).open(layout.rewind_dir().join("lock")).unwrap();
+    lock.lock().unwrap();
+    Command::new("/bin/sleep").arg("600").stdin(lock).spawn().unwrap()
+}
+
 /// One server: its places, its settings, and its process while it runs.
 pub struct Server {
     pub installation: Installation,

@@ -15,7 +15,7 @@ use pgherd::postgres::{Installation, Keep, RewindJob, Secret, Watch, clone_from,
 use pgherd::spec::cluster::OnRewindFailure;
 use pgherd::types::{Epoch, TimelineId};
 
-use super::harness::{LIMIT, PATIENCE, REWIND_PASSWORD, Server, eventually, installations, parameters, place};
+use super::harness::{LIMIT, PATIENCE, REWIND_PASSWORD, Server, eventually, installations, left_with_the_lock, parameters, place};
 
 /// The way back of a stopped member, as the daemon judges it.
 async fn judge(member: &Server, leader: &Server) -> Rejoin {
@@ -255,6 +255,14 @@ async fn a_rewind_that_is_killed_leaves_a_directory_that_nobody_takes_for_whole_
         let DataDirectory::HalfRewound(attempt) = old.look().await else { panic!("{:?}", old.look().await) };
         assert_eq!((attempt.attempts, attempt.lost, attempt.finished), (1, lost.1, false));
 
+        // A tablespace that the leader has made since would be linked to where the leader has it.
+        let other = root.path().join("other");
+        std::fs::create_dir(&other).unwrap();
+        new.run(&format!("create tablespace other location '{}'", other.display())).await;
+        let (refused, _) = run(&old, &job(&old, &new, lost.clone()).await).await;
+        assert!(refused.unwrap_err().to_string().contains("`other`"));
+        new.run("drop tablespace other").await;
+
         let (result, kept) = run(&old, &work).await;
         result.unwrap();
         assert!(kept.is_none(), "it is kept once");
@@ -273,17 +281,7 @@ async fn a_rewind_whose_daemon_was_killed_is_ended_before_anybody_else_works_on_
         make_work(&new).await;
         let lost = what_is_lost(&old, &new).await;
         let work = job(&old, &new, lost).await;
-        // A program that has the lock as its standard input stands in for one that a killed daemon left.
-        std::fs::create_dir_all(old.layout.rewind_dir()).unwrap();
-        let lock = std::fs::File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .read(true)
-            .open(old.layout.rewind_dir().join("lock"))
-            .unwrap();
-        lock.lock().unwrap();
-        let mut orphan = std::process::Command::new("/bin/sleep").arg("600").stdin(lock).spawn().unwrap();
+        let mut orphan = left_with_the_lock(&old.layout);
         let (result, _) = run(&old, &work).await;
         result.unwrap();
         assert!(!orphan.wait().unwrap().success(), "it was ended");

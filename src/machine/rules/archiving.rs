@@ -12,7 +12,6 @@ use crate::machine::state::State;
 use crate::machine::world::World;
 use crate::mutants::{Mutant, mutant};
 use crate::policy::rejoin::Rejoin;
-use crate::types::Lsn;
 
 /// There is WAL to be archived, and it has not been tried in vain.
 pub(crate) fn is_owed(world: &World) -> bool {
@@ -29,7 +28,8 @@ pub(crate) fn goes_first(context: &mut Context<'_>, leader: &Upstream) -> bool {
     let shared = match &context.world.rejoin {
         Some(Rejoin::Follow) => None,
         Some(Rejoin::Rewind { lost, .. }) => Some(lost.from),
-        Some(Rejoin::Clone { lost, .. }) => Some(lost.map_or(Lsn(0), |lost| lost.from)),
+        // The leader has all of it, and it is copied because it does not start.
+        Some(Rejoin::Clone { lost, .. }) => lost.map(|lost| lost.from),
         Some(Rejoin::Wait { .. } | Rejoin::Refuse { .. }) | None => return false,
     };
     let Some(spec) = context.world.spec().cloned().filter(|_| is_owed(context.world)) else { return false };

@@ -15,7 +15,7 @@ use crate::machine::rules::archiving;
 use crate::machine::state::State;
 use crate::machine::world::World;
 use crate::policy::rejoin::Rejoin;
-use crate::types::{Epoch, Lsn};
+use crate::types::Epoch;
 
 use super::checked::Checked;
 use super::cluster::s;
@@ -73,7 +73,7 @@ fn row_54_what_the_archiver_did_not_get_to_is_seen_to_before_anything_can_take_i
         (Rejoin::Follow, None),
         (Rejoin::Rewind { why: why.clone(), lost }, Some(lost.from)),
         (Rejoin::Clone { why: why.clone(), lost: Some(lost) }, Some(lost.from)),
-        (Rejoin::Clone { why, lost: None }, Some(Lsn(0))),
+        (Rejoin::Clone { why, lost: None }, None),
     ] {
         let (mut checked, actions) = judged(plan.clone(), with_an_archive);
         assert!(archives(&actions) && !goes_on(&actions), "{plan:?}: {actions:?}");
