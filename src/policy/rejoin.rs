@@ -116,14 +116,14 @@ pub enum Rejoin {
     Rewind {
         /// A sentence.
         why: String,
-        /// What the leader lacks; None = nothing.
+        /// What the leader lacks.
         lost: LostRange,
     },
     /// Clone from the leader. The old directory is kept if `lost` names WAL that is nowhere else.
     Clone {
         /// A sentence.
         why: String,
-        /// What the leader lacks.
+        /// What the leader lacks; None = nothing.
         lost: Option<LostRange>,
     },
     /// Ask again later.
