@@ -71,13 +71,16 @@ async fn a_copy_whose_daemon_was_killed_is_ended_before_another_writes_under_the
         let job = CloneJob { max_rate_bytes: Some(64 * 1024), ..standby.clone_job(&leader, Keep::Empty).await };
         let mut left = left_with_the_lock(&standby.layout);
         let work = standby.layout.clone_dir();
-        tokio::select! {
+        // Within the branch: before another is gone on with, the copy is given up, and with it the program.
+        let works = async {
+            eventually(|| work.join("base").exists()).await;
+            programs_with_the_lock(&standby.layout)
+        };
+        let working = tokio::select! {
             ended = clone_from(&installation, &standby.layout, &job) => panic!("{ended:?}"),
-            () = eventually(|| work.join("base").exists()) => {
-                let working = programs_with_the_lock(&standby.layout);
-                assert!(!working.is_empty() && working.iter().all(|program| program == "pg_basebackup"), "the next one ends them: {working:?}");
-            }
-        }
+            working = works => working,
+        };
+        assert!(!working.is_empty() && working.iter().all(|program| program == "pg_basebackup"), "the next one ends them: {working:?}");
         eventually(|| left.try_wait().unwrap().is_some()).await;
         swap::empty(&standby.layout).await.unwrap();
     }
