@@ -10,7 +10,7 @@ use std::time::Duration;
 use statig::prelude::*;
 
 use crate::clock::BootTime;
-use crate::facts::cluster::{MemberRole, ReleaseRecord};
+use crate::facts::cluster::{ClusterView, HistoryEntry, LeaderKey, MemberRole, ReleaseRecord};
 use crate::facts::postgres::{ControlFacts, DataDirectory, DatabaseState};
 use crate::facts::requests::{Ask, RequestProgress};
 use crate::machine::action::{Action, Operation, OperationKind, StopMode};
@@ -337,6 +337,50 @@ pub(crate) fn is_for_another(world: &World) -> bool {
         let to = if let Ask::Switchover { to } | Ask::ScheduledSwitchover { to, .. } = &request.record.ask { Some(to) } else { None };
         claimed && to.is_some_and(is_there)
     })
+}
+
+/// This member has given its lock to another: who leads is known in a moment, and takes writes a moment later. PostgreSQL is started here
+/// behind that: it is told once whom to follow, nothing has to be judged then, and what its start takes is not taken from the
+/// promotion that clients wait for. Not where commits would wait for this member.
+pub(crate) fn successor_goes_first(context: &Context<'_>) -> bool {
+    let world = &*context.world;
+    let Some(view) = world.fresh_view() else { return false };
+    let lately = |since: BootTime| context.now.since(since) < Duration::from_millis(standby::SUCCESSOR_TAKES_MS);
+    match &view.leader {
+        None => is_for_another(world) && world.vacancy.is_some_and(|vacancy| lately(vacancy.seen)),
+        // The answer to the release came before the view.
+        Some(leader) if Some(leader.epoch) == world.released => true,
+        Some(leader) => {
+            let handed_over = world.requests.handed_over.as_ref().is_some_and(|end| end.given_up.is_none() && lately(end.at));
+            handed_over && began(world, view).is_none() && !commits_wait_for(&world.me.name, view, leader)
+        }
+    }
+}
+
+/// Too few others are there for commits to go on.
+fn commits_wait_for(me: &MemberName, view: &ClusterView, leader: &LeaderKey) -> bool {
+    let Some(record) = &view.sync else { return view.sync_revision.0 != 0 };
+    let is_there = |name: &&MemberName| view.members.get(*name).is_some_and(|key| key.record.role == MemberRole::Replica);
+    let others = record.members.iter().filter(|name| *name != me && name.as_str() != leader.holder).filter(is_there);
+    others.count() + 1 < record.copies as usize
+}
+
+/// How the leader's timeline began, if it takes writes, and etcd's history says so.
+fn began<'a>(world: &World, view: &'a ClusterView) -> Option<&'a HistoryEntry> {
+    let (lock, (_, key)) = (view.leader.as_ref()?, world.other_leader()?);
+    let timeline = key.record.timeline.filter(|_| key.record.role == MemberRole::Primary)?;
+    let is_its = |entry: &&HistoryEntry| entry.timeline == timeline && entry.is_of(lock.epoch) && entry.switch_lsn.is_some();
+    view.history.iter().find(is_its)
+}
+
+/// What is here was shut down as a primary, and with that checkpoint its WAL ends; the leader's timeline left the one that it was on behind
+/// that. So it follows, with nothing to be judged.
+pub(crate) fn is_in_the_past_of_the_leader(context: &Context<'_>) -> bool {
+    let world = &*context.world;
+    let Some((control, view)) = world.control().zip(world.fresh_view()) else { return false };
+    let is_behind = |entry: &HistoryEntry| entry.parent == Some(control.timeline) && entry.switch_lsn > Some(control.checkpoint);
+    let shut_down = control.state == DatabaseState::ShutDown && !control.backup_label;
+    shut_down && began(world, view).is_some_and(is_behind)
 }
 
 /// The way back: the lock is still ours, so PostgreSQL starts again under it; on the way out of the daemon it is given up instead.

@@ -16,7 +16,7 @@ use crate::machine::action::{Action, Operation, OperationKind, StartAs, StopMode
 use crate::machine::node::Context;
 use crate::machine::rules::{archiving, handover, receiving, reinit, requests, slots, synchrony};
 use crate::machine::state::{Demotion, Promotion, State, Then, Way};
-use crate::machine::world::{Etcd, Lock, Vacancy};
+use crate::machine::world::{Etcd, Lock};
 use crate::mutants::{Mutant, mutant};
 use crate::policy::election::{self, Inputs, Verdict};
 use crate::policy::rejoin;
@@ -118,28 +118,16 @@ fn start_following(context: &mut Context<'_>) -> Outcome<State> {
         return Handled;
     }
     context.world.clear("wrong_system_id");
+    if handover::successor_goes_first(context) {
+        return Handled;
+    }
     let first_judged = has_to_be_seen_first(context);
     let upstream = receiving::source(context).filter(|_| !first_judged);
     if has_to_be_judged(context) {
         return Transition(State::Rejoining);
     }
-    if upstream.is_none() && knows_soon_whom_to_follow(context) {
-        return Handled;
-    }
     start_standby(context, upstream);
     Handled
-}
-
-/// It has given its lock to a member by name: who leads is known in a moment, and the server is started once and not told anew.
-fn knows_soon_whom_to_follow(context: &Context<'_>) -> bool {
-    let world = &*context.world;
-    let Some(view) = world.fresh_view() else { return false };
-    let lately = |vacancy: Vacancy| context.now.since(vacancy.seen) < Duration::from_millis(SUCCESSOR_TAKES_MS);
-    match &view.leader {
-        // The answer to the release came before the view.
-        Some(leader) => Some(leader.epoch) == world.released,
-        None => handover::is_for_another(world) && world.vacancy.is_some_and(lately),
-    }
 }
 
 /// Somebody has to put the data directory right: that is to be seen without a restart of the daemon.
@@ -180,7 +168,8 @@ fn has_to_be_judged(context: &Context<'_>) -> bool {
     if control.backup_label && control.standby_signal && same_timeline {
         return false;
     }
-    key.record.role == MemberRole::Primary && (!(was_standby && same_timeline) || has_to_be_seen_first(context))
+    let is_past = was_standby && same_timeline || handover::is_in_the_past_of_the_leader(context);
+    key.record.role == MemberRole::Primary && (!is_past || has_to_be_seen_first(context))
 }
 
 /// The leader, as it says itself.

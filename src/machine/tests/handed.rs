@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::checked::Checked;
-use super::fixtures::*;
+use super::fixtures::{self, *};
 use super::reactions::worlds::{full, led_by_b, standby, vacant};
-use crate::facts::cluster::{ClusterView, ReleaseRecord};
+use crate::facts::cluster::{ClusterView, MemberRole, ReleaseRecord};
 use crate::facts::guard::StartId;
 use crate::facts::lease::LeaseEvent;
 use crate::facts::postgres::{DatabaseState, SqlFacts};
@@ -13,6 +13,7 @@ use crate::facts::requests::{Ask, RequestKey, RequestProgress, RequestRecord};
 use crate::facts::synchrony::{Acks, Names, SyncRecord};
 use crate::machine::action::{Action, Operation, StartAs};
 use crate::machine::event::{AcquireOutcome, Event, Finished, PutOutcome};
+use crate::machine::requests::HandedOver;
 use crate::machine::state::State;
 use crate::machine::synchrony::OfServer;
 use crate::machine::world::World;
@@ -153,6 +154,63 @@ fn a_former_leader_is_started_once_it_is_known_whom_it_follows_and_is_not_kept_d
     let late = T0 + ms(1_100);
     let in_vain = alone.handle(late, Event::View(Arc::new(released(900, "c")), late));
     assert_eq!(starts(&in_vain), Some(None), "it can be asked for its position");
+}
+
+/// `a` gave its lock to `c` at T0, which has taken it and is being promoted.
+fn gave_its_lock_to_c() -> (World, ClusterView) {
+    let mut view = recorded(vacant());
+    view.leader = Some(leader("c", 9, 430));
+    view.revision = Revision(430);
+    let mut world = World { view: Some(Arc::new(view.clone())), released: Some(Epoch(420)), ..full(DatabaseState::ShutDown) };
+    world.requests.handed_over = Some(HandedOver { request: None, stages: Vec::new(), given_up: None, at: T0 });
+    (world, view)
+}
+
+/// It takes writes, on a timeline that left ours there.
+fn writes(view: &ClusterView, switch: u64) -> ClusterView {
+    let mut view = view.clone();
+    view.members.insert(name("c"), key(record(MemberRole::Primary, 3, switch + 100), 9));
+    view.history.push(fixtures::recorded(3, "c", 9, 430, 2, switch));
+    view.revision = Revision(440);
+    view
+}
+
+fn starts(actions: &[Action]) -> bool {
+    is_done(actions, |operation| matches!(operation, Operation::Start { role: StartAs::Standby(_), .. }))
+}
+
+#[test]
+fn a_former_leader_is_started_behind_the_promotion_of_its_successor_and_nothing_is_judged_when_its_wal_ends_before_the_switch() {
+    let (world, view) = gave_its_lock_to_c();
+    let mut checked = Checked::resume(world, State::Following);
+    assert!(!starts(&sees(&mut checked, view.clone())), "clients wait for the promotion");
+    let mut promoted = writes(&view, 1_100);
+    promoted.history.pop();
+    assert!(!starts(&sees(&mut checked, promoted)), "history does not say yet where the timeline begins");
+    assert!(starts(&sees(&mut checked, writes(&view, 1_100))));
+    assert_eq!(checked.state().name(), "following");
+}
+
+#[test]
+fn a_former_leader_is_judged_when_the_switch_is_not_behind_its_shutdown_checkpoint_or_it_was_not_shut_down() {
+    // Its checkpoint is at 1,000.
+    for (state, switch) in [(DatabaseState::ShutDown, 1_000), (DatabaseState::InProduction, 1_100)] {
+        let (world, view) = gave_its_lock_to_c();
+        let mut checked = Checked::resume(World { data: full(state).data, ..world }, State::Following);
+        assert!(!starts(&sees(&mut checked, writes(&view, switch))), "{state:?}");
+        assert_eq!(checked.state().name(), "rejoining", "{state:?}");
+    }
+}
+
+#[test]
+fn a_former_leader_that_commits_wait_for_or_whose_successor_does_not_get_on_is_started_at_once() {
+    let (world, view) = gave_its_lock_to_c();
+    let mut needed = view.clone();
+    needed.members.remove(&name("b"));
+    assert!(starts(&sees(&mut Checked::resume(world.clone(), State::Following), needed)));
+    let mut checked = Checked::resume(world, State::Following);
+    let late = T0 + ms(1_100);
+    assert!(starts(&checked.handle(late, Event::View(Arc::new(view), late))));
 }
 
 #[test]
