@@ -136,7 +136,7 @@ fn planted() -> Vec<Setup> {
         plain(Bug::GrowthWithoutFirst, &[either, both]),
         Setup { standbys: 3, ..plain(Bug::FirstShownAsAny, &[1, 2, 3].map(|count| any(count, N1 | N2 | N3))) },
         crash(Bug::FileBelieved, &[either, one]),
-        Setup { failovers: 1, ..crash(Bug::OnlyTheRecordCounts, &[one, both]) },
+        Setup { failovers: 1, ..crash(Bug::OnlyTheRecordCounts, &[one, both, one]) },
         crash(Bug::OrderForgotten, &[one, other]),
         plain(Bug::OneTooFew, &[either]),
         failover(Bug::BehindLeads, &[either]),

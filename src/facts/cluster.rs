@@ -270,6 +270,10 @@ pub struct ReleaseRecord {
     pub lsn: Lsn,
     /// Who is expected to take over.
     pub to: Option<MemberName>,
+    /// All whom `sync` names were seen to follow this leadership: none of them has WAL of an earlier timeline that nobody else has. A daemon that
+    /// did not look says nothing of it.
+    #[serde(default)]
+    pub all_seen: bool,
 }
 
 /// `status`: the leader's last position, written under its epoch.

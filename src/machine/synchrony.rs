@@ -16,7 +16,7 @@ use crate::mutants::{Mutant, mutant};
 use crate::policy::synchrony::InForce;
 use crate::policy::synchrony::goal::Standbys;
 use crate::spec::cluster::ReplicationMode;
-use crate::types::{Epoch, Lsn, Revision};
+use crate::types::{Epoch, Lsn, MemberName, Revision};
 
 /// `sync` and what a write of it compares.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -241,7 +241,15 @@ impl World {
     pub(super) fn nobody_is_ahead(&self, epoch: Epoch) -> bool {
         let left = self.synchrony.left.as_ref().filter(|(of, _)| *of == epoch).map(|(_, left)| left);
         let has_all = |left: &ReleaseRecord, sql: &SqlFacts| left.timeline == sql.timeline && left.lsn < sql.end_of_wal();
+        let left = left.filter(|left| left.all_seen || mutant(Mutant::CountedWhileAhead));
         left.zip(self.sql()).is_some_and(|(left, sql)| has_all(left, sql))
+    }
+
+    /// All whom `sync` names have been seen to follow this leadership.
+    pub(super) fn all_are_seen(&self, epoch: Epoch) -> bool {
+        let standbys = self.synchrony.standbys.as_ref().filter(|(of, _)| *of == epoch).map(|(_, standbys)| standbys);
+        let is_seen = |name: &MemberName| *name == self.me.name || standbys.is_some_and(|standbys| standbys.is_behind(name));
+        self.sync_of(epoch).is_some_and(|known| known.record.is_none_or(|record| record.members.iter().all(is_seen)))
     }
 
     /// A primary that starts again may have commits that no standby has, and that nobody was told of (SAFETY row 48).

@@ -329,7 +329,7 @@ mod tests {
             (
                 "released",
                 asked(|_, view, _| {
-                    view.release = Some(ReleaseRecord { epoch: Epoch(10), timeline: TimelineId(1), lsn: Lsn(1), to: None });
+                    view.release = Some(ReleaseRecord { epoch: Epoch(10), timeline: TimelineId(1), lsn: Lsn(1), to: None, all_seen: true });
                 }),
             ),
         ] {
@@ -385,7 +385,7 @@ mod tests {
         assert_eq!(back(T0 + ms(5_000), "b", &view, None, T0.before(ms(5_000))), None);
         assert!(matches!(back(T0 + TTL, "d", &view, None, long_ago), Some(HeldBack::Never(_))));
 
-        view.release = Some(ReleaseRecord { epoch: Epoch(10), timeline: TimelineId(1), lsn: Lsn(1), to: Some(name("b")) });
+        view.release = Some(ReleaseRecord { epoch: Epoch(10), timeline: TimelineId(1), lsn: Lsn(1), to: Some(name("b")), all_seen: true });
         assert_eq!(back(T0, "b", &view, Some(&promise), long_ago), None, "the leader it promised has given up");
         assert_eq!(back(T0, "b", &view, None, T0), None, "a switchover to a member whose daemon has just started");
         let of_several = Promise { epoch: None, ..promise.clone() };

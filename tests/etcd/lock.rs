@@ -122,7 +122,7 @@ async fn an_acquisition_that_cannot_be_read_back_is_unknown_and_not_tried_again(
 async fn a_release_says_how_and_is_the_same_said_twice(server: EtcdServer) {
     let etcd = server.etcd();
     let lock = take_lock(&etcd, "a", lease_of_a_minute(&server).await).await;
-    let left = ReleaseRecord { epoch: lock.epoch, timeline: TimelineId(2), lsn: Lsn(9), to: Some(name("b")) };
+    let left = ReleaseRecord { epoch: lock.epoch, timeline: TimelineId(2), lsn: Lsn(9), to: Some(name("b")), all_seen: true };
     assert_eq!(etcd.release(lock.epoch, None, Some(&left)).await.unwrap(), Released::Released);
     let view = etcd.read_view().await.unwrap();
     assert_eq!((view.leader, view.release), (None, Some(left.clone())));
@@ -135,8 +135,13 @@ async fn a_release_says_how_and_is_the_same_said_twice(server: EtcdServer) {
 
 async fn a_release_on_the_key_as_it_was_seen_goes_without_reading_it_again_and_is_never_mistaken(server: EtcdServer) {
     let (etcd, lease) = (server.etcd(), lease_of_a_minute(&server).await);
-    let left =
-        |lock: LockIdentity| ReleaseRecord { epoch: lock.epoch, timeline: TimelineId(2), lsn: Lsn(9), to: Some(name("lose-my-answer")) };
+    let left = |lock: LockIdentity| ReleaseRecord {
+        epoch: lock.epoch,
+        timeline: TimelineId(2),
+        lsn: Lsn(9),
+        to: Some(name("lose-my-answer")),
+        all_seen: true,
+    };
     let seen = async || etcd.read_view().await.unwrap().leader.map(|leader| leader.mod_revision);
 
     let lock = take_lock(&etcd, "a", lease).await;
@@ -170,7 +175,7 @@ async fn i1_a_release_that_comes_late_deletes_nothing_once_the_locks_key_was_wri
         let lock = take_lock(&etcd, "a", lease_of_a_minute(&server).await).await;
         let (url, on_its_way) = hold_back("held-back", server.port(0)).await;
         let impatient = Settings { request_timeout: Duration::from_secs(1), ..settings(vec![url]) };
-        let left = ReleaseRecord { epoch: lock.epoch, timeline: TimelineId(2), lsn: Lsn(9), to: Some(name("held-back")) };
+        let left = ReleaseRecord { epoch: lock.epoch, timeline: TimelineId(2), lsn: Lsn(9), to: Some(name("held-back")), all_seen: true };
         let released = Etcd::new(impatient).unwrap().release(lock.epoch, None, Some(&left)).await;
         assert!(matches!(released, Err(EtcdError::Unknown(_))), "{released:?}");
         if written_again {

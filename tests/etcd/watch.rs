@@ -81,6 +81,7 @@ async fn a_deleted_leader_is_seen_and_with_its_release(server: EtcdServer) {
         timeline: pgherd::types::TimelineId(1),
         lsn: pgherd::types::Lsn(1),
         to: None,
+        all_seen: true,
     };
     etcd.release(lock.epoch, None, Some(&left)).await.unwrap();
     let (view, _) = watched.view(|view| view.leader.is_none()).await;

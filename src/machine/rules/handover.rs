@@ -299,7 +299,13 @@ fn is_paused(context: &Context<'_>, name: &MemberName) -> bool {
 }
 
 fn begin_release(hand_over: &mut HandOver, context: &mut Context<'_>, control: &ControlFacts, to: Option<MemberName>) -> Outcome<State> {
-    let record = ReleaseRecord { epoch: hand_over.lock.epoch, timeline: control.timeline, lsn: control.checkpoint, to };
+    let record = ReleaseRecord {
+        epoch: hand_over.lock.epoch,
+        timeline: control.timeline,
+        lsn: control.checkpoint,
+        to,
+        all_seen: context.world.all_are_seen(hand_over.lock.epoch),
+    };
     let message = match &record.to {
         Some(to) => format!("releases the lock at {} for `{to}`", record.lsn),
         None => format!("releases the lock at {}, no member is known to have everything", record.lsn),

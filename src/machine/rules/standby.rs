@@ -250,7 +250,10 @@ fn is_past_the_switch(context: &Context<'_>) -> bool {
         std::cmp::Ordering::Equal => false,
         std::cmp::Ordering::Less => recorded && view.leader.as_ref().is_some_and(|lock| is_of(view, leader, lock.epoch)),
         std::cmp::Ordering::Greater => {
-            recorded && election::switch_from(&view.history, leader, sql.timeline).is_none_or(|switch| is_past(sql.end_of_wal(), switch))
+            // Without a switch the timeline is another's, or history lacks an entry: the leader's own has let in who streams.
+            let streams = context.world.receiving.not_streaming_since.is_none();
+            let switch = election::switch_from(&view.history, leader, sql.timeline);
+            recorded && switch.map_or(!streams, |switch| is_past(sql.end_of_wal(), switch))
         }
     }
 }

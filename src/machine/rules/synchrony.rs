@@ -113,7 +113,13 @@ fn look(context: &mut Context<'_>, lock: LockIdentity) -> Option<Wanted> {
     let sql = world.sql().filter(|sql| !sql.in_recovery)?;
     let (senders, replicas, written) = (goal::senders(&sql.replicas), sql.replicas.clone(), sql.written_by_then);
     let shown = sql.synchronous_standby_names.clone();
-    let recorded = world.sync_of(lock.epoch).and_then(|known| known.record);
+    let known = world.sync_of(lock.epoch);
+    let begins = world.synchrony.standbys.as_ref().is_none_or(|(epoch, _)| *epoch != lock.epoch);
+    if begins && known.is_none() {
+        // Those that it names are waited for: who they are has to be known first.
+        return None;
+    }
+    let recorded = known.and_then(|known| known.record);
     let me = world.me.name.clone();
     let set = world.names_of_server().and_then(|server| server.in_force.set()).cloned();
     let named = || recorded.iter().flat_map(|record| record.members.iter()).filter(|name| **name != me).cloned();

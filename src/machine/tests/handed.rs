@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::checked::Checked;
 use super::fixtures::{self, *};
-use super::reactions::worlds::{full, led_by_b, standby, vacant};
+use super::reactions::worlds::{full, leads, led_by_b, standby, vacant};
 use crate::facts::cluster::{ClusterView, MemberRole, ReleaseRecord};
 use crate::facts::guard::StartId;
 use crate::facts::lease::LeaseEvent;
@@ -18,6 +18,7 @@ use crate::machine::state::State;
 use crate::machine::synchrony::OfServer;
 use crate::machine::world::World;
 use crate::policy::synchrony::InForce;
+use crate::policy::synchrony::goal::Standbys;
 use crate::types::{Epoch, Lsn, MemberName, Revision, TimelineId};
 
 /// What commits wait for when `a` leads by the record of [`recorded`].
@@ -44,7 +45,7 @@ fn hands_over_to(to: &str) -> ClusterView {
 
 /// `b` has given the lock up at this position, to whom is said.
 fn released(lsn: u64, to: &str) -> ClusterView {
-    let release = ReleaseRecord { epoch: Epoch(350), timeline: TimelineId(2), lsn: Lsn(lsn), to: Some(name(to)) };
+    let release = ReleaseRecord { epoch: Epoch(350), timeline: TimelineId(2), lsn: Lsn(lsn), to: Some(name(to)), all_seen: true };
     ClusterView { release: Some(release), revision: Revision(410), ..recorded(vacant()) }
 }
 
@@ -128,6 +129,39 @@ fn i5_a_member_that_others_may_be_ahead_of_acknowledges_nothing_when_it_is_promo
     assert!(!is_done(&proved, |operation| matches!(operation, Operation::Promote { .. })), "{proved:?}");
     let set = checked.handle(T0 + ms(5), Event::Finished(Finished::NamesSet(Ok(()))));
     assert!(is_done(&set, |operation| matches!(operation, Operation::Promote { .. })), "{set:?}");
+}
+
+#[test]
+fn i6_a_member_that_is_handed_the_lock_by_a_leader_that_had_not_seen_all_whom_sync_names_acknowledges_nothing_when_it_is_promoted() {
+    let mut checked = Checked::resume(streams(), State::Following);
+    sees(&mut checked, hands_over_to("a"));
+    checked.handle(T0 + ms(1), Event::Finished(Finished::NamesSet(Ok(()))));
+    checked.handle(T0 + ms(1), Event::Finished(Finished::MemberPut(PutOutcome::Written)));
+    let mut view = released(900, "a");
+    view.release.as_mut().unwrap().all_seen = false;
+    sees(&mut checked, view);
+    let won = checked.handle(T0 + ms(2), Event::Finished(Finished::Acquired(AcquireOutcome::Won(lock(7, 420)))));
+    assert_eq!(names_set(&won), [Names::Block]);
+}
+
+#[test]
+fn a_leader_says_when_it_hands_over_whether_it_has_seen_all_whom_sync_names() {
+    let all_seen = |followed: &[&str]| {
+        let mut world = leads();
+        let members = ["a", "b", "c"].map(name).into();
+        let mut view = ClusterView::clone(world.view.as_deref().unwrap());
+        let epoch = view.leader.as_ref().unwrap().epoch;
+        view.sync = Some(SyncRecord { leader: name("a"), epoch, members, copies: 2 });
+        view.sync_revision = Revision(360);
+        world.view = Some(Arc::new(view));
+        world.sure_of = Some(epoch);
+        let mut standbys = Standbys::named(["b", "c"].map(name).into_iter(), Some(&Names::Block), T0);
+        let replicas: Vec<_> = followed.iter().map(|member| streaming(member, 1_000)).collect();
+        standbys.seen(T0, world.spec().unwrap(), &replicas, Lsn(1_000));
+        world.synchrony.standbys = Some((epoch, standbys));
+        world.all_are_seen(epoch)
+    };
+    assert!(!all_seen(&["b"]) && all_seen(&["b", "c"]));
 }
 
 #[test]

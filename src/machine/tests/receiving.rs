@@ -135,6 +135,18 @@ fn one_with_wal_that_its_leader_never_had_is_stopped_and_judged_although_it_stre
 }
 
 #[test]
+fn one_whose_way_to_the_leaders_timeline_is_not_in_history_is_judged_only_when_it_does_not_stream() {
+    for (facts, stopped) in [(sql(true, 2, 1_000), false), (without_receiver(), true)] {
+        let mut watched = Watched::new(three());
+        let epoch = watched.view.leader.as_ref().unwrap().epoch.0;
+        watched.view.members.get_mut(&name("b")).unwrap().record.timeline = Some(TimelineId(4));
+        watched.view.history.push(recorded(4, "b", 8, epoch, 3, 2_000));
+        watched.shows(5, &facts);
+        assert_eq!(watched.done.iter().any(|(_, what)| what == "stops"), stopped, "{:?}", watched.done);
+    }
+}
+
+#[test]
 fn row_10_one_that_streams_and_gets_nothing_is_stuck_when_the_leader_has_written_more() {
     let mut watched = Watched::new(three());
     watched.shows(60, &sql(true, 2, 1_000));

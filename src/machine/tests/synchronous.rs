@@ -31,6 +31,17 @@ fn waits_for_nobody() -> World {
     world
 }
 
+/// The same, and by `sync` all three members count.
+fn all_count() -> World {
+    let mut world = waits_for_nobody();
+    let mut view = ClusterView::clone(world.view.as_deref().unwrap());
+    let members = [name("a"), name("b"), name("c")].into();
+    view.sync = Some(SyncRecord { leader: name("a"), epoch: Epoch(300), members, copies: 2 });
+    view.sync_revision = Revision(310);
+    world.view = Some(Arc::new(view));
+    world
+}
+
 #[test]
 fn what_a_leader_said_of_its_commits_is_over_with_its_leadership() {
     for state in [State::Following, State::Rejoining] {
@@ -51,6 +62,25 @@ fn whom_commits_wait_for_is_changed_before_a_slot_that_takes_its_time_is_made() 
     let cancels = |actions: &[Action]| actions.iter().any(|action| matches!(action, Action::CancelJob));
     assert!(cancels(&ordered(busy(waits_for_nobody(), OperationKind::KeepSlots))));
     assert!(!cancels(&ordered(busy(waits_for_nobody(), OperationKind::Checkpoint))), "what somebody asked for");
+}
+
+#[test]
+fn a_daemon_that_takes_over_waits_for_those_that_the_record_names_also_when_it_can_read_that_only_later() {
+    let mut world = all_count();
+    world.probe = Some(probe(T0, SqlFacts { synchronous_standby_names: Names::Block.to_string(), ..sql(false, 2, 1_000) }));
+    world.synchrony.server = Some(OfServer::new(StartId(1), InForce::since_start(Names::Block), T0));
+    let goes_on = |world: World| {
+        let mut daemon = Checked::resume(World { in_flight: Default::default(), ..world }, State::Primary);
+        let ordered = operations(&daemon.handle(T0, Event::Tick));
+        (daemon.world().clone(), ordered)
+    };
+    let (found, _) = goes_on(World { sure_of: None, ..world });
+    let (_, ordered) = goes_on(World { sure_of: Some(Epoch(300)), ..found });
+    let gives_up = [OperationKind::WriteSync, OperationKind::SetNames];
+    assert!(
+        !ordered.iter().any(|kind| gives_up.contains(kind)),
+        "commits wait for nobody at once, and for a copy that will be there: {ordered:?}"
+    );
 }
 
 /// PostgreSQL lets commits go with a standby's next answer, and while they wait there is nothing to answer.
@@ -83,12 +113,7 @@ fn standbys_are_made_to_answer_when_a_change_of_the_names_may_let_commits_go_and
 #[test]
 fn row_48_a_daemon_that_finds_a_primary_running_lets_clients_in_when_standbys_have_what_is_there() {
     let found = |flushed: u64| {
-        let mut world = waits_for_nobody();
-        let mut view = ClusterView::clone(world.view.as_deref().unwrap());
-        let members = [name("a"), name("b"), name("c")].into();
-        view.sync = Some(SyncRecord { leader: name("a"), epoch: Epoch(300), members, copies: 2 });
-        view.sync_revision = Revision(310);
-        world.view = Some(Arc::new(view));
+        let mut world = all_count();
         (world.synchrony.server, world.in_force) = (None, None);
         let shows = SqlFacts { replicas: vec![streaming("b", flushed)], ..sql(false, 2, 1_000) };
         world.probe = Some(probe(T0, shows.clone()));

@@ -95,7 +95,8 @@ impl Vacant {
     }
 
     fn released_to(mut self, to: Option<&str>) -> Self {
-        self.view.release = Some(ReleaseRecord { epoch: Epoch(10), timeline: TimelineId(1), lsn: Lsn(LSN), to: to.map(name) });
+        self.view.release =
+            Some(ReleaseRecord { epoch: Epoch(10), timeline: TimelineId(1), lsn: Lsn(LSN), to: to.map(name), all_seen: true });
         self.peers = None;
         self
     }

@@ -114,6 +114,11 @@ impl Standbys {
         self.members.get(name).is_some_and(|standing| standing.connected)
     }
 
+    /// Whether this one cannot have WAL that its leader never had: it follows, or nobody could.
+    pub fn is_behind(&self, name: &MemberName) -> bool {
+        self.members.get(name).is_some_and(|standing| !standing.may_be_ahead)
+    }
+
     /// Whether this one does.
     pub fn counts(&self, name: &MemberName) -> bool {
         self.members.get(name).is_some_and(|standing| standing.counts)
@@ -145,9 +150,13 @@ pub fn replayed_by(replicas: &[ReplicaFacts], name: &MemberName, sent: Lsn) -> O
     of(replicas, name, sent).filter_map(|replica| replica.replay_lsn).max()
 }
 
+/// Its walsenders that stream; none, if one of them has not been sent it: PostgreSQL counts each, also one whose standby is gone without a word.
 fn of<'a>(replicas: &'a [ReplicaFacts], name: &MemberName, sent: Lsn) -> impl Iterator<Item = &'a ReplicaFacts> {
-    let is_sent = move |replica: &ReplicaFacts| replica.sent_lsn.is_some_and(|to| to >= sent) || mutant(Mutant::CountedWhileAhead);
-    replicas.iter().filter(move |replica| replica.streams() && is_sent(replica) && member_of(replica).as_ref() == Some(name))
+    let is_sent = |replica: &&ReplicaFacts| replica.sent_lsn.is_some_and(|to| to >= sent) || mutant(Mutant::CountedWhileAhead);
+    let of_it: Vec<&ReplicaFacts> =
+        replicas.iter().filter(|replica| replica.streams() && member_of(replica).as_ref() == Some(name)).collect();
+    let all_are = of_it.iter().all(is_sent);
+    of_it.into_iter().filter(move |_| all_are)
 }
 
 /// PostgreSQL takes names for the same in any case of letters.

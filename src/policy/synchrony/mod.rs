@@ -371,8 +371,10 @@ fn next_names(in_force: &InForce, recorded: Option<&Acks>, goal: &Acks) -> Optio
         return Some(Names::Nobody);
     }
     let Some(set) = &in_force.set else {
-        // What is known of it is the record; without one, the only form that walsenders show without doubt.
-        return Some(recorded.filter(|acks| acks.acks > 0).map_or(Names::Nobody, |acks| Names::Any(acks.clone())));
+        // What is known of it is the record: no more of them than it says, and nobody who is not to count, since one that is ahead would.
+        // Without a record, the only form that walsenders show without doubt.
+        let known = |acks: &Acks| Names::Any(Acks { members: goal.members.clone(), acks: acks.acks.min(goal.acks) });
+        return Some(recorded.filter(|acks| acks.acks > 0).map_or(Names::Nobody, known));
     };
     if in_force.least().is_none_or(|least| least >= goal.acks) {
         return Some(Names::Any(goal.clone()));

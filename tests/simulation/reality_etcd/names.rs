@@ -118,7 +118,7 @@ impl Names {
     }
 
     pub fn release(&self, lock: Lock) -> ReleaseRecord {
-        ReleaseRecord { epoch: self.epoch(lock), timeline: TimelineId(2), lsn: Lsn(99), to: Some(name("b")) }
+        ReleaseRecord { epoch: self.epoch(lock), timeline: TimelineId(2), lsn: Lsn(99), to: Some(name("b")), all_seen: true }
     }
 
     /// How many keys hang on a lease.

@@ -150,6 +150,9 @@ fn a_standby_that_is_sent_no_wal_of_this_leadership_counts_for_nothing_whatever_
     let ahead = ReplicaFacts { sent_lsn: Some(Lsn(900)), ..replica("b", 2_000) };
     assert_eq!(sight.sees(10, std::slice::from_ref(&ahead), 1_000).wanted().goal, Goal::Stay);
     assert_eq!(sight.sees(10, &[ahead, replica("c", 1_100)], 1_100).goal().1, "c");
+    let half_gone = ReplicaFacts { sent_lsn: Some(Lsn(900)), ..replica("b", 2_000) };
+    let beside = [half_gone, replica("b", 1_100), replica("c", 1_100)];
+    assert_eq!(sight.sees(10, &beside, 1_200).goal().1, "c", "its walsender of before counts, too");
     assert_eq!(sight.sees(10, &[replica("b", 1_100), replica("c", 1_100)], 1_200).goal().1, "b c", "once it has followed");
 }
 
