@@ -34,7 +34,9 @@ const PEER_TIMEOUT_MS: u64 = 700;
 /// How long PostgreSQL may take to say what is under way on it.
 const SURVEY_LIMIT: Duration = Duration::from_secs(5);
 /// Decisions that may wait to be written; further ones are in the log only.
-const EVENTS_IN_FLIGHT_MAX: usize = 32;
+const EVENTS_IN_FLIGHT_MAX: u32 = 32;
+/// How long a daemon that goes waits for the last of them.
+const EVENTS_PATIENCE_MS: u64 = 1_000;
 
 /// The edges, and what runs.
 pub struct Executor {
@@ -52,7 +54,7 @@ pub struct Executor {
 impl Executor {
     /// Nothing runs yet.
     pub fn new(host: Arc<Host>, etcd: Etcd, guard: Arc<GuardLink>, sink: Sink, promises: Arc<Promises>) -> Self {
-        let events = Arc::new(Semaphore::new(EVENTS_IN_FLIGHT_MAX));
+        let events = Arc::new(Semaphore::new(EVENTS_IN_FLIGHT_MAX as usize));
         Executor { host, etcd, guard, sink, lease: None, times: None, cancel: None, events, promises }
     }
 
@@ -326,6 +328,7 @@ impl Executor {
         }
         let guard = Arc::clone(&self.guard);
         let _ = tokio::task::spawn_blocking(move || guard.leave()).await;
+        self.events_are_written().await;
     }
 
     /// The end: PostgreSQL has ended. The lease goes, with the member key; the guard ends.
@@ -336,6 +339,15 @@ impl Executor {
         }
         let guard = Arc::clone(&self.guard);
         let _ = tokio::task::spawn_blocking(move || guard.end()).await;
+        self.events_are_written().await;
+    }
+
+    /// What was decided on the way out is to be found later, too.
+    async fn events_are_written(&self) {
+        let all = self.events.acquire_many(EVENTS_IN_FLIGHT_MAX);
+        if tokio::time::timeout(Duration::from_millis(EVENTS_PATIENCE_MS), all).await.is_err() {
+            tracing::warn!("what was decided last could not be recorded in etcd in time: it is in this log only");
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The rig judged by worlds that are wrong on purpose, without pgherd: a checker that has never failed has proved nothing.
 
 use nix::sys::signal::Signal;
+use pgherd::cli::demo::process::end_of;
 use pgherd::cli::demo::runtime::in_own_thread;
 use pgherd::clock::BootTime;
 
@@ -32,8 +33,10 @@ fn two_servers_that_both_take_writes_are_found() {
 fn one_server_that_is_killed_and_started_again_is_no_offence_and_its_outage_is_seen() {
     let world = plain_servers(1);
     let begun = BootTime::now();
-    world.postmaster(0).signal(Signal::SIGKILL);
-    world.settle("no process is left", || world.cluster.postgres_processes(0).is_empty());
+    let postmaster = world.postmaster(0);
+    postmaster.signal(Signal::SIGKILL);
+    // As long as nobody has waited for it, postmaster.pid names a process that is there.
+    world.settle("no process is left", || end_of(postmaster).is_some() && world.cluster.postgres_processes(0).is_empty());
     world.foreign_postgres(0);
     world.wait_writes(0);
     assert_eq!(two_writers(&world.prober().acks()), None);
