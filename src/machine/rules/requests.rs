@@ -101,16 +101,21 @@ pub(crate) fn taken_up(context: &mut Context<'_>) -> Outcome<State> {
     if let Some((id, key, to)) = open.iter().copied().find(|(_, key, _)| claimed_by(key) == Some(&me)) {
         return carry_on(context, id, key, to);
     }
-    if let Some((id, key, to)) = open.iter().copied().find(|(id, key, _)| claimed_by(key).is_some() && is_orphaned(context, id)) {
+    let created = |(_, key, _): &Open<'_>| key.record.progress == RequestProgress::Created;
+    let of_a_former_leader = |one: &Open<'_>| {
+        let orphaned = claimed_by(one.1).is_some() && is_orphaned(context, one.0);
+        let why = if orphaned { "the leader that took it up is not there any more" } else { "another led when it was asked for" };
+        (orphaned || created(one) && is_of_another_leadership(context, one.1)).then_some(why)
+    };
+    if let Some(((id, key, to), why)) = open.iter().copied().find_map(|one| Some((one, of_a_former_leader(&one)?))) {
         let progress = if *to == me {
             RequestProgress::Done { message: format!("`{to}` leads"), stages: Vec::new() }
         } else {
-            RequestProgress::Refused { reason: format!("the leader that took it up is not there any more: `{me}` leads") }
+            RequestProgress::Refused { reason: format!("{why}: `{me}` leads") }
         };
         answer(context, id, key, progress);
         return Handled;
     }
-    let created = |(_, key, _): &Open<'_>| key.record.progress == RequestProgress::Created;
     if let Some((id, key, to)) = open.iter().copied().find(|one| created(one) && is_too_late(context, one.1)) {
         let reason =
             format!("the time that it was scheduled for went by more than {SCHEDULE_LATE_MAX_S} s ago, and nobody could carry it out");
@@ -128,6 +133,13 @@ pub(crate) fn taken_up(context: &mut Context<'_>) -> Outcome<State> {
         }
     }
     Handled
+}
+
+/// It was written before this leadership, for at once: who asked for it agreed that somebody else hands over. Of two that are asked for at once the
+/// second would follow on the first, and move the primary once more.
+fn is_of_another_leadership(context: &Context<'_>, key: &RequestKey) -> bool {
+    let began = context.world.lock.identity().map(|lock| Revision(lock.epoch.0));
+    matches!(key.record.ask, Ask::Switchover { .. }) && began.is_some_and(|began| key.mod_revision < began)
 }
 
 /// So long ago that whoever took it up would have answered.

@@ -323,6 +323,19 @@ fn of_two_that_nobody_has_looked_at_the_one_that_was_written_first_is_taken_up()
 }
 
 #[test]
+fn row_71_of_two_that_were_asked_of_one_leader_the_second_does_not_follow_on_the_first() {
+    let asked_before = ours().epoch.0 - 1;
+    for (to, done) in [("a", true), ("c", false)] {
+        let mut checked = primary(&[("2", asked(RequestProgress::Created, to, "bert", asked_before))]);
+        let actions = checked.handle(T0, Event::Tick);
+        let answered = answers(&actions);
+        let [("2", progress)] = answered.as_slice() else { panic!("{answered:?}") };
+        assert_eq!(matches!(progress, RequestProgress::Done { .. }), done, "{progress:?}");
+        assert!(done || matches!(progress, RequestProgress::Refused { reason } if reason.contains("another led")), "{progress:?}");
+    }
+}
+
+#[test]
 fn row_70_what_a_run_before_this_one_took_up_is_answered_and_not_carried_out_again() {
     let mut checked = primary(&[("1", asked(claimed("a"), "c", "anna", 450))]);
     let actions = checked.handle(T0, Event::Tick);
