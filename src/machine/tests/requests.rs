@@ -12,7 +12,8 @@ use crate::types::Revision;
 use super::checked::Checked;
 use super::cluster::s;
 use super::fixtures::*;
-use super::reactions::worlds::{leads, led_by_us};
+use super::handover::{asked, is_answered, primary};
+use super::reactions::worlds::{leads, led_by_us, ours};
 
 #[test]
 fn row_60_a_document_that_means_nothing_is_said_and_the_last_good_one_stays_in_force() {
@@ -59,4 +60,12 @@ fn row_69_a_standby_that_says_that_it_streams_is_not_refused_before_the_primary_
     let answer = answers(blind.handle(T0 + s(3), looked(3, Vec::new())));
     let Some(RequestProgress::Refused { reason }) = answer else { panic!("{answer:?}") };
     assert!(reason.contains("its own state: streaming; in pg_stat_replication: the leader does not see it"), "{reason}");
+}
+
+#[test]
+fn row_71_of_two_that_were_asked_of_one_leader_the_second_does_not_follow_on_the_first() {
+    for (to, done) in [("a", true), ("c", false)] {
+        let mut checked = primary(&[("2", asked(RequestProgress::Created, to, "bert", ours().epoch.0 - 1))]);
+        is_answered(&checked.handle(T0, Event::Tick), "2", done);
+    }
 }
