@@ -156,6 +156,11 @@ impl Synchrony {
         }
     }
 
+    /// Who counts, if that was looked at in this leadership.
+    pub(super) fn standbys_of(&self, epoch: Epoch) -> Option<&Standbys> {
+        self.standbys.as_ref().filter(|(of, _)| *of == epoch).map(|(_, standbys)| standbys)
+    }
+
     /// `sync` as it is under this leadership: nobody else writes it.
     fn known(&self, view: Option<&ClusterView>, epoch: Epoch) -> Option<Known> {
         let leader = view.and_then(|view| view.leader.as_ref().filter(|leader| leader.epoch == epoch));
@@ -247,7 +252,7 @@ impl World {
 
     /// All whom `sync` names have been seen to follow this leadership.
     pub(super) fn all_are_seen(&self, epoch: Epoch) -> bool {
-        let standbys = self.synchrony.standbys.as_ref().filter(|(of, _)| *of == epoch).map(|(_, standbys)| standbys);
+        let standbys = self.synchrony.standbys_of(epoch);
         let is_seen = |name: &MemberName| *name == self.me.name || standbys.is_some_and(|standbys| standbys.is_behind(name));
         self.sync_of(epoch).is_some_and(|known| known.record.is_none_or(|record| record.members.iter().all(is_seen)))
     }

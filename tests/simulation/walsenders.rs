@@ -99,16 +99,18 @@ impl Sim {
         }
     }
 
+    fn senders(&self, host: usize) -> impl Iterator<Item = &Walsender> {
+        self.hosts[host].server.postmaster.iter().flat_map(|postmaster| &postmaster.synchronous.senders)
+    }
+
     /// Its walsender is there.
     pub fn is_sent_to(&self, from: usize, connection: u64) -> bool {
-        let senders = self.hosts[from].server.postmaster.iter().flat_map(|postmaster| &postmaster.synchronous.senders);
-        !self.is_synchronous || senders.into_iter().any(|sender| sender.connection == connection)
+        !self.is_synchronous || self.senders(from).any(|sender| sender.connection == connection)
     }
 
     /// Its walsender sends a timeline that its server has left, to one that has more of it.
     pub fn sends_what_was_left(&self, from: usize, connection: u64) -> bool {
-        let senders = self.hosts[from].server.postmaster.iter().flat_map(|postmaster| &postmaster.synchronous.senders);
-        senders.into_iter().any(|sender| sender.connection == connection && sender.until.is_some())
+        self.senders(from).any(|sender| sender.connection == connection && sender.until.is_some())
     }
 
     /// A standby says how far it has flushed.
@@ -144,15 +146,13 @@ impl Sim {
 
     /// Somebody streams by this slot.
     pub fn is_active(&self, host: usize, slot: &str) -> bool {
-        let senders = self.hosts[host].server.postmaster.iter().flat_map(|postmaster| &postmaster.synchronous.senders);
-        senders.into_iter().any(|sender| sender.by_slot && slot_of(&self.hosts[sender.to].name) == slot)
+        self.senders(host).any(|sender| sender.by_slot && slot_of(&self.hosts[sender.to].name) == slot)
     }
 
     /// A stop in good order waits for what walsenders have sent to be flushed, however long nobody has answered.
     pub fn walsenders_are_done(&self, host: usize) -> bool {
-        let server = &self.hosts[host].server;
-        let end = server.data.as_ref().map_or(Lsn(0), |data| data.wal.end);
-        server.postmaster.iter().flat_map(|postmaster| &postmaster.synchronous.senders).all(|sender| sender.flush >= end)
+        let end = self.hosts[host].server.data.as_ref().map_or(Lsn(0), |data| data.wal.end);
+        self.senders(host).all(|sender| sender.flush >= end)
     }
 
     /// pg_stat_replication.

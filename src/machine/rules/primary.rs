@@ -166,7 +166,7 @@ fn replayed(context: &Context<'_>, lock: LockIdentity) -> BTreeMap<MemberName, L
     let written = world.status_written.as_ref().map(|(status, _)| status);
     let seen = world.view.as_ref().and_then(|view| view.status.as_ref());
     let said = written.or(seen).filter(|status| status.epoch == lock.epoch).map(|status| &status.replayed);
-    let began = world.synchrony.standbys.as_ref().filter(|(epoch, _)| *epoch == lock.epoch).and_then(|(_, standbys)| standbys.began());
+    let began = world.synchrony.standbys_of(lock.epoch).and_then(synchrony_goal::Standbys::began);
     let shown = |name: &MemberName| synchrony_goal::replayed_by(&world.sql()?.replicas, name, began?);
     let counted = record.members.iter().filter(|name| record.is_standby(name));
     counted.filter_map(|name| Some((name.clone(), said.and_then(|said| said.get(name).copied()).max(shown(name))?))).collect()

@@ -114,8 +114,7 @@ fn look(context: &mut Context<'_>, lock: LockIdentity) -> Option<Wanted> {
     let (senders, replicas, written) = (goal::senders(&sql.replicas), sql.replicas.clone(), sql.written_by_then);
     let shown = sql.synchronous_standby_names.clone();
     let known = world.sync_of(lock.epoch);
-    let begins = world.synchrony.standbys.as_ref().is_none_or(|(epoch, _)| *epoch != lock.epoch);
-    if begins && known.is_none() {
+    if known.is_none() && world.synchrony.standbys_of(lock.epoch).is_none() {
         // Those that it names are waited for: who they are has to be known first.
         return None;
     }

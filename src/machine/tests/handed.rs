@@ -72,10 +72,18 @@ fn is_done(actions: &[Action], what: fn(&Operation) -> bool) -> bool {
     actions.iter().any(|action| matches!(action, Action::Do(operation) if what(operation)))
 }
 
-/// It is handed the lock at this position, and takes it. What it does then.
-fn takes_the_lock(checked: &mut Checked, released_at: u64) -> Vec<Action> {
+/// `b` hands over to it, and it has set its names.
+fn has_its_names() -> Checked {
+    let mut checked = Checked::resume(streams(), State::Following);
+    sees(&mut checked, hands_over_to("a"));
+    checked.handle(T0 + ms(1), Event::Finished(Finished::NamesSet(Ok(()))));
+    checked
+}
+
+/// The lock is released like this, and it takes it. What it does then.
+fn takes_the_lock(checked: &mut Checked, released: ClusterView) -> Vec<Action> {
     checked.handle(T0 + ms(1), Event::Finished(Finished::MemberPut(PutOutcome::Written)));
-    let runs = sees(checked, released(released_at, "a"));
+    let runs = sees(checked, released);
     assert!(is_done(&runs, |operation| matches!(operation, Operation::Acquire { .. })), "{runs:?}");
     assert!(!runs.iter().any(|action| matches!(action, Action::Do(Operation::PutMember(_)))), "what it says of itself has time");
     checked.handle(T0 + ms(2), Event::Finished(Finished::Acquired(AcquireOutcome::Won(lock(7, 420)))))
@@ -96,18 +104,14 @@ fn the_member_that_is_named_has_its_names_before_the_leader_stops_and_another_ke
 
 #[test]
 fn the_names_are_taken_back_when_the_leader_goes_on() {
-    let mut checked = Checked::resume(streams(), State::Following);
-    sees(&mut checked, hands_over_to("a"));
-    checked.handle(T0 + ms(1), Event::Finished(Finished::NamesSet(Ok(()))));
+    let mut checked = has_its_names();
     assert_eq!(names_set(&sees(&mut checked, recorded(led_by_b()))), [Names::Block]);
 }
 
 #[test]
 fn i3_the_record_is_taken_over_while_the_proof_is_waited_for_and_the_promotion_waits_for_both() {
-    let mut checked = Checked::resume(streams(), State::Following);
-    sees(&mut checked, hands_over_to("a"));
-    checked.handle(T0 + ms(1), Event::Finished(Finished::NamesSet(Ok(()))));
-    let won = takes_the_lock(&mut checked, 900);
+    let mut checked = has_its_names();
+    let won = takes_the_lock(&mut checked, released(900, "a"));
     assert!(is_done(&won, |operation| matches!(operation, Operation::WriteSync { .. })), "{won:?}");
     assert_eq!(names_set(&won), [], "it has them");
     let proved = is_proved(&mut checked);
@@ -118,11 +122,9 @@ fn i3_the_record_is_taken_over_while_the_proof_is_waited_for_and_the_promotion_w
 
 #[test]
 fn i5_a_member_that_others_may_be_ahead_of_acknowledges_nothing_when_it_is_promoted() {
-    let mut checked = Checked::resume(streams(), State::Following);
-    sees(&mut checked, hands_over_to("a"));
-    checked.handle(T0 + ms(1), Event::Finished(Finished::NamesSet(Ok(()))));
+    let mut checked = has_its_names();
     // It ends just before the shutdown checkpoint: another may have that, and its walsender would count it for what comes in its place.
-    let won = takes_the_lock(&mut checked, 1_000);
+    let won = takes_the_lock(&mut checked, released(1_000, "a"));
     assert_eq!(names_set(&won), [Names::Block]);
     checked.handle(T0 + ms(3), Event::Finished(Finished::SyncWritten(Ok((true, Revision(421))))));
     let proved = is_proved(&mut checked);
@@ -133,15 +135,10 @@ fn i5_a_member_that_others_may_be_ahead_of_acknowledges_nothing_when_it_is_promo
 
 #[test]
 fn i6_a_member_that_is_handed_the_lock_by_a_leader_that_had_not_seen_all_whom_sync_names_acknowledges_nothing_when_it_is_promoted() {
-    let mut checked = Checked::resume(streams(), State::Following);
-    sees(&mut checked, hands_over_to("a"));
-    checked.handle(T0 + ms(1), Event::Finished(Finished::NamesSet(Ok(()))));
-    checked.handle(T0 + ms(1), Event::Finished(Finished::MemberPut(PutOutcome::Written)));
+    let mut checked = has_its_names();
     let mut view = released(900, "a");
     view.release.as_mut().unwrap().all_seen = false;
-    sees(&mut checked, view);
-    let won = checked.handle(T0 + ms(2), Event::Finished(Finished::Acquired(AcquireOutcome::Won(lock(7, 420)))));
-    assert_eq!(names_set(&won), [Names::Block]);
+    assert_eq!(names_set(&takes_the_lock(&mut checked, view)), [Names::Block]);
 }
 
 #[test]
@@ -261,7 +258,7 @@ fn with_strict_a_member_is_not_promoted_with_names_that_ask_for_less_than_the_sp
 fn names_that_cannot_be_set_hold_no_promotion_up_that_acknowledges_nothing_without_them() {
     let mut checked = Checked::resume(streams(), State::Following);
     sees(&mut checked, recorded(led_by_b()));
-    let won = takes_the_lock(&mut checked, 900);
+    let won = takes_the_lock(&mut checked, released(900, "a"));
     assert_eq!(names_set(&won), [any_of_the_others()], "it did not see that it was handed over to");
     checked.handle(T0 + ms(3), Event::Finished(Finished::SyncWritten(Ok((true, Revision(421))))));
     let proved = is_proved(&mut checked);
